@@ -1,0 +1,1193 @@
+"""The public functions. Each checks its arguments, composes the kernels, and is differentiable once.
+
+Letters: B sequences, T queries, S keys, N = B*T tokens, D model width, H heads, E experts per head, TOP_K chosen experts, P head
+width, G width of one MLP expert. Formulas: kernels/gating.py, projection.py, attention.py, position.py.
+
+NOTE [Composition]
+    Every layer is two plain functions, `*_forward` -> (outputs, saved) and `*_backward`(gradients, saved), which call launchers and
+    torch's GEMMs and know nothing of autograd. The differentiable function wraps that pair in one autograd.Function, so both are
+    the same computation. Tensors a backward needs are in `Saved.tensors`, everything else in `Saved.config`.
+
+NOTE [Compute dtype]
+    Under torch.autocast every floating input is cast to the autocast dtype first; otherwise all share one dtype. Gradients come
+    back in each input's own dtype. Gates, logits and log-sum-exps are float32 always.
+
+NOTE [Streams]
+    Random masks are a function of (seed, token, column, stream); the stream tells the masks of one layer apart.
+"""
+
+import torch
+import torch.nn.functional
+from typing import Any, NamedTuple
+
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import _check
+from .kernels.attention import attention_backward, attention_forward
+from .kernels.common import input_precision
+from .kernels.gating import MAX_EXPERTS, gating_backward, gating_forward, routing_plan
+from .kernels.position import rope_rotate, xl_keys, xl_query
+from .kernels.projection import (
+    dropout_rows,
+    mlp_backward,
+    mlp_forward,
+    output_backward,
+    output_forward,
+    value_backward,
+    value_forward,
+)
+
+__all__ = [
+    "XL",
+    "RoPE",
+    "Routing",
+    "Saved",
+    "SigmaMoEWeights",
+    "SwitchAllGradients",
+    "SwitchAllWeights",
+    "SwitchHeadGradients",
+    "SwitchHeadWeights",
+    "attention",
+    "entropy_regularizer",
+    "gating",
+    "output_projection",
+    "sigma_moe",
+    "switchall",
+    "switchall_backward",
+    "switchall_forward",
+    "switchhead",
+    "switchhead_backward",
+    "switchhead_forward",
+    "value_projection",
+]
+
+MODES = ("sigmoid", "softmax", "softmax_topk")
+ACTIVATIONS = ("relu", "gelu", "silu", "swiglu", "geglu")
+MAX_HEAD_WIDTH = 256
+
+# NOTE [Streams]
+STREAM_GATE, STREAM_ACTIVATION = 0, 1
+STREAM_GATE_V, STREAM_GATE_O, STREAM_QUERY = 2, 3, 4
+STREAM_RESIDUAL_ATTENTION, STREAM_RESIDUAL_MOE = 5, 6
+
+
+class Routing(NamedTuple):
+    """What `gating` chose. Only the first two fields are needed to build one by hand.
+
+    weights: [N, H, TOP_K] float32, differentiable; experts: [N, H, TOP_K] int32 in [0, E), in order of selection;
+    logits: [N, H, E] float32, differentiable; order, offsets: the routes sorted by expert (kernels.gating.routing_plan), made
+    from `experts` where absent.
+    """
+
+    weights: Tensor
+    experts: Tensor
+    logits: Tensor | None = None
+    order: Tensor | None = None
+    offsets: Tensor | None = None
+
+
+class RoPE(NamedTuple):
+    """Rotary positions on the first int(fraction * P) channels, rounded down to even (RoFormer, arXiv 2104.09864)."""
+
+    fraction: float = 0.5
+    base: float = 10000.0
+
+
+class XL(NamedTuple):
+    """Transformer-XL positions (arXiv 1901.02860): score = scale * ((q + u).k + (q + v).(W_pos R)), sinusoidal R.
+
+    weight: W_pos [H*P, D]; content_bias: u [H, P]; position_bias: v [H, P]; the biases are optional. `switchhead` takes the weight
+    from its own `pos_to_pk`.
+    """
+
+    weight: Tensor | None = None
+    content_bias: Tensor | None = None
+    position_bias: Tensor | None = None
+
+
+class SigmaMoEWeights(NamedTuple):
+    """keys [E, D, G] ([E, D, 2G] for gated pairs, the gate first), values [E, G, D_out], expert_sel [E, D], bias [E, G or 2G], o_bias
+    [D_out]."""
+
+    keys: Tensor
+    values: Tensor
+    expert_sel: Tensor
+    bias: Tensor | None = None
+    o_bias: Tensor | None = None
+
+
+class SwitchHeadWeights(NamedTuple):
+    """q, k [H*P, D]; v [H*E, D, P]; o [H*E, P, D]; sel_v, sel_o [H*E, D]; pos_to_pk [H*P, D].
+
+    Without sel_v, sel_o serves both sides. One expert per head: v [H*P, D], o [D, H*P], sel_o [H, D], no sel_v.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    o: Tensor
+    sel_v: Tensor | None = None
+    sel_o: Tensor | None = None
+    pos_to_pk: Tensor | None = None
+
+
+class SwitchAllWeights(NamedTuple):
+    """norm1, norm2: (weight, bias) of a LayerNorm, [D] each."""
+
+    norm1: tuple[Tensor, Tensor]
+    attention: SwitchHeadWeights
+    norm2: tuple[Tensor, Tensor]
+    moe: SigmaMoEWeights
+
+
+class Saved(NamedTuple):
+    """What a forward keeps for its backward."""
+
+    tensors: tuple[Tensor | None, ...]
+    config: Any
+
+
+class SwitchHeadGradients(NamedTuple):
+    """k_src and v_src are None where the forward was given none (their gradient is then in x, or in k_src)."""
+
+    x: Tensor
+    k_src: Tensor | None
+    v_src: Tensor | None
+    weights: SwitchHeadWeights
+
+
+class SwitchAllGradients(NamedTuple):
+    x: Tensor
+    weights: SwitchAllWeights
+
+
+# ---- shared by the functions below
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def _cast(dtype: torch.dtype, *tensors: Tensor | None) -> tuple[Any, ...]:
+    return tuple(t if t is None else t.to(dtype) for t in tensors)
+
+
+def _like(gradients, inputs) -> tuple[Any, ...]:
+    """Each gradient in the dtype of its input; None where there is no input."""
+    return tuple(
+        None if i is None or g is None else g.to(i).view(i.shape) for g, i in zip(gradients, inputs, strict=True)
+    )
+
+
+def _dtypes(tensors) -> tuple[torch.dtype | None, ...]:
+    return tuple(None if t is None else t.dtype for t in tensors)
+
+
+def _to(tensors, dtypes) -> tuple[Any, ...]:
+    return tuple(None if t is None else t.to(d) for t, d in zip(tensors, dtypes, strict=True))
+
+
+def _seed(seed, device: torch.device, needed: bool) -> Tensor | None:
+    if not needed:
+        return None
+    if seed is None:
+        return torch.randint(0, 2**62, (), dtype=torch.int64, device=device)
+    if isinstance(seed, Tensor):
+        return seed.detach()
+    return torch.full((), seed, dtype=torch.int64, device=device)
+
+
+def _add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return b if a is None else a if b is None else a + b
+
+
+def _sum_leading(x: Tensor, keep: int) -> Tensor:
+    """Sum over all but the last `keep` axes, in float32."""
+    return x.sum(dim=tuple(range(x.ndim - keep)), dtype=torch.float32).to(x.dtype)
+
+
+# ---- gating
+
+
+class _Gating(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, sel, seed, n_heads, top_k, mode, dropout, stream):
+        precision = input_precision(x.dtype)
+        weights, experts, logits = gating_forward(x, sel, seed, n_heads, top_k, mode, dropout, stream, precision)
+        ctx.mark_non_differentiable(experts)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, sel, weights, experts, logits)
+        ctx.mode = mode
+        return weights, experts, logits
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dweights, _, dlogits):
+        x, sel, weights, experts, logits = ctx.saved_tensors
+        if dweights is None:
+            dweights = torch.zeros_like(weights)
+        dx, dsel = gating_backward(dweights, dlogits, x, sel, weights, experts, logits, ctx.mode)
+        return dx, dsel, None, None, None, None, None, None
+
+
+def gating(
+    x: Tensor,
+    sel: Tensor,
+    *,
+    n_heads: int = 1,
+    top_k: int,
+    mode: str = "sigmoid",
+    expert_dropout: float = 0.0,
+    training: bool = False,
+    seed: int | Tensor | None = None,
+) -> Routing:
+    """The experts each (token, head) uses and their gates (sigma-MoE, arXiv 2310.10837, equation 10 and section 5).
+
+    x: [..., D]; sel: [H*E, D], row h*E + e. mode: "sigmoid"; "softmax" over all E; "softmax_topk" over the chosen. Equal logits: the
+    lower expert id wins; NaN ranks below -inf. expert_dropout strikes (token, head, expert) from selection in training, as a
+    function of (seed, token, head, expert) alone; seed: int, int64 scalar tensor, or None (drawn on x's device).
+    Returns a Routing of N = x.numel() / D tokens. Raises ValueError or TypeError for shapes, dtypes, devices or top_k > E.
+    """
+    _check.tensor("x", x, ndim=1)
+    D = x.shape[-1]
+    _check.tensor("sel", sel, None, D)
+    autocast = torch.is_autocast_enabled(x.device.type)
+    _check.same(x, {"x": x, "sel": sel}, autocast=autocast)
+    _check_gate("sel", sel, n_heads, top_k)
+    _check.choice("mode", mode, MODES)
+    p = _check.probability("expert_dropout", expert_dropout) if training else 0.0
+    _check.probability("expert_dropout", expert_dropout)
+    _check.seed(seed, x.device)
+    dtype = _compute_dtype(x)
+    x, sel = _cast(dtype, x.reshape(-1, D), sel)
+    seed = _seed(seed, x.device, p > 0)
+    weights, experts, logits = _Gating.apply(x, sel, seed, n_heads, top_k, mode, p, STREAM_GATE)
+    return Routing(weights, experts, logits, *routing_plan(experts, sel.shape[0] // n_heads))
+
+
+def _check_gate(name: str, sel: Tensor, n_heads: int, top_k: int, what: str = "top_k") -> None:
+    _check.integer("n_heads", n_heads, 1)
+    if sel.shape[0] == 0 or sel.shape[0] % n_heads:
+        raise ValueError(f"{name} must have n_heads * E rows with n_heads = {n_heads}, got {sel.shape[0]}")
+    E = sel.shape[0] // n_heads
+    if E > MAX_EXPERTS:
+        raise ValueError(f"{name} must have at most {MAX_EXPERTS} experts per head, got {E}")
+    _check.integer(what, top_k, 1, E, f" (the number of experts per head is {E})")
+
+
+# ---- projections
+
+
+class _ValueProjection(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, w, weights, order, offsets):
+        ctx.precision = input_precision(x.dtype)
+        v, u = value_forward(x, w, weights, order, offsets, ctx.precision)
+        ctx.save_for_backward(x, w, weights, order, offsets, u)
+        return v
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dv):
+        return *value_backward(dv, *ctx.saved_tensors, ctx.precision), None, None
+
+
+class _OutputProjection(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, a, w, weights, order, offsets):
+        ctx.precision = input_precision(a.dtype)
+        ctx.save_for_backward(a, w, weights, order, offsets)
+        return output_forward(a, w, weights, order, offsets, ctx.precision)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        return *output_backward(dy, *ctx.saved_tensors, ctx.precision), None, None
+
+
+def value_projection(x: Tensor, w: Tensor, routing: Routing) -> Tensor:
+    """v[..., h, :] = sum_j weights[n, h, j] x[n] W[h*E + e_j] (SwitchHead, arXiv 2312.07987, equations 7 and 9).
+
+    x: [..., D]; w: [H*E, D, P]; routing over the same tokens. Returns [..., H, P] in the compute dtype. Gradients reach x, w and
+    routing.weights. Raises ValueError or TypeError for shapes, dtypes or devices that do not fit.
+    """
+    _check.tensor("x", x, ndim=1)
+    _check.tensor("w", w, None, x.shape[-1], None)
+    routing, (x2, w2) = _routed(x, x[..., 0].numel(), w, routing, {"x": x, "w": w})
+    v = _ValueProjection.apply(x2.reshape(-1, x.shape[-1]), w2, routing.weights, routing.order, routing.offsets)
+    return v.view(*x.shape[:-1], *v.shape[1:])
+
+
+def output_projection(a: Tensor, w: Tensor, routing: Routing) -> Tensor:
+    """y = sum_h sum_j weights[n, h, j] a[n, h] W[h*E + e_j], one reduction (SwitchHead, arXiv 2312.07987, equations 8 and 10).
+
+    a: [..., H, P]; w: [H*E, P, D]; routing over the same tokens. Returns [..., D] in the compute dtype. Gradients reach a, w and
+    routing.weights. Raises ValueError or TypeError for shapes, dtypes or devices that do not fit.
+    """
+    _check.tensor("a", a, ndim=2)
+    _check.tensor("w", w, None, a.shape[-1], None)
+    routing, (a2, w2) = _routed(a, a[..., 0, 0].numel(), w, routing, {"a": a, "w": w})
+    H = routing.weights.shape[1]
+    if a.shape[-2] != H:
+        raise ValueError(f"a must have shape [..., {H}, {w.shape[1]}] for a routing of {H} heads, got {list(a.shape)}")
+    y = _OutputProjection.apply(a2.reshape(-1, H, a.shape[-1]), w2, routing.weights, routing.order, routing.offsets)
+    return y.view(*a.shape[:-2], w.shape[2])
+
+
+def _routed(x: Tensor, N: int, w: Tensor, routing: Routing, tensors: dict) -> tuple[Routing, tuple[Tensor, ...]]:
+    """Check a routing against N tokens and the experts of w; complete its plan; cast the tensors."""
+    _check.instance("routing", routing, Routing)
+    _check.same(x, tensors, autocast=torch.is_autocast_enabled(x.device.type))
+    weights = _check.tensor("routing.weights", routing.weights, N, None, None)
+    experts = _check.tensor("routing.experts", routing.experts, *weights.shape)
+    if weights.dtype != torch.float32 or experts.dtype != torch.int32:
+        raise TypeError(
+            f"routing.weights and routing.experts must be float32 and int32, got {weights.dtype} and {experts.dtype}"
+        )
+    for name, t in (("routing.weights", weights), ("routing.experts", experts)):
+        if t.device != x.device:
+            raise ValueError(f"{name} is on {t.device}, expected {x.device} like the other arguments")
+    H = weights.shape[1]
+    if w.shape[0] == 0 or w.shape[0] % H:
+        raise ValueError(f"w must have H * E experts for a routing of H = {H} heads, got {w.shape[0]}")
+    if routing.order is None or routing.offsets is None:
+        order, offsets = routing_plan(experts, w.shape[0] // H)
+        routing = routing._replace(order=order, offsets=offsets)
+    elif routing.offsets.shape[0] != w.shape[0] + 1:
+        raise ValueError(f"w must have {routing.offsets.shape[0] - 1} experts like the routing, got {w.shape[0]}")
+    return routing, _cast(_compute_dtype(x), *tensors.values())
+
+
+# ---- attention
+
+
+class _AttentionConfig(NamedTuple):
+    kind: str  # "none", "rope" or "xl"
+    fraction: float
+    base: float
+    causal: bool
+    window: int
+    scale: float
+    precision: str
+
+
+def _attention_forward(q, k, v, pos, content_bias, position_bias, mask, cu_seqlens, c: _AttentionConfig):
+    """-> o [B, T, H, Pv], lse [B, H, T], and the tensors `_attention_backward` takes."""
+    H, P = q.shape[2:]
+    S = k.shape[1]
+    offset = S - q.shape[1]
+    position_q = q_pos = k_pos = None
+    if c.kind == "rope":
+        n = int(c.fraction * P) // 2 * 2
+        if n:
+            q, k = rope_rotate(q, n, c.base, offset, False), rope_rotate(k, n, c.base, 0, False)
+    elif c.kind == "xl":
+        position_q = q if position_bias is None else q + position_bias
+        a = torch.einsum("bthp,hpd->bthd", position_q, pos.view(H, P, -1))
+        q_pos, k_pos = xl_query(a, a.shape[-1], offset, False), xl_keys(q, S, a.shape[-1])
+        q = q if content_bias is None else q + content_bias
+    o, lse = attention_forward(q, k, v, q_pos, k_pos, mask, cu_seqlens, c.causal, c.window, c.scale, c.precision)
+    return o, lse, (q, k, v, pos, content_bias, position_bias, mask, cu_seqlens, position_q, q_pos, k_pos, o, lse)
+
+
+def _attention_backward(do, dlse, saved, c: _AttentionConfig):
+    """-> dq, dk, dv, d pos, d content_bias, d position_bias (None where the input was None)."""
+    q, k, v, pos, content_bias, position_bias, mask, cu_seqlens, position_q, q_pos, k_pos, o, lse = saved
+    H, P = q.shape[2:]
+    offset = k.shape[1] - q.shape[1]
+    dq, dk, dv, dq_pos = attention_backward(
+        do, dlse, q, k, v, q_pos, k_pos, mask, cu_seqlens, o, lse, c.causal, c.window, c.scale, c.precision
+    )
+    dpos = dcontent = dposition = None
+    if c.kind == "rope":
+        n = int(c.fraction * P) // 2 * 2
+        if n:
+            dq, dk = rope_rotate(dq, n, c.base, offset, True), rope_rotate(dk, n, c.base, 0, True)
+    elif c.kind == "xl":
+        da = xl_query(dq_pos, pos.shape[-1], offset, True)
+        dposition_q = torch.einsum("bthd,hpd->bthp", da, pos.view(H, P, -1))
+        dpos = torch.einsum("bthp,bthd->hpd", position_q, da).reshape(pos.shape)
+        dcontent = None if content_bias is None else _sum_leading(dq, 2)
+        dposition = None if position_bias is None else _sum_leading(dposition_q, 2)
+        dq = dq + dposition_q
+    return dq, dk, dv, dpos, dcontent, dposition
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, pos, content_bias, position_bias, mask, cu_seqlens, *config):
+        ctx.config = config
+        o, lse, saved = _attention_forward(
+            q, k, v, pos, content_bias, position_bias, mask, cu_seqlens, _AttentionConfig(*config)
+        )
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*saved)
+        return o, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, do, dlse):
+        saved = ctx.saved_tensors
+        do = torch.zeros_like(saved[11]) if do is None else do
+        grads = _attention_backward(do, dlse, saved, _AttentionConfig(*ctx.config))
+        return *grads, None, None, *[None] * len(ctx.config)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    position: RoPE | XL | None = None,
+    causal: bool = True,
+    window: int | None = None,
+    key_padding_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """softmax(scale * (q k^T + position) + mask) v, fused: memory linear in T.
+
+    q: [B, T, H, P]; k: [B, S, Hkv, P]; v: [B, S, Hkv, Pv], query head h reads key head h // (H // Hkv). The queries are the last T
+    positions: S >= T, and any S with causal=False and position=None. scale defaults to P**-0.5. window=w: a query sees the last w keys
+    up to itself (causal) or the keys at distance < w. key_padding_mask: bool [B, S], True = removed. cu_seqlens: int32 [n+1],
+    n sequences packed along T, with B = 1 and S = T; max_seqlen is accepted for compatibility and not needed.
+    Returns [B, T, H, Pv], and with return_lse also the log-sum-exp [B, H, T], float32, natural log. A row with every key masked
+    gives 0, log-sum-exp -inf and no gradient. Raises ValueError or TypeError for anything that does not fit.
+    """
+    _check.tensor("q", q, None, None, None, None)
+    B, T, H, P = q.shape
+    _check.tensor("k", k, B, None, None, P)
+    S, Hkv = k.shape[1:3]
+    _check.tensor("v", v, B, S, Hkv, None)
+    _check.integer("the head width of q", P, 1, MAX_HEAD_WIDTH)
+    _check.integer("the head width of v", v.shape[-1], 1, MAX_HEAD_WIDTH)
+    if Hkv == 0 or H % Hkv:
+        raise ValueError(f"the {H} heads of q must be a multiple of the {Hkv} heads of k")
+    tensors = {"q": q, "k": k, "v": v}
+    kind, pos, fraction, base = "none", None, 0.0, 0.0
+    content_bias = position_bias = None
+    if isinstance(position, RoPE):
+        kind, fraction, base = "rope", *_check_rope(position)
+    elif isinstance(position, XL):
+        kind, (pos, content_bias, position_bias) = "xl", position
+        _check_xl(position, H, P)
+        tensors |= {
+            "position.weight": pos,
+            "position.content_bias": content_bias,
+            "position.position_bias": position_bias,
+        }
+    elif position is not None:
+        raise TypeError(f"position must be RoPE, XL or None, got {type(position).__name__}")
+    _check.same(q, tensors, autocast=torch.is_autocast_enabled(q.device.type))
+    _check_masks(B, T, S, causal, window, key_padding_mask, cu_seqlens, max_seqlen, position, q.device)
+    if scale is not None and (isinstance(scale, bool) or not isinstance(scale, (int, float))):
+        raise TypeError(f"scale must be a float or None, got {type(scale).__name__}")
+
+    dtype = _compute_dtype(q)
+    q, k, v, pos, content_bias, position_bias = _cast(dtype, q, k, v, pos, content_bias, position_bias)
+    config = _AttentionConfig(
+        kind, fraction, base, causal, window or 0, P**-0.5 if scale is None else float(scale), input_precision(dtype)
+    )
+    o, lse = _Attention.apply(q, k, v, pos, content_bias, position_bias, key_padding_mask, cu_seqlens, *config)
+    return (o, lse) if return_lse else o
+
+
+def _check_rope(position: RoPE) -> tuple[float, float]:
+    fraction, base = position
+    if isinstance(fraction, bool) or not isinstance(fraction, (int, float)):
+        raise TypeError(f"position.fraction must be a float, got {type(fraction).__name__}")
+    if not 0.0 <= fraction <= 1.0:
+        raise ValueError(f"position.fraction must be between 0 and 1, got {fraction}")
+    if isinstance(base, bool) or not isinstance(base, (int, float)):
+        raise TypeError(f"position.base must be a float, got {type(base).__name__}")
+    if not base > 0.0:
+        raise ValueError(f"position.base must be positive, got {base}")
+    return float(fraction), float(base)
+
+
+def _check_xl(position: XL, H: int, P: int) -> None:
+    if position.weight is None:
+        raise ValueError("position.weight must be the [H*P, D] position projection, got None")
+    _check.tensor("position.weight", position.weight, H * P, None)
+    _check.integer("the width D of position.weight", position.weight.shape[1], 1)
+    for name, bias in (("content_bias", position.content_bias), ("position_bias", position.position_bias)):
+        if bias is not None:
+            _check.tensor(f"position.{name}", bias, H, P)
+
+
+def _check_masks(B, T, S, causal, window, key_padding_mask, cu_seqlens, max_seqlen, position, device) -> None:
+    _check.instance("causal", causal, bool)
+    if S < T and (causal or position is not None):
+        raise ValueError(f"the {S} keys must be at least the {T} queries when causal=True or a position is given")
+    if window is not None:
+        _check.integer("window", window, 1)
+    if max_seqlen is not None:
+        _check.integer("max_seqlen", max_seqlen, 1)
+    _check.mask("key_padding_mask", key_padding_mask, (B, S), device)
+    if cu_seqlens is not None:
+        _check.tensor("cu_seqlens", cu_seqlens, None)
+        if cu_seqlens.dtype != torch.int32:
+            raise TypeError(f"cu_seqlens must have dtype torch.int32, got {cu_seqlens.dtype}")
+        if cu_seqlens.device != device:
+            raise ValueError(f"cu_seqlens is on {cu_seqlens.device}, expected {device} like the other arguments")
+        if cu_seqlens.shape[0] < 2:
+            raise ValueError(f"cu_seqlens must have n + 1 >= 2 entries, got {cu_seqlens.shape[0]}")
+        if B != 1 or S != T:
+            raise ValueError(f"cu_seqlens needs one packed row (B = 1, S = T), got B = {B}, T = {T}, S = {S}")
+
+
+# ---- sigma-MoE
+
+
+class _MoEConfig(NamedTuple):
+    top_k: int
+    activation: str
+    mode: str
+    dropout: float
+    expert_dropout: float
+    precision: str
+
+
+def _moe_forward(x, gate_input, keys, values, expert_sel, bias, o_bias, seed, c: _MoEConfig):
+    """x [N, D], gate_input [N, D] or None -> y [N, D_out], logits [N, E], and the tensors `_moe_backward` takes."""
+    gate_x = x if gate_input is None else gate_input
+    weights, experts, logits = gating_forward(
+        gate_x, expert_sel, seed, 1, c.top_k, c.mode, c.expert_dropout, STREAM_GATE, c.precision
+    )
+    order, offsets = routing_plan(experts, expert_sel.shape[0])
+    y, z = mlp_forward(
+        x, keys, values, bias, o_bias, seed, weights, experts, order, offsets,
+        c.activation, c.dropout, STREAM_ACTIVATION, c.precision,
+    )  # fmt: skip
+    saved = (
+        x, gate_input, keys, values, expert_sel, bias, o_bias, seed, weights, experts, logits, order, offsets, z
+    )  # fmt: skip
+    return y, logits.view(-1, logits.shape[-1]), saved
+
+
+def _moe_backward(dy, dlogits, saved, c: _MoEConfig):
+    """-> gradients of x, gate_input, keys, values, expert_sel, bias, o_bias (None where the input was None)."""
+    x, gate_input, keys, values, expert_sel, bias, o_bias, seed, weights, experts, logits, order, offsets, z = saved
+    dx, dkeys, dvalues, dbias, dweights = mlp_backward(
+        dy, x, keys, values, bias, o_bias, seed, weights, experts, order, offsets, z,
+        c.activation, c.dropout, STREAM_ACTIVATION, c.precision,
+    )  # fmt: skip
+    dlogits = None if dlogits is None else dlogits.reshape(logits.shape)
+    gate_x = x if gate_input is None else gate_input
+    dgate, dsel = gating_backward(dweights, dlogits, gate_x, expert_sel, weights, experts, logits, c.mode)
+    if gate_input is None:
+        dx, dgate = dx + dgate, None
+    do_bias = None if o_bias is None else _sum_leading(dy, 1)
+    return dx, dgate, dkeys, dvalues, dsel, None if bias is None else dbias, do_bias
+
+
+class _SigmaMoE(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, gate_input, keys, values, expert_sel, bias, o_bias, seed, *config):
+        ctx.config = config
+        y, logits, saved = _moe_forward(
+            x, gate_input, keys, values, expert_sel, bias, o_bias, seed, _MoEConfig(*config)
+        )
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*saved)
+        ctx.y_shape = y.shape
+        return y, logits
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, dlogits):
+        saved = ctx.saved_tensors
+        dy = saved[0].new_zeros(ctx.y_shape) if dy is None else dy
+        return *_moe_backward(dy, dlogits, saved, _MoEConfig(*ctx.config)), None, *[None] * len(ctx.config)
+
+
+def sigma_moe(
+    x: Tensor,
+    weights: SigmaMoEWeights,
+    *,
+    top_k: int,
+    gate_input: Tensor | None = None,
+    activation: str = "relu",
+    mode: str = "sigmoid",
+    dropout: float = 0.0,
+    expert_dropout: float = 0.0,
+    training: bool = False,
+    seed: int | Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """y = sum_j gate_j * (phi(x W_up[e_j] + b_up[e_j]) W_down[e_j]) + b_down (sigma-MoE, arXiv 2310.10837, equation 11).
+
+    x: [..., D]; weights: SigmaMoEWeights; gate_input: [..., D], computes the gate instead of x (MoEUT). activation: "relu", "gelu"
+    (exact), "silu", "swiglu", "geglu". dropout acts on the activated experts, expert_dropout on the selection, both in training only.
+    Returns y [..., D_out] in the compute dtype and the gate's logits [..., E], float32, for `entropy_regularizer`.
+    """
+    config = _check_moe(x, weights, top_k, gate_input, activation, mode, dropout, expert_dropout, training, seed)
+    D = x.shape[-1]
+    dtype = _compute_dtype(x)
+    tensors = _cast(dtype, x.reshape(-1, D), None if gate_input is None else gate_input.reshape(-1, D), *weights)
+    seed = _seed(seed, x.device, config.dropout > 0 or config.expert_dropout > 0)
+    y, logits = _SigmaMoE.apply(*tensors, seed, *config)
+    return y.view(*x.shape[:-1], -1), logits.view(*x.shape[:-1], -1)
+
+
+def _check_moe(
+    x, weights, top_k, gate_input, activation, mode, dropout, expert_dropout, training, seed, what=""
+) -> _MoEConfig:
+    _check.tensor("x", x, ndim=1)
+    _check.instance("weights", weights, SigmaMoEWeights)
+    _check.choice("activation", activation, ACTIVATIONS)
+    _check.choice("mode" if not what else "moe_mode", mode, MODES)
+    D = x.shape[-1]
+    keys = _check.tensor("weights.keys", weights.keys, None, D, None)
+    E, width = keys.shape[0], keys.shape[2]
+    gated = activation in ("swiglu", "geglu")
+    if width == 0 or (gated and width % 2):
+        expected = "[E, D, 2G]" if gated else "[E, D, G]"
+        raise ValueError(f"weights.keys must have shape {expected} for activation {activation!r}, got {list(keys.shape)}")
+    _check.tensor("weights.values", weights.values, E, width // 2 if gated else width, None)
+    _check.tensor("weights.expert_sel", weights.expert_sel, E, D)
+    _check_gate("weights.expert_sel", weights.expert_sel, 1, top_k, f"{what}top_k")
+    if weights.bias is not None:
+        _check.tensor("weights.bias", weights.bias, E, width)
+    if weights.o_bias is not None:
+        _check.tensor("weights.o_bias", weights.o_bias, weights.values.shape[2])
+    if gate_input is not None:
+        _check.tensor("gate_input", gate_input, *x.shape)
+    tensors = {"x": x, "gate_input": gate_input, **{f"weights.{k}": v for k, v in weights._asdict().items()}}
+    _check.same(x, tensors, autocast=torch.is_autocast_enabled(x.device.type))
+    p, delta = (
+        _check.probability(f"{what}dropout", dropout),
+        _check.probability(f"{what}expert_dropout", expert_dropout),
+    )
+    _check.instance("training", training, bool)
+    _check.seed(seed, x.device)
+    on = float(training)
+    return _MoEConfig(top_k, activation, mode, on * p, on * delta, input_precision(_compute_dtype(x)))
+
+
+def entropy_regularizer(logits: Tensor) -> Tensor:
+    """sum_e p_e log p_e with p the mean over tokens of softmax(logits): <= 0, to be added to the loss (sigma-MoE, equation 21).
+
+    logits: [..., E], the raw logits of a gate. Returns a float32 scalar; worked in log space.
+    """
+    _check.tensor("logits", logits, ndim=1)
+    if not logits.is_floating_point():
+        raise TypeError(f"logits must be a floating tensor, got {logits.dtype}")
+    log_p = torch.log_softmax(logits.reshape(-1, logits.shape[-1]).float(), dim=-1)
+    log_mean = torch.logsumexp(log_p, dim=0) - torch.log(torch.full((), float(log_p.shape[0]), device=logits.device))
+    return torch.sum(log_mean.exp() * log_mean)
+
+
+# ---- SwitchHead
+
+
+class _HeadConfig(NamedTuple):
+    n_heads: int
+    top_k: int
+    kind: str
+    fraction: float
+    base: float
+    causal: bool
+    window: int
+    dropout: float
+    expert_dropout: float
+    precision: str
+
+
+def _attention_config(c: _HeadConfig, P: int) -> _AttentionConfig:
+    return _AttentionConfig(c.kind, c.fraction, c.base, c.causal, c.window, P**-0.5, c.precision)
+
+
+def _expert_out(o: Tensor, H: int) -> Tensor:
+    """The output weight as experts [H*E, P, D]: for one expert per head, o is [D, H*P]."""
+    return o if o.ndim == 3 else o.view(o.shape[0], H, -1).permute(1, 2, 0)
+
+
+def _head_forward(x, k_src, v_src, q, k, v, o, sel_v, sel_o, pos, mask, cu_seqlens, seed, c: _HeadConfig):
+    """x [B, T, D], k_src and v_src [B, S, D] or None -> y [B, T, D], logits_v, logits_o, and what `_head_backward` takes.
+
+    The tensors kept are: the 13 inputs, the output side's (weights, experts, logits, order, offsets), the value side's same five and
+    u (None where it has none of its own), then those of the attention.
+    """
+    B, T, D = x.shape
+    H, P = c.n_heads, q.shape[0] // c.n_heads
+    ks = x if k_src is None else k_src
+    vs = ks if v_src is None else v_src
+    S = ks.shape[1]
+    x2, k2, v2 = x.reshape(-1, D), ks.reshape(-1, D), vs.reshape(-1, D)
+
+    def route(tokens, sel, stream):
+        weights, experts, logits = gating_forward(
+            tokens, sel, seed, H, c.top_k, "sigmoid", c.expert_dropout, stream, c.precision
+        )
+        return weights, experts, logits, *routing_plan(experts, sel.shape[0] // H)
+
+    route_o = route(x2, sel_o, STREAM_GATE_O)
+    route_v: tuple[Tensor | None, ...] = (None,) * 5
+    u = None
+    if v.ndim == 2:  # one expert: a dense value projection
+        values = v2 @ v.t()
+    else:
+        if sel_v is not None:
+            route_v = route(k2, sel_v, STREAM_GATE_V)
+        elif k_src is not None:
+            route_v = route(k2, sel_o, STREAM_GATE_O)
+        weights_v, _, _, order_v, offsets_v = route_o if route_v[0] is None else route_v
+        values, u = value_forward(v2, v, weights_v, order_v, offsets_v, c.precision)
+
+    queries = x2 @ q.t()
+    if c.dropout > 0:
+        queries = dropout_rows(queries, seed, c.dropout, STREAM_QUERY)
+    a, _, attention_saved = _attention_forward(
+        queries.view(B, T, H, P), (k2 @ k.t()).view(B, S, H, P), values.view(B, S, H, P),
+        pos, None, None, mask, cu_seqlens, _attention_config(c, P),
+    )  # fmt: skip
+    weights_o, _, logits_o, order_o, offsets_o = route_o
+    y = output_forward(a.view(-1, H, P), _expert_out(o, H), weights_o, order_o, offsets_o, c.precision).view(B, T, -1)
+    logits_v = None if v.ndim == 2 else logits_o if route_v[2] is None else route_v[2]
+    inputs = (x, k_src, v_src, q, k, v, o, sel_v, sel_o, pos, mask, cu_seqlens, seed)
+    return y, logits_v, logits_o, (*inputs, *route_o, *route_v, u, *attention_saved)
+
+
+def _head_backward(dy, dlogits_v, dlogits_o, saved, c: _HeadConfig):
+    """-> gradients of x, k_src, v_src, q, k, v, o, sel_v, sel_o, pos (None where the input was None)."""
+    x, k_src, v_src, q, k, v, o, sel_v, sel_o, pos, _, _, seed = saved[:13]
+    weights_o, experts_o, logits_o, order_o, offsets_o = saved[13:18]
+    weights_v, experts_v, logits_v, order_v, offsets_v, u = saved[18:24]
+    attention_saved = saved[24:]
+    a = attention_saved[11]
+    B, T, D = x.shape
+    H, P = c.n_heads, q.shape[0] // c.n_heads
+    ks = x if k_src is None else k_src
+    vs = ks if v_src is None else v_src
+    x2, k2, v2 = x.reshape(-1, D), ks.reshape(-1, D), vs.reshape(-1, D)
+
+    da, do, dweights_o = output_backward(
+        dy.reshape(B * T, -1), a.view(-1, H, P), _expert_out(o, H), weights_o, order_o, offsets_o, c.precision
+    )
+    if o.ndim == 2:
+        do = do.permute(2, 0, 1).reshape(o.shape)
+    dqueries, dkeys, dvalues, dpos, _, _ = _attention_backward(
+        da.view(B, T, H, P), None, attention_saved, _attention_config(c, P)
+    )
+    dqueries, dkeys, dvalues = dqueries.reshape(B * T, -1), dkeys.reshape(-1, H * P), dvalues.reshape(-1, H, P)
+    if c.dropout > 0:
+        dqueries = dropout_rows(dqueries, seed, c.dropout, STREAM_QUERY)
+    dx, dq = dqueries @ q, dqueries.t() @ x2
+    dk2, dk = dkeys @ k, dkeys.t() @ k2
+
+    dsel_v = None
+    dsel_shared = None
+    if v.ndim == 2:
+        dvalues = dvalues.view(-1, H * P)
+        dv2, dv = dvalues @ v, dvalues.t() @ v2
+    elif weights_v is None:  # both sides share the output side's routing
+        dv2, dv, dweights = value_backward(dvalues, v2, v, weights_o, order_o, offsets_o, u, c.precision)
+        dweights_o = dweights_o + dweights
+        dlogits_o = _add(dlogits_o, dlogits_v)
+    else:
+        dv2, dv, dweights_v = value_backward(dvalues, v2, v, weights_v, order_v, offsets_v, u, c.precision)
+        sel = sel_o if sel_v is None else sel_v
+        dgate, dsel_v = gating_backward(dweights_v, dlogits_v, k2, sel, weights_v, experts_v, logits_v, "sigmoid")
+        dk2 = dk2 + dgate
+        if sel_v is None:
+            dsel_v, dsel_shared = None, dsel_v
+    dgate, dsel_o = gating_backward(dweights_o, dlogits_o, x2, sel_o, weights_o, experts_o, logits_o, "sigmoid")
+    dx = dx + dgate
+    dsel_o = _add(dsel_o, dsel_shared)
+
+    # an input that was left out is another one: its gradient goes there
+    if v_src is None:
+        dk2, dv2 = dk2 + dv2, None
+    if k_src is None:
+        dx, dk2 = dx + dk2, None
+    return dx, dk2, dv2, dq, dk, dv, do, dsel_v, dsel_o, dpos
+
+
+class _SwitchHead(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *args):
+        inputs, config = args[:13], args[13:]
+        ctx.config = config
+        y, logits_v, logits_o, saved = _head_forward(*inputs, _HeadConfig(*config))
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*saved)
+        if logits_v is logits_o:
+            logits_v = logits_v.clone()
+        return y, logits_v, logits_o
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, dlogits_v, dlogits_o):
+        saved = ctx.saved_tensors
+        if dy is None:
+            dy = torch.zeros_like(saved[0])
+        grads = _head_backward(dy, dlogits_v, dlogits_o, saved, _HeadConfig(*ctx.config))
+        inputs = saved[:10]
+        return *_like(grads, inputs), None, None, None, *[None] * len(ctx.config)
+
+
+def _check_head(
+    x, weights, *, top_k, position=RoPE(), k_src=None, v_src=None, causal=True, window=None, key_padding_mask=None,
+    cu_seqlens=None, max_seqlen=None, dropout=0.0, expert_dropout=0.0, training=False, seed=None, what="",
+) -> tuple[_HeadConfig, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """-> config, the sources that differ from x (and from each other), and the position weight."""
+    _check.tensor("x", x, None, None, None)
+    B, T, D = x.shape
+    _check.instance("weights", weights, SwitchHeadWeights)
+    w = weights
+    names = {f"weights.{name}": value for name, value in w._asdict().items()}
+    for name, t in names.items():
+        if t is not None:
+            _check.tensor(name, t)
+    _check.tensor("weights.q", w.q, None, D)
+    if w.sel_o is None:
+        raise ValueError("weights.sel_o must be a tensor [H*E, D] ([H, D] with one expert per head), got None")
+    if w.v.ndim == 3:
+        P = w.v.shape[2]
+        if P == 0 or w.q.shape[0] == 0 or w.q.shape[0] % P:
+            raise ValueError(
+                f"weights.q must have shape [H*P, D] with P = {P} from weights.v, got {list(w.q.shape)}"
+            )
+        H = w.q.shape[0] // P
+        if w.v.shape[0] == 0 or w.v.shape[0] % H:
+            raise ValueError(f"weights.v must have H*E experts with H = {H} from weights.q, got {w.v.shape[0]}")
+        rows = w.v.shape[0]
+        _check.tensor("weights.v", w.v, rows, D, P)
+        _check.tensor("weights.o", w.o, rows, P, None)
+        _check.tensor("weights.sel_o", w.sel_o, rows, D)
+        if w.sel_v is not None:
+            _check.tensor("weights.sel_v", w.sel_v, rows, D)
+    else:
+        _check.tensor("weights.sel_o", w.sel_o, None, D)
+        H = w.sel_o.shape[0]
+        if H == 0 or w.q.shape[0] == 0 or w.q.shape[0] % H:
+            raise ValueError(
+                f"weights.q must have shape [H*P, D] with H = {H} from weights.sel_o, got {list(w.q.shape)}"
+            )
+        P = w.q.shape[0] // H
+        _check.tensor("weights.v", w.v, H * P, D)
+        _check.tensor("weights.o", w.o, None, H * P)
+        if w.sel_v is not None:
+            raise ValueError("weights.sel_v must be None with one expert per head (a dense value projection)")
+    _check.tensor("weights.k", w.k, H * P, D)
+    _check.integer("the head width P", P, 1, MAX_HEAD_WIDTH)
+    _check_gate("weights.sel_o", w.sel_o, H, top_k)
+
+    kind, fraction, base, pos = "none", 0.0, 0.0, None
+    if isinstance(position, RoPE):
+        kind, fraction, base = "rope", *_check_rope(position)
+    elif isinstance(position, XL):
+        if position.weight is not None and w.pos_to_pk is not None:
+            raise ValueError("position.weight and weights.pos_to_pk are both given: expected exactly one")
+        if position.content_bias is not None or position.position_bias is not None:
+            raise ValueError("position.content_bias and position.position_bias must be None: SwitchHead has neither")
+        kind, pos = "xl", w.pos_to_pk if position.weight is None else position.weight
+        _check_xl(XL(pos), H, P)
+        _check.tensor("the position weight", pos, H * P, D)
+    elif position is not None:
+        raise TypeError(f"position must be RoPE, XL or None, got {type(position).__name__}")
+    if kind != "xl" and w.pos_to_pk is not None:
+        raise ValueError("weights.pos_to_pk is given but position is not XL()")
+
+    k_src = None if k_src is x else k_src
+    v_src = None if v_src is (x if k_src is None else k_src) else v_src
+    if k_src is not None:
+        _check.tensor("k_src", k_src, B, None, D)
+    S = T if k_src is None else k_src.shape[1]
+    if v_src is not None:
+        _check.tensor("v_src", v_src, B, S, D)
+    _check.same(
+        x,
+        {"x": x, "k_src": k_src, "v_src": v_src, **names, "position.weight": pos},
+        autocast=torch.is_autocast_enabled(x.device.type),
+    )
+    _check_masks(B, T, S, causal, window, key_padding_mask, cu_seqlens, max_seqlen, position, x.device)
+    p = _check.probability(f"{what}dropout", dropout)
+    delta = _check.probability("expert_dropout", expert_dropout)
+    _check.instance("training", training, bool)
+    _check.seed(seed, x.device)
+    on = float(training)
+    config = _HeadConfig(
+        H, top_k, kind, fraction, base, causal, window or 0, on * p, on * delta, input_precision(_compute_dtype(x))
+    )
+    return config, k_src, v_src, pos
+
+
+def switchhead(
+    x: Tensor,
+    weights: SwitchHeadWeights,
+    *,
+    top_k: int,
+    position: RoPE | XL | None = RoPE(),  # noqa: B008 (an immutable NamedTuple)
+    k_src: Tensor | None = None,
+    v_src: Tensor | None = None,
+    causal: bool = True,
+    window: int | None = None,
+    key_padding_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    dropout: float = 0.0,
+    expert_dropout: float = 0.0,
+    training: bool = False,
+    seed: int | Tensor | None = None,
+    return_logits: bool = False,
+):
+    """SwitchHead attention (arXiv 2312.07987, equations 7 to 10): few heads whose values and outputs are mixtures of experts.
+
+    x: [B, T, D], the queries' source; k_src: [B, S, D], the keys' and the value gate's (default x); v_src: [B, S, D], what the value
+    experts see (default k_src). S > T means memory or a prefix in front of x. H, E and P follow from the weights' shapes. position:
+    RoPE(), XL() (which takes weights.pos_to_pk) or None. dropout acts on q. Masks as in `attention`.
+    Returns y [B, T, D], no residual and no norm; with return_logits also (logits_v [B*S, H, E] or None with one expert,
+    logits_o [B*T, H, E]), float32 and differentiable. Raises ValueError or TypeError for anything that does not fit.
+    """
+    config, k_src, v_src, pos = _check_head(
+        x, weights, top_k=top_k, position=position, k_src=k_src, v_src=v_src, causal=causal, window=window,
+        key_padding_mask=key_padding_mask, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, dropout=dropout,
+        expert_dropout=expert_dropout, training=training, seed=seed,
+    )  # fmt: skip
+    seed = _seed(seed, x.device, config.dropout > 0 or config.expert_dropout > 0)
+    tensors = _cast(_compute_dtype(x), x, k_src, v_src, *weights[:6], pos)
+    y, logits_v, logits_o = _SwitchHead.apply(*tensors, key_padding_mask, cu_seqlens, seed, *config)
+    return (y, (logits_v, logits_o)) if return_logits else y
+
+
+def switchhead_forward(x: Tensor, weights: SwitchHeadWeights, *, return_logits: bool = False, **options):
+    """`switchhead` without autograd, with the same keywords -> (outputs, saved), outputs as `switchhead` returns them."""
+    config, k_src, v_src, pos = _check_head(x, weights, **options)
+    needed = config.dropout > 0 or config.expert_dropout > 0
+    seed = _seed(options.get("seed"), x.device, needed)
+    mask, cu_seqlens = options.get("key_padding_mask"), options.get("cu_seqlens")
+    inputs = (x, k_src, v_src, *weights[:6], pos)
+    with torch.no_grad():
+        tensors = _cast(_compute_dtype(x), *inputs)
+        y, logits_v, logits_o, saved = _head_forward(*tensors, mask, cu_seqlens, seed, config)
+    outputs = (y, (logits_v, logits_o)) if return_logits else y
+    return outputs, Saved(saved, (config, _dtypes(inputs)))
+
+
+def switchhead_backward(
+    grad_y: Tensor, saved: Saved, grad_logits: tuple[Tensor | None, Tensor | None] | None = None
+) -> SwitchHeadGradients:
+    """The gradients of `switchhead_forward`. grad_y: [B, T, D]; grad_logits: those of (logits_v, logits_o), either may be None."""
+    _check.instance("saved", saved, Saved)
+    config, dtypes = saved.config
+    dlogits_v, dlogits_o = grad_logits if grad_logits is not None else (None, None)
+    with torch.no_grad():
+        dy = _check.tensor("grad_y", grad_y, *saved.tensors[0].shape[:2], None).to(saved.tensors[0].dtype)
+        grads = _like(_head_backward(dy, dlogits_v, dlogits_o, saved.tensors, config), saved.tensors[:10])
+        grads = _to(grads, dtypes)
+    return SwitchHeadGradients(*grads[:3], SwitchHeadWeights(*grads[3:]))
+
+
+# ---- SwitchAll
+
+
+class _BlockConfig(NamedTuple):
+    eps: float
+    dropout: float
+    head: _HeadConfig
+    moe: _MoEConfig
+
+
+HEAD_INPUTS, HEAD_SAVED, MOE_SAVED = 10, 37, 14  # lengths of the tuples above
+
+
+def _norm_forward(x, weight, bias, eps):
+    """LayerNorm in float32 or x's own dtype -> output, mean, rstd."""
+    return torch.ops.aten.native_layer_norm(x, [x.shape[-1]], weight.to(x.dtype), bias.to(x.dtype), eps)
+
+
+def _norm_backward(dh, x, mean, rstd, weight, bias):
+    w, b = weight.to(x.dtype), bias.to(x.dtype)
+    return torch.ops.aten.native_layer_norm_backward(
+        dh.to(x.dtype), x, [x.shape[-1]], mean, rstd, w, b, [True, True, True]
+    )
+
+
+def _block_forward(x, w1, b1, head, w2, b2, moe, mask, cu_seqlens, seed, dtype, c: _BlockConfig):
+    """head: (q, k, v, o, sel_v, sel_o, pos) and moe: (keys, values, expert_sel, bias, o_bias), in the compute dtype.
+
+    -> y, logits, and the tensors `_block_backward` takes: x, norm weights and statistics, x1, mask seed, then both halves'.
+    """
+    B, T, D = x.shape
+
+    def residual(branch, stream):
+        if c.dropout > 0:
+            branch = dropout_rows(branch.reshape(B * T, D), seed, c.dropout, stream).view(B, T, D)
+        return branch
+
+    h, mean1, rstd1 = _norm_forward(x, w1, b1, c.eps)
+    attended, _, _, head_saved = _head_forward(h.to(dtype), None, None, *head, mask, cu_seqlens, seed, c.head)
+    x1 = x + residual(attended, STREAM_RESIDUAL_ATTENTION)
+    h, mean2, rstd2 = _norm_forward(x1, w2, b2, c.eps)
+    y, logits, moe_saved = _moe_forward(h.to(dtype).view(B * T, D), None, *moe, seed, c.moe)
+    y = x1 + residual(y.view(B, T, D), STREAM_RESIDUAL_MOE)
+    own = (x, w1, b1, mean1, rstd1, x1, w2, b2, mean2, rstd2, seed)
+    return y, logits.view(B, T, -1), (*own, *head_saved, *moe_saved)
+
+
+def _block_backward(dy, dlogits, saved, c: _BlockConfig):
+    """-> gradients of x, w1, b1, the seven of head, w2, b2, the five of moe."""
+    x, w1, b1, mean1, rstd1, x1, w2, b2, mean2, rstd2, seed = saved[:11]
+    head_saved, moe_saved = saved[11 : 11 + HEAD_SAVED], saved[11 + HEAD_SAVED :]
+    B, T, D = x.shape
+    dtype = head_saved[0].dtype
+
+    def residual(d, stream):
+        d = d.to(dtype).reshape(B * T, D)
+        return dropout_rows(d, seed, c.dropout, stream) if c.dropout > 0 else d
+
+    dh, _, *dmoe = _moe_backward(residual(dy, STREAM_RESIDUAL_MOE), dlogits, moe_saved, c.moe)
+    dx1, dw2, db2 = _norm_backward(dh.view(B, T, D), x1, mean2, rstd2, w2, b2)
+    dx1 = dx1 + dy
+    dattended = residual(dx1, STREAM_RESIDUAL_ATTENTION).view(B, T, D)
+    dh, _, _, *dhead = _head_backward(dattended, None, None, head_saved, c.head)
+    dx, dw1, db1 = _norm_backward(dh.view(B, T, D), x, mean1, rstd1, w1, b1)
+    return dx + dx1, dw1, db1, *dhead, dw2, db2, *dmoe
+
+
+class _SwitchAll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *args):
+        # x, w1, b1, 7 of the head, w2, b2, 5 of the MLP, mask, cu_seqlens, seed, then dtype, eps, dropout and both configs
+        x, w1, b1, head, w2, b2, moe = args[0], args[1], args[2], args[3:10], args[10], args[11], args[12:17]
+        mask, cu_seqlens, seed, dtype, eps, dropout = args[17:23]
+        n = len(_HeadConfig._fields)
+        ctx.config = (eps, dropout, args[23 : 23 + n], args[23 + n :])
+        config = _BlockConfig(eps, dropout, _HeadConfig(*ctx.config[2]), _MoEConfig(*ctx.config[3]))
+        y, logits, saved = _block_forward(x, w1, b1, head, w2, b2, moe, mask, cu_seqlens, seed, dtype, config)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*saved)
+        return y, logits
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, dlogits):
+        saved = ctx.saved_tensors
+        if dy is None:
+            dy = torch.zeros_like(saved[0])
+        eps, dropout, head, moe = ctx.config
+        config = _BlockConfig(eps, dropout, _HeadConfig(*head), _MoEConfig(*moe))
+        grads = _block_backward(dy, dlogits, saved, config)
+        return *_like(grads, _block_inputs(saved)), *[None] * (6 + len(head) + len(moe))
+
+
+def _block_inputs(saved):
+    """The 17 differentiable inputs among what `_block_forward` saved, in the order of its gradients."""
+    x, w1, b1, _, _, _, w2, b2 = saved[:8]
+    head = saved[11 + 3 : 11 + HEAD_INPUTS]
+    moe = saved[11 + HEAD_SAVED + 2 : 11 + HEAD_SAVED + 7]
+    return x, w1, b1, *head, w2, b2, *moe
+
+
+def _check_block(
+    x, weights, *, top_k, moe_top_k, eps=1e-5, dropout=0.0, attention_dropout=0.0, expert_dropout=0.0,
+    activation="relu", mode="sigmoid", moe_dropout=0.0, moe_expert_dropout=0.0, training=False, seed=None, **attention,
+) -> tuple[_BlockConfig, Tensor | None]:  # fmt: skip
+    _check.instance("weights", weights, SwitchAllWeights)
+    _check.tensor("x", x, None, None, None)
+    D = x.shape[-1]
+    for name, norm in (("norm1", weights.norm1), ("norm2", weights.norm2)):
+        if not isinstance(norm, (tuple, list)) or len(norm) != 2:
+            raise TypeError(f"weights.{name} must be a pair (weight, bias), got {type(norm).__name__}")
+        for part, t in zip(("weight", "bias"), norm, strict=True):
+            _check.tensor(f"weights.{name} {part}", t, D)
+    if isinstance(eps, bool) or not isinstance(eps, (int, float)):
+        raise TypeError(f"eps must be a float, got {type(eps).__name__}")
+    if not eps > 0:
+        raise ValueError(f"eps must be positive, got {eps}")
+    head, _, _, pos = _check_head(
+        x, weights.attention, top_k=top_k, dropout=attention_dropout, expert_dropout=expert_dropout,
+        training=training, seed=seed, what="attention_", **attention,
+    )  # fmt: skip
+    moe = _check_moe(
+        x, weights.moe, moe_top_k, None, activation, mode, moe_dropout, moe_expert_dropout, training, seed, "moe_"
+    )
+    for name, t, axis in (("weights.attention.o", weights.attention.o, 2), ("weights.moe.values", weights.moe.values, 2)):
+        width = t.shape[0] if t.ndim == 2 else t.shape[axis]
+        if width != D:
+            raise ValueError(f"{name} must produce width {D} like x, for the residual, got {width}")
+    norms = {"weights.norm1": weights.norm1[0], "norm1 bias": weights.norm1[1], "weights.norm2": weights.norm2[0]}
+    norms["norm2 bias"] = weights.norm2[1]
+    _check.same(x, {"x": x, **norms}, autocast=torch.is_autocast_enabled(x.device.type))
+    p = _check.probability("dropout", dropout)
+    return _BlockConfig(float(eps), float(training) * p, head, moe), pos
+
+
+def _block_arguments(x, weights, pos, config, seed):
+    """-> the 17 differentiable inputs (the experts' in the compute dtype), the seed and the compute dtype."""
+    needed = max(config.dropout, *config.head[7:9], *config.moe[3:5]) > 0
+    dtype = _compute_dtype(x)
+    tensors = (
+        x, *weights.norm1, *_cast(dtype, *weights.attention[:6], pos), *weights.norm2, *_cast(dtype, *weights.moe)
+    )  # fmt: skip
+    return tensors, _seed(seed, x.device, needed), dtype
+
+
+def switchall(
+    x: Tensor,
+    weights: SwitchAllWeights,
+    *,
+    top_k: int,
+    moe_top_k: int,
+    eps: float = 1e-5,
+    dropout: float = 0.0,
+    position: RoPE | XL | None = RoPE(),  # noqa: B008 (an immutable NamedTuple)
+    causal: bool = True,
+    window: int | None = None,
+    key_padding_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    attention_dropout: float = 0.0,
+    expert_dropout: float = 0.0,
+    activation: str = "relu",
+    mode: str = "sigmoid",
+    moe_dropout: float = 0.0,
+    moe_expert_dropout: float = 0.0,
+    training: bool = False,
+    seed: int | Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One pre-norm SwitchAll block: x += drop(SwitchHead(LN1 x)); x += drop(sigma_moe(LN2 x)) (arXiv 2312.07987, section 4).
+
+    x: [B, T, D]. dropout acts on both residual branches, attention_dropout on q, moe_dropout on the activated experts, the expert
+    dropouts on the two selections; all in training only. The other keywords are those of `switchhead` and `sigma_moe`.
+    Returns y [B, T, D] in x's dtype and the MLP gate's logits [B, T, E], float32.
+    """
+    config, pos = _check_block(
+        x, weights, top_k=top_k, moe_top_k=moe_top_k, eps=eps, dropout=dropout, position=position, causal=causal,
+        window=window, key_padding_mask=key_padding_mask, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen,
+        attention_dropout=attention_dropout, expert_dropout=expert_dropout, activation=activation, mode=mode,
+        moe_dropout=moe_dropout, moe_expert_dropout=moe_expert_dropout, training=training, seed=seed,
+    )  # fmt: skip
+    tensors, seed, dtype = _block_arguments(x, weights, pos, config, seed)
+    return _SwitchAll.apply(
+        *tensors, key_padding_mask, cu_seqlens, seed, dtype, config.eps, config.dropout, *config.head, *config.moe
+    )
+
+
+def switchall_forward(x: Tensor, weights: SwitchAllWeights, **options) -> tuple[tuple[Tensor, Tensor], Saved]:
+    """`switchall` without autograd, with the same keywords -> ((y, logits), saved)."""
+    config, pos = _check_block(x, weights, **options)
+    mask, cu_seqlens = options.get("key_padding_mask"), options.get("cu_seqlens")
+    with torch.no_grad():
+        t, seed, dtype = _block_arguments(x, weights, pos, config, options.get("seed"))
+        head, moe = t[3:10], t[12:]
+        y, logits, saved = _block_forward(*t[:3], head, *t[10:12], moe, mask, cu_seqlens, seed, dtype, config)
+    inputs = (x, *weights.norm1, *weights.attention[:6], pos, *weights.norm2, *weights.moe)
+    return (y, logits), Saved(saved, (config, _dtypes(inputs)))
+
+
+def switchall_backward(grad_y: Tensor, saved: Saved, grad_logits: Tensor | None = None) -> SwitchAllGradients:
+    """The gradients of `switchall_forward`. grad_y: [B, T, D]; grad_logits: [B, T, E] or None."""
+    _check.instance("saved", saved, Saved)
+    config, dtypes = saved.config
+    with torch.no_grad():
+        _check.tensor("grad_y", grad_y, *saved.tensors[0].shape)
+        grads = _like(_block_backward(grad_y, grad_logits, saved.tensors, config), _block_inputs(saved.tensors))
+        g = _to(grads, dtypes)
+    weights = SwitchAllWeights(g[1:3], SwitchHeadWeights(*g[3:10]), g[10:12], SigmaMoEWeights(*g[12:]))
+    return SwitchAllGradients(g[0], weights)

@@ -1,0 +1,119 @@
+"""What every launcher shares: the one place that starts a kernel, the opaque-operator decorator, and the random bits.
+
+NOTE [Interpreter]
+    With TRITON_INTERPRET=1 kernels run on CPU tensors through NumPy, which has no bfloat16: the interpreter computes on the raw
+    bits. So `launch` hands the kernel float32 copies of bfloat16 tensors and writes the results back, rounding to nearest.
+    Kernels therefore need no flag for it; in exchange, casts to bfloat16 inside a kernel are only seen by a compiler, which is why
+    tests/test_compile.py compiles every kernel in bfloat16.
+
+NOTE [Meta tensors]
+    A launcher called on `meta` tensors runs nothing: `launch` hands the kernel and its arguments to `on_meta`. compiler.py compiles
+    them there, just as the launch would have.
+"""
+
+import functools
+import os
+from collections.abc import Callable
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def uniform(seed, row, col, stream):
+    """Uniform in [0, 1) from Philox4x32-10, key `seed`, counter (row, col, stream, 0): the top 24 bits of the first word.
+
+    A function of its arguments alone, so a mask never depends on tile sizes. `row` and `col` are int32 and broadcast together.
+    """
+    row = (row + col * 0).to(tl.uint32)
+    col = (row * 0 + col).to(tl.uint32)
+    word, _, _, _ = tl.philox(seed, row, col, row * 0 + stream, row * 0)
+    return (word >> 8).to(tl.int32).to(tl.float32) * 5.9604644775390625e-08  # 2**-24
+
+
+INTERPRET = not isinstance(uniform, triton.runtime.JITFunction)
+
+# What `launch` calls for meta tensors, with (kernel, grid, args, meta-parameters); compiler.py sets it.
+on_meta: Callable | None = None
+
+
+def launch(kernel, grid: tuple[int, ...], *args, **meta) -> None:
+    """Start `kernel` on the device of its first tensor; an empty grid starts nothing. See the two notes above."""
+    if 0 in grid:
+        return
+    device = next(a for a in args if isinstance(a, torch.Tensor)).device
+    if device.type == "meta":
+        if on_meta is not None:
+            on_meta(kernel, grid, args, meta)
+    elif INTERPRET:
+        _interpret(kernel, grid, args, meta)
+    elif device.index == torch.cuda.current_device():
+        kernel[grid](*args, **meta)
+    else:
+        with torch.cuda.device(device):
+            kernel[grid](*args, **meta)
+
+
+def _interpret(kernel, grid, args, meta) -> None:
+    run, back = list(args), []
+    for i, a in enumerate(args):
+        if isinstance(a, torch.Tensor) and a.dtype == torch.bfloat16:
+            run[i] = torch.empty_strided(a.size(), a.stride(), dtype=torch.float32, device=a.device)
+            run[i].copy_(a)
+            back.append((a, run[i]))
+    kernel[grid](*run, **meta)
+    for a, copy in back:
+        a.copy_(copy)
+
+
+def opaque(fake: Callable) -> Callable:
+    """Make a launcher one opaque operator under torch.compile, and leave it a plain function call in eager mode.
+
+    Dynamo can trace neither the interpreter nor a config lookup. `fake` returns empty outputs of the right shape and dtype. The
+    launcher takes and returns tensors (or None), ints, floats, bools and strings, annotated; it returns fresh tensors only.
+    """
+
+    def decorate(function: Callable) -> Callable:
+        op = torch.library.custom_op(f"triton_moe::{function.__name__}", function, mutates_args=())
+        op.register_fake(fake)
+
+        @functools.wraps(function)
+        def call(*args):
+            return op(*args) if torch.compiler.is_compiling() else function(*args)
+
+        return call
+
+    return decorate
+
+
+def input_precision(dtype: torch.dtype) -> str:
+    """How `tl.dot` multiplies float32 operands: "ieee", or "tf32" where the user allowed torch the same."""
+    if dtype != torch.float32 or not torch.cuda.is_available() or torch.version.hip:
+        return "ieee"
+    matmul = torch.backends.cuda.matmul
+    if hasattr(matmul, "fp32_precision"):  # torch >= 2.9; get_float32_matmul_precision() raises once this has been set
+        return "tf32" if matmul.fp32_precision == "tf32" else "ieee"
+    return "tf32" if matmul.allow_tf32 else "ieee"
+
+
+def next_power_of_2(n: int, least: int = 16) -> int:
+    """The smallest power of two >= n and >= least (16: the smallest side `tl.dot` takes everywhere)."""
+    return max(least, 1 << (n - 1).bit_length()) if n > 0 else least
+
+
+def rows(x: torch.Tensor) -> torch.Tensor:
+    """x with unit stride along its last axis, as the kernels need it."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def interpreter_hint() -> str:
+    state = "is set, but was not when Triton was first imported" if os.environ.get("TRITON_INTERPRET") == "1" else "is not set"
+    return (
+        "triton_moe runs on CUDA devices, and on the CPU through Triton's interpreter only; TRITON_INTERPRET=1 "
+        f"{state}: set it in the environment before Python starts"
+    )
