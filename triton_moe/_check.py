@@ -13,9 +13,7 @@ def tensor(name: str, value, *shape: int | None, ndim: int | None = None) -> tor
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
     if ndim is not None and value.ndim < ndim:
         raise ValueError(f"{name} must have at least {ndim} axes, got shape {tuple(value.shape)}")
-    if shape and (
-        value.ndim != len(shape) or any(s is not None and s != v for s, v in zip(shape, value.shape, strict=True))
-    ):
+    if shape and (value.ndim != len(shape) or any(s is not None and s != v for s, v in zip(shape, value.shape, strict=True))):
         expected = ", ".join("*" if s is None else str(s) for s in shape)
         raise ValueError(f"{name} must have shape [{expected}], got {list(value.shape)}")
     return value

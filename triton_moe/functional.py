@@ -16,10 +16,10 @@ NOTE [Streams]
     Random masks are a function of (seed, token, column, stream); the stream tells the masks of one layer apart.
 """
 
-import torch
-import torch.nn.functional
 from typing import Any, NamedTuple
 
+import torch
+import torch.nn.functional
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -176,9 +176,7 @@ def _cast(dtype: torch.dtype, *tensors: Tensor | None) -> tuple[Any, ...]:
 
 def _like(gradients, inputs) -> tuple[Any, ...]:
     """Each gradient in the dtype of its input; None where there is no input."""
-    return tuple(
-        None if i is None or g is None else g.to(i).view(i.shape) for g, i in zip(gradients, inputs, strict=True)
-    )
+    return tuple(None if i is None or g is None else g.to(i).view(i.shape) for g, i in zip(gradients, inputs, strict=True))
 
 
 def _dtypes(tensors) -> tuple[torch.dtype | None, ...]:
@@ -343,9 +341,7 @@ def _routed(x: Tensor, N: int, w: Tensor, routing: Routing, tensors: dict) -> tu
     weights = _check.tensor("routing.weights", routing.weights, N, None, None)
     experts = _check.tensor("routing.experts", routing.experts, *weights.shape)
     if weights.dtype != torch.float32 or experts.dtype != torch.int32:
-        raise TypeError(
-            f"routing.weights and routing.experts must be float32 and int32, got {weights.dtype} and {experts.dtype}"
-        )
+        raise TypeError(f"routing.weights and routing.experts must be float32 and int32, got {weights.dtype} and {experts.dtype}")
     for name, t in (("routing.weights", weights), ("routing.experts", experts)):
         if t.device != x.device:
             raise ValueError(f"{name} is on {t.device}, expected {x.device} like the other arguments")
@@ -419,9 +415,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, pos, content_bias, position_bias, mask, cu_seqlens, *config):
         ctx.config = config
-        o, lse, saved = _attention_forward(
-            q, k, v, pos, content_bias, position_bias, mask, cu_seqlens, _AttentionConfig(*config)
-        )
+        o, lse, saved = _attention_forward(q, k, v, pos, content_bias, position_bias, mask, cu_seqlens, _AttentionConfig(*config))
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*saved)
         return o, lse
@@ -589,9 +583,7 @@ class _SigmaMoE(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, gate_input, keys, values, expert_sel, bias, o_bias, seed, *config):
         ctx.config = config
-        y, logits, saved = _moe_forward(
-            x, gate_input, keys, values, expert_sel, bias, o_bias, seed, _MoEConfig(*config)
-        )
+        y, logits, saved = _moe_forward(x, gate_input, keys, values, expert_sel, bias, o_bias, seed, _MoEConfig(*config))
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*saved)
         ctx.y_shape = y.shape
@@ -633,13 +625,11 @@ def sigma_moe(
     return y.view(*x.shape[:-1], -1), logits.view(*x.shape[:-1], -1)
 
 
-def _check_moe(
-    x, weights, top_k, gate_input, activation, mode, dropout, expert_dropout, training, seed, what=""
-) -> _MoEConfig:
+def _check_moe(x, weights, top_k, gate_input, activation, mode, dropout, expert_dropout, training, seed, what="") -> _MoEConfig:
     _check.tensor("x", x, ndim=1)
     _check.instance("weights", weights, SigmaMoEWeights)
     _check.choice("activation", activation, ACTIVATIONS)
-    _check.choice("mode" if not what else "moe_mode", mode, MODES)
+    _check.choice("mode", mode, MODES)
     D = x.shape[-1]
     keys = _check.tensor("weights.keys", weights.keys, None, D, None)
     E, width = keys.shape[0], keys.shape[2]
@@ -720,9 +710,7 @@ def _head_forward(x, k_src, v_src, q, k, v, o, sel_v, sel_o, pos, mask, cu_seqle
     x2, k2, v2 = x.reshape(-1, D), ks.reshape(-1, D), vs.reshape(-1, D)
 
     def route(tokens, sel, stream):
-        weights, experts, logits = gating_forward(
-            tokens, sel, seed, H, c.top_k, "sigmoid", c.expert_dropout, stream, c.precision
-        )
+        weights, experts, logits = gating_forward(tokens, sel, seed, H, c.top_k, "sigmoid", c.expert_dropout, stream, c.precision)
         return weights, experts, logits, *routing_plan(experts, sel.shape[0] // H)
 
     route_o = route(x2, sel_o, STREAM_GATE_O)
@@ -734,7 +722,7 @@ def _head_forward(x, k_src, v_src, q, k, v, o, sel_v, sel_o, pos, mask, cu_seqle
         if sel_v is not None:
             route_v = route(k2, sel_v, STREAM_GATE_V)
         elif k_src is not None:
-            route_v = route(k2, sel_o, STREAM_GATE_O)
+            route_v = route(k2, sel_o, STREAM_GATE_V)
         weights_v, _, _, order_v, offsets_v = route_o if route_v[0] is None else route_v
         values, u = value_forward(v2, v, weights_v, order_v, offsets_v, c.precision)
 
@@ -849,9 +837,7 @@ def _check_head(
     if w.v.ndim == 3:
         P = w.v.shape[2]
         if P == 0 or w.q.shape[0] == 0 or w.q.shape[0] % P:
-            raise ValueError(
-                f"weights.q must have shape [H*P, D] with P = {P} from weights.v, got {list(w.q.shape)}"
-            )
+            raise ValueError(f"weights.q must have shape [H*P, D] with P = {P} from weights.v, got {list(w.q.shape)}")
         H = w.q.shape[0] // P
         if w.v.shape[0] == 0 or w.v.shape[0] % H:
             raise ValueError(f"weights.v must have H*E experts with H = {H} from weights.q, got {w.v.shape[0]}")
@@ -865,9 +851,7 @@ def _check_head(
         _check.tensor("weights.sel_o", w.sel_o, None, D)
         H = w.sel_o.shape[0]
         if H == 0 or w.q.shape[0] == 0 or w.q.shape[0] % H:
-            raise ValueError(
-                f"weights.q must have shape [H*P, D] with H = {H} from weights.sel_o, got {list(w.q.shape)}"
-            )
+            raise ValueError(f"weights.q must have shape [H*P, D] with H = {H} from weights.sel_o, got {list(w.q.shape)}")
         P = w.q.shape[0] // H
         _check.tensor("weights.v", w.v, H * P, D)
         _check.tensor("weights.o", w.o, None, H * P)
@@ -1003,9 +987,7 @@ def _norm_forward(x, weight, bias, eps):
 
 def _norm_backward(dh, x, mean, rstd, weight, bias):
     w, b = weight.to(x.dtype), bias.to(x.dtype)
-    return torch.ops.aten.native_layer_norm_backward(
-        dh.to(x.dtype), x, [x.shape[-1]], mean, rstd, w, b, [True, True, True]
-    )
+    return torch.ops.aten.native_layer_norm_backward(dh.to(x.dtype), x, [x.shape[-1]], mean, rstd, w, b, [True, True, True])
 
 
 def _block_forward(x, w1, b1, head, w2, b2, moe, mask, cu_seqlens, seed, dtype, c: _BlockConfig):
@@ -1104,9 +1086,7 @@ def _check_block(
         x, weights.attention, top_k=top_k, dropout=attention_dropout, expert_dropout=expert_dropout,
         training=training, seed=seed, what="attention_", **attention,
     )  # fmt: skip
-    moe = _check_moe(
-        x, weights.moe, moe_top_k, None, activation, mode, moe_dropout, moe_expert_dropout, training, seed, "moe_"
-    )
+    moe = _check_moe(x, weights.moe, moe_top_k, None, activation, mode, moe_dropout, moe_expert_dropout, training, seed, "moe_")
     for name, t, axis in (("weights.attention.o", weights.attention.o, 2), ("weights.moe.values", weights.moe.values, 2)):
         width = t.shape[0] if t.ndim == 2 else t.shape[axis]
         if width != D:

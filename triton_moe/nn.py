@@ -82,9 +82,7 @@ class SigmaMoE(nn.Module):
     def weights(self) -> F.SigmaMoEWeights:
         return F.SigmaMoEWeights(self.keys, self.values, self.expert_sel, self.bias, self.o_bias)
 
-    def forward(
-        self, x: Tensor, gate_input: Tensor | None = None, *, seed: int | Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, gate_input: Tensor | None = None, *, seed: int | Tensor | None = None) -> tuple[Tensor, Tensor]:
         return F.sigma_moe(
             x,
             self.weights,
@@ -177,9 +175,7 @@ class SwitchHead(nn.Module):
 
     @property
     def weights(self) -> F.SwitchHeadWeights:
-        return F.SwitchHeadWeights(
-            self.q.weight, self.k.weight, self.v, self.o, self.sel_v, self.sel_o, self.pos_to_pk
-        )
+        return F.SwitchHeadWeights(self.q.weight, self.k.weight, self.v, self.o, self.sel_v, self.sel_o, self.pos_to_pk)
 
     @property
     def position_encoding(self) -> F.RoPE | F.XL | None:

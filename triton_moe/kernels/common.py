@@ -32,7 +32,8 @@ def uniform(seed, row, col, stream):
     return (word >> 8).to(tl.int32).to(tl.float32) * 5.9604644775390625e-08  # 2**-24
 
 
-INTERPRET = not isinstance(uniform, triton.runtime.JITFunction)
+# Both Triton's own functions and ours were decorated for the interpreter: TRITON_INTERPRET was set in time.
+INTERPRET = not any(isinstance(f, triton.runtime.JITFunction) for f in (uniform, tl.cdiv))
 
 # What `launch` calls for meta tensors, with (kernel, grid, args, meta-parameters); compiler.py sets it.
 on_meta: Callable | None = None
@@ -56,14 +57,13 @@ def launch(kernel, grid: tuple[int, ...], *args, **meta) -> None:
 
 
 def _interpret(kernel, grid, args, meta) -> None:
-    run, back = list(args), []
-    for i, a in enumerate(args):
-        if isinstance(a, torch.Tensor) and a.dtype == torch.bfloat16:
-            run[i] = torch.empty_strided(a.size(), a.stride(), dtype=torch.float32, device=a.device)
-            run[i].copy_(a)
-            back.append((a, run[i]))
-    kernel[grid](*run, **meta)
-    for a, copy in back:
+    copies: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # by identity: a tensor passed twice stays one tensor
+    for a in args:
+        if isinstance(a, torch.Tensor) and a.dtype == torch.bfloat16 and id(a) not in copies:
+            copy = torch.empty_strided(a.size(), a.stride(), dtype=torch.float32, device=a.device)
+            copies[id(a)] = (a, copy.copy_(a))
+    kernel[grid](*(copies[id(a)][1] if id(a) in copies else a for a in args), **meta)
+    for a, copy in copies.values():
         a.copy_(copy)
 
 

@@ -432,7 +432,9 @@ def _activation_args(z, weights, experts, seed, activation, dropout, stream):
     return R, G, (experts, experts if seed is None else seed, R, G, weights.shape[-1], dropout), meta
 
 
-def _mlp_forward_fake(x, keys, values, bias, o_bias, seed, weights, experts, order, offsets, activation, dropout, stream, precision):
+def _mlp_forward_fake(
+    x, keys, values, bias, o_bias, seed, weights, experts, order, offsets, activation, dropout, stream, precision
+):
     return x.new_empty(x.shape[0], values.shape[2]), x.new_empty(weights.numel(), keys.shape[2])
 
 
@@ -452,7 +454,9 @@ def mlp_forward(
     return _combine(_grouped_gemm(u, values, None, order, offsets, 1, precision), weights.reshape(-1), TOP_K, o_bias), z
 
 
-def _mlp_backward_fake(dy, x, keys, values, bias, o_bias, seed, weights, experts, order, offsets, z, activation, dropout, stream, precision):
+def _mlp_backward_fake(
+    dy, x, keys, values, bias, o_bias, seed, weights, experts, order, offsets, z, activation, dropout, stream, precision
+):
     return (
         x.new_empty(x.shape),
         keys.new_empty(keys.shape),

@@ -1,0 +1,91 @@
+"""Inputs that several test files share."""
+
+import torch
+
+from triton_moe import functional as F
+from triton_moe import testing
+
+HALF = (torch.float16, torch.bfloat16)
+CPU_DTYPES = [torch.float32, torch.float16]  # the interpreter computes bfloat16 in float32: proven on the GPU
+ALL_DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def check(kernel, twin, inputs, **options):
+    """`testing.check`, granting the interpreter the error of NumPy's matrix product (see `testing.assert_close`)."""
+    testing.check(kernel, twin, inputs, ulps=1.0 if torch.cuda.is_available() else 8.0, **options)
+
+
+def randn(*shape, device, dtype=torch.float32, scale=1.0, seed=0, requires_grad=True):
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape)), dtype=torch.float32) * scale
+    return values.to(device, dtype).requires_grad_(requires_grad)
+
+
+def choices(N, H, E, K, *, device, seed=0, used=None):
+    """Random distinct experts [N, H, K] among the first `used` (default all)."""
+    order = torch.rand(N, H, used or E, generator=torch.Generator().manual_seed(seed)).argsort(-1)
+    return order[..., :K].to(device, torch.int32)
+
+
+def head_weights(D, H, E, P, *, device, dtype, shared=False, xl=False, seed=0):
+    def w(i, *shape, fan):
+        return randn(*shape, device=device, dtype=dtype, scale=fan**-0.5, seed=seed + 100 * i)
+
+    if E == 1:
+        v, o = w(3, H * P, D, fan=D), w(4, D, H * P, fan=H * P)
+    else:
+        v, o = w(3, H * E, D, P, fan=D), w(4, H * E, P, D, fan=H * P)
+    return F.SwitchHeadWeights(
+        w(1, H * P, D, fan=D),
+        w(2, H * P, D, fan=D),
+        v,
+        o,
+        None if shared or E == 1 else w(5, H * E, D, fan=D),
+        w(6, H * E, D, fan=D),
+        w(7, H * P, D, fan=D) if xl else None,
+    )
+
+
+def moe_weights(D, E, G, *, device, dtype, gated=False, bias=False, d_out=None, seed=0):
+    def w(i, *shape, fan):
+        return randn(*shape, device=device, dtype=dtype, scale=fan**-0.5, seed=seed + 100 * i)
+
+    d_out, width = d_out or D, 2 * G if gated else G
+    return F.SigmaMoEWeights(
+        w(1, E, D, width, fan=D),
+        w(2, E, G, d_out, fan=G),
+        w(3, E, D, fan=D),
+        w(4, E, width, fan=4) if bias else None,
+        w(5, d_out, fan=4) if bias else None,
+    )
+
+
+def block_weights(D, H, E, P, moe_E, G, *, device, dtype, seed=0, **moe):
+    def norm(i):
+        weight, bias = (randn(D, device=device, dtype=dtype, scale=0.2, seed=seed + i + j) for j in (0, 50))
+        return (weight.detach() + 1).requires_grad_(), bias
+
+    attention = head_weights(D, H, E, P, device=device, dtype=dtype, seed=seed)
+    return F.SwitchAllWeights(
+        norm(1), attention, norm(2), moe_weights(D, moe_E, G, device=device, dtype=dtype, seed=seed + 7, **moe)
+    )
+
+
+def head_choice(saved: F.Saved):
+    """(experts_v, experts_o) that switchhead_forward chose, for the reference to follow."""
+    experts_o, experts_v = saved.tensors[14], saved.tensors[19]
+    return (experts_o if experts_v is None else experts_v), experts_o
+
+
+def block_choice(saved: F.Saved):
+    head = F.Saved(saved.tensors[11 : 11 + F.HEAD_SAVED], None)
+    return *head_choice(head), saved.tensors[11 + F.HEAD_SAVED + 9]
+
+
+def detached(value):
+    """The same (named) tuple of tensors without gradients."""
+    if isinstance(value, torch.Tensor):
+        return value.detach()
+    if isinstance(value, tuple):
+        items = [detached(v) for v in value]
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+    return value

@@ -1,0 +1,229 @@
+import pytest
+import torch
+from cases import ALL_DTYPES, CPU_DTYPES, check, randn
+from hypothesis import given
+from hypothesis import strategies as st
+
+import reference
+from triton_moe import functional as F
+from triton_moe import testing
+
+
+def padding(B, S, device, kind):
+    mask = torch.zeros(B, S, dtype=torch.bool, device=device)
+    if kind == "left":
+        mask[-1, : S // 3 + 1] = True
+    elif kind == "right":
+        mask[-1, S - S // 3 - 1 :] = True
+    elif kind == "all of one":
+        mask[-1] = True
+    else:
+        mask = torch.rand(B, S, generator=torch.Generator().manual_seed(3)).to(device) < 0.4
+    return mask
+
+
+def inputs(B, T, S, H, Hkv, P, Pv, dtype, device):
+    return {
+        "q": randn(B, T, H, P, device=device, dtype=dtype),
+        "k": randn(B, S, Hkv, P, device=device, dtype=dtype, seed=1),
+        "v": randn(B, S, Hkv, Pv, device=device, dtype=dtype, seed=2),
+    }
+
+
+def check_attention(B, T, S, H, Hkv, P, Pv, dtype, device, repeats=1, **options):
+    tensors = inputs(B, T, S, H, Hkv, P, Pv, dtype, device)
+    # d q vanishes where a query sees a single key: it is judged by the scale of d k
+    scales = {"dq": 1.0, "dk": 1.0} if T * S < 9 else {}
+    check(
+        lambda **x: F.attention(**x, **options, return_lse=True),
+        lambda **x: reference.attention(**x, **options, return_lse=True),
+        tensors,
+        outputs=("o", "lse"),
+        repeats=repeats,
+        scales=scales,
+    )
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("dtype", CPU_DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "B, T, S, H, Hkv, P, Pv, options",
+    [
+        (1, 1, 1, 1, 1, 19, 19, {}),
+        (2, 17, 17, 2, 2, 41, 41, {}),
+        (1, 13, 13, 4, 2, 19, 7, {"causal": False}),
+        (2, 9, 21, 3, 1, 16, 16, {"window": 5}),
+        (1, 21, 21, 1, 1, 8, 33, {"window": 4, "causal": False}),
+        (1, 7, 5, 2, 1, 8, 8, {"causal": False, "scale": 0.3}),
+        (1, 12, 12, 2, 2, 19, 19, {"position": F.RoPE(1.0, 100.0)}),
+        (1, 5, 12, 2, 2, 12, 12, {"position": F.RoPE()}),
+    ],
+)
+def test_values_and_gradients(B, T, S, H, Hkv, P, Pv, options, dtype, device):
+    check_attention(B, T, S, H, Hkv, P, Pv, dtype, device, **options)
+
+
+@pytest.mark.parametrize("kind", ["left", "right", "scattered", "all of one"])
+@pytest.mark.parametrize("causal", [True, False])
+def test_key_padding(kind, causal, device):
+    check_attention(2, 11, 11, 2, 2, 8, 8, torch.float32, device, causal=causal, key_padding_mask=padding(2, 11, device, kind))
+
+
+@pytest.mark.parametrize("options", [{}, {"causal": False}, {"window": 3}, {"position": F.RoPE()}], ids=str)
+def test_packed_sequences(options, device):
+    cu_seqlens = torch.tensor([0, 1, 8, 8, 19], dtype=torch.int32, device=device)
+    check_attention(1, 19, 19, 2, 2, 8, 8, torch.float32, device, cu_seqlens=cu_seqlens, **options)
+
+
+def test_packed_equals_apart(device):
+    x = inputs(1, 19, 19, 2, 2, 8, 8, torch.float32, device)
+    packed = F.attention(**x, cu_seqlens=torch.tensor([0, 8, 19], dtype=torch.int32, device=device))
+    apart = [F.attention(**{n: t[:, part] for n, t in x.items()}) for part in (slice(0, 8), slice(8, 19))]
+    torch.testing.assert_close(packed, torch.cat(apart, 1))
+
+
+@pytest.mark.parametrize("values", [[-5, 100], [7, 3, 900], [0, 0], [2**31 - 1, -(2**31)]], ids=str)
+def test_malformed_packing_stays_inside_the_tensors(values, device):
+    x = inputs(1, 9, 9, 1, 1, 8, 8, torch.float32, device)
+    o = F.attention(**x, cu_seqlens=torch.tensor(values, dtype=torch.int32, device=device))
+    o.sum().backward()
+    assert o.isfinite().all() and all(t.grad.isfinite().all() for t in x.values())
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize(
+    "T, S, D, biases, options",
+    [(9, 9, 12, "", {}), (5, 11, 7, "uv", {}), (6, 6, 8, "v", {"causal": False}), (9, 9, 6, "u", {"window": 4})],
+)
+def test_transformer_xl(T, S, D, biases, options, device):
+    H, P = 2, 10
+    x = inputs(1, T, S, H, H, P, P, torch.float32, device)
+    x["position"] = F.XL(
+        randn(H * P, D, device=device, scale=D**-0.5),
+        randn(H, P, device=device, seed=5) if "u" in biases else None,
+        randn(H, P, device=device, seed=6) if "v" in biases else None,
+    )
+    check(lambda **x: F.attention(**x, **options), lambda **x: reference.attention(**x, **options), x)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "B, T, S, H, Hkv, P, Pv, options",
+    [
+        (2, 1024, 1024, 4, 4, 128, 128, {}),
+        (2, 1000, 1000, 2, 2, 64, 64, {"position": F.RoPE()}),
+        (1, 777, 1500, 4, 2, 100, 100, {}),
+        (2, 513, 513, 2, 1, 76, 76, {"window": 100}),
+        (1, 600, 600, 2, 2, 132, 41, {"causal": False}),
+        (1, 700, 700, 2, 2, 256, 256, {"window": 65, "causal": False}),
+        (1, 511, 511, 3, 3, 41, 112, {"position": F.RoPE(1.0)}),
+        (3, 1, 333, 2, 2, 82, 82, {}),
+    ],
+)
+def test_values_and_gradients_at_size(B, T, S, H, Hkv, P, Pv, options, dtype, device):
+    check_attention(B, T, S, H, Hkv, P, Pv, dtype, device, repeats=3, **options)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["left", "right", "scattered", "all of one"])
+def test_masks_at_size(kind, dtype, device):
+    mask = padding(2, 500, device, kind)
+    check_attention(2, 500, 500, 2, 2, 100, 100, dtype, device, key_padding_mask=mask)
+    cu_seqlens = torch.tensor([0, 1, 300, 300, 500], dtype=torch.int32, device=device)
+    check_attention(1, 500, 500, 2, 2, 100, 100, dtype, device, cu_seqlens=cu_seqlens)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
+@pytest.mark.parametrize("T, S, H, P, D", [(256, 512, 2, 76, 412), (512, 512, 4, 112, 1024)])
+def test_transformer_xl_at_size(T, S, H, P, D, dtype, device):
+    x = inputs(1, T, S, H, H, P, P, dtype, device)
+    x["position"] = F.XL(
+        randn(H * P, D, device=device, dtype=dtype, scale=D**-0.5),
+        randn(H, P, device=device, dtype=dtype, seed=5),
+        randn(H, P, device=device, dtype=dtype, seed=6),
+    )
+    check(F.attention, reference.attention, x, repeats=2)
+
+
+@given(data=st.data(), T=st.integers(1, 24), P=st.integers(1, 20), causal=st.booleans())
+def test_causality_and_linearity(data, T, P, causal, device):
+    x = {n: data.draw(testing.tensors((1, T, 2, P), device=device)) for n in ("q", "k", "v")}
+    o, lse = F.attention(**x, causal=causal, return_lse=True)
+    ones = F.attention(x["q"], x["k"], torch.ones_like(x["v"]), causal=causal)
+    torch.testing.assert_close(ones, torch.ones_like(ones))
+    doubled = F.attention(x["q"], x["k"], 2 * x["v"], causal=causal)
+    assert torch.equal(doubled, 2 * o)
+    if causal:
+        t = data.draw(st.integers(0, T - 1))
+        later = {n: torch.cat([z[:, : t + 1], torch.full_like(z[:, t + 1 :], 9.0)], 1) for n, z in x.items()}
+        o2, lse2 = F.attention(**later, return_lse=True)
+        assert torch.equal(o[:, : t + 1], o2[:, : t + 1]) and torch.equal(lse[..., : t + 1], lse2[..., : t + 1])
+
+
+@given(data=st.data(), cut=st.integers(1, 10))
+def test_parts_merge_by_log_sum_exp(data, cut, device):
+    x = {n: data.draw(testing.tensors((1, 11, 1, 8), device=device)) for n in ("q", "k", "v")}
+    whole = F.attention(**x, causal=False)
+    parts = [
+        F.attention(x["q"], x["k"][:, s], x["v"][:, s], causal=False, return_lse=True) for s in (slice(0, cut), slice(cut, 11))
+    ]
+    weights = torch.stack([lse for _, lse in parts]).softmax(0)  # [2, B, H, T]
+    merged = sum(o * w.transpose(1, 2)[..., None] for (o, _), w in zip(parts, weights, strict=True))
+    torch.testing.assert_close(merged, whole, rtol=1e-4, atol=1e-5)
+
+
+@given(data=st.data())
+def test_strides_do_not_matter(data, device):
+    x = inputs(2, 6, 6, 2, 2, 8, 8, torch.float32, device)
+    o = F.attention(**x)
+    assert torch.equal(o, F.attention(**{n: data.draw(testing.strided(t)) for n, t in x.items()}))
+
+
+def test_large_scores_give_no_nan(device):
+    x = inputs(1, 20, 20, 1, 1, 16, 16, torch.float32, device)
+    o, lse = F.attention(1e4 * x["q"], x["k"], x["v"], return_lse=True)
+    o.sum().backward()
+    assert o.isfinite().all() and lse.isfinite().all() and x["v"].grad.isfinite().all() and x["q"].grad.isfinite().all()
+
+
+def test_empty(device):
+    x = inputs(1, 0, 5, 1, 1, 8, 8, torch.float32, device)
+    o = F.attention(**x)
+    o.sum().backward()
+    assert o.shape == (1, 0, 1, 8) and not x["k"].grad.any()
+
+
+ZEROS = torch.zeros(2, 6, 4, 8)
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"q": torch.zeros(2, 6, 32)}, ValueError, r"q must have shape \[\*, \*, \*, \*\], got \[2, 6, 32\]"),
+        ({"k": torch.zeros(2, 6, 4, 9)}, ValueError, r"k must have shape \[2, \*, \*, 8\]"),
+        ({"k": torch.zeros(2, 5, 4, 8), "v": torch.zeros(2, 5, 4, 8)}, ValueError, "the 5 keys must be at least the 6 queries"),
+        (
+            {"k": torch.zeros(2, 6, 3, 8), "v": torch.zeros(2, 6, 3, 8)},
+            ValueError,
+            "the 4 heads of q must be a multiple of the 3",
+        ),
+        ({"v": torch.zeros(2, 6, 4, 0)}, ValueError, "the head width of v must be between 1 and 256, got 0"),
+        ({"window": 0}, ValueError, "window must be >= 1, got 0"),
+        ({"position": "rope"}, TypeError, "position must be RoPE, XL or None, got str"),
+        ({"position": F.XL()}, ValueError, "position.weight must be"),
+        ({"position": F.RoPE(1.5)}, ValueError, "position.fraction must be between 0 and 1, got 1.5"),
+        ({"key_padding_mask": torch.zeros(2, 5, dtype=torch.bool)}, ValueError, r"key_padding_mask must have shape \[2, 6\]"),
+        ({"key_padding_mask": torch.zeros(2, 6)}, TypeError, "key_padding_mask must have dtype torch.bool"),
+        ({"cu_seqlens": torch.tensor([0, 6], dtype=torch.int32)}, ValueError, "cu_seqlens needs one packed row"),
+        ({"causal": 1}, TypeError, "causal must be a bool"),
+        ({"v": ZEROS.half()}, TypeError, "v has dtype torch.float16"),
+    ],
+)
+def test_bad_input(change, error, message, device):
+    arguments = {"q": ZEROS, "k": ZEROS, "v": ZEROS} | change
+    arguments = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
+    with pytest.raises(error, match=message):
+        F.attention(**arguments)

@@ -1,0 +1,140 @@
+"""Every kernel compiles for every target, fits its shared memory, keeps its registers and uses no float atomics."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from triton_moe import compiler
+from triton_moe.kernels import common
+
+# Kernels whose defaults may spill: (kernel, dtype): (bytes a thread may spill on any target, why).
+SPILLS: dict[tuple[str, str], tuple[int, str]] = {}
+
+# A kernel for each thing compile_case has to notice, and one that it must leave alone.
+SAMPLES = """
+import dataclasses, json, torch, triton, triton.language as tl
+from triton_moe import compiler
+from triton_moe.kernels import common
+
+@triton.jit
+def _float_atomic_kernel(x_ptr):
+    tl.atomic_add(x_ptr + tl.arange(0, 16), 1.0)
+
+@triton.jit
+def _int_atomic_kernel(x_ptr):
+    tl.atomic_max(x_ptr.to(tl.pointer_type(tl.int32)) + tl.arange(0, 16), 1)
+
+@triton.jit
+def _broken_kernel(x_ptr):
+    tl.store(x_ptr + tl.arange(0, 17), 1.0)
+
+@triton.jit
+def _spilling_kernel(x_ptr, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + i[:, None] * BLOCK + i[None, :])
+    tl.store(x_ptr + i[:, None] * BLOCK + i[None, :], tl.dot(x, x, input_precision="ieee"))
+
+def samples(dtype, n):
+    x = torch.empty(n, dtype=dtype, device="meta")
+    common.launch(_float_atomic_kernel, (1,), x)
+    common.launch(_int_atomic_kernel, (1,), x)
+    common.launch(_broken_kernel, (1,), x)
+    common.launch(_spilling_kernel, (1,), x, BLOCK=64, num_warps=1)
+    common.launch(_spilling_kernel, (0,), x, BLOCK=32)
+
+if __name__ == "__main__":
+    compiler.CASES["samples"] = (samples, [{"n": 64}])
+    rows = [row for target in compiler.targets() for row in compiler.compile_all(target, ["float32"], ["samples"])]
+    print(json.dumps([dataclasses.asdict(row) for row in rows]))
+"""
+
+
+def child(*args: str, **options) -> subprocess.CompletedProcess:
+    """Run Python where kernels can be compiled: outside the interpreter."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env["PYTHONPATH"] = str(Path(__file__).parents[1])
+    return subprocess.run([sys.executable, *args], capture_output=True, text=True, env=env, **options)
+
+
+def compiled(tmp_path_factory, *options: str) -> list[dict]:
+    path = tmp_path_factory.mktemp("compile") / "rows.json"
+    result = child("-m", "triton_moe", "compile", "--json", str(path), *options, timeout=1200)
+    assert path.exists(), result.stderr
+    return json.loads(path.read_text())
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory) -> list[dict]:
+    return compiled(tmp_path_factory)
+
+
+def test_every_kernel_compiles(rows):
+    assert [(row["kernel"], row["target"], row["dtype"], row["error"]) for row in rows if row["error"]] == []
+    kernels = {row["kernel"] for row in rows}
+    assert len(kernels) >= 15
+    compiled_for = {(row["kernel"], row["dtype"], row["target"]) for row in rows}
+    assert compiled_for == {(k, d, t) for k in kernels for d in compiler.DTYPES for t in compiler.targets()}
+
+
+def test_every_kernel_of_the_package_has_a_case(rows):
+    defined = {
+        line.split("def ")[1].split("(")[0]
+        for file in Path(common.__file__).parent.glob("*.py")
+        for line in file.read_text().splitlines()
+        if line.startswith("def _") and line.partition("(")[0].endswith("_kernel")
+    }
+    assert {row["kernel"] for row in rows} == defined
+
+
+def test_shared_memory_fits(rows):
+    too_large = [row for row in rows if row["shared_bytes"] > compiler.TARGETS[row["target"]][1]]
+    assert [(row["kernel"], row["target"], row["dtype"], row["shape"], row["shared_bytes"]) for row in too_large] == []
+
+
+def test_defaults_do_not_spill(rows):
+    spilling = [
+        (row["kernel"], row["dtype"], row["target"], row["shape"], row["spill_bytes"])
+        for row in rows
+        if row["spill_bytes"] > SPILLS.get((row["kernel"], row["dtype"]), (0, ""))[0]
+    ]
+    assert spilling == []
+    needed = {(row["kernel"], row["dtype"]) for row in rows if row["spill_bytes"]}
+    assert set(SPILLS) <= needed, "an exception nobody needs any more"
+
+
+def test_no_float_atomics(rows):
+    assert {row["kernel"] for row in rows if row["float_atomics"]} == set()
+
+
+@pytest.mark.smoke
+def test_every_kernel_compiles_for_one_target(tmp_path_factory):
+    rows = compiled(tmp_path_factory, "--target", "sm_90", "--dtype", "bfloat16")
+    assert [(row["kernel"], row["error"]) for row in rows if row["error"]] == []
+    assert {row["op"] for row in rows} == set(compiler.CASES)
+    assert all(row["registers"] > 0 for row in rows)
+
+
+@pytest.mark.smoke
+def test_what_a_row_says(tmp_path):
+    script = tmp_path / "samples.py"
+    script.write_text(SAMPLES)
+    result = child(str(script), timeout=300)
+    assert result.returncode == 0, result.stderr
+    rows = json.loads(result.stdout.splitlines()[-1])
+    for target in compiler.targets():
+        float_atomic, int_atomic, broken, spilling = (row for row in rows if row["target"] == target)
+        assert (float_atomic["float_atomics"], int_atomic["float_atomics"]) == (True, False)
+        assert float_atomic["error"] is None and float_atomic["registers"] > 0 and float_atomic["spill_bytes"] == 0
+        assert "power of 2" in broken["error"] and broken["registers"] is None
+        assert spilling["shared_bytes"] > 0 and spilling["config"] == {"BLOCK": 64, "num_warps": 1}
+        assert (spilling["spill_bytes"] > 0) == (target != "gfx942"), spilling
+
+
+def test_compiling_in_the_interpreter_is_refused(monkeypatch):
+    monkeypatch.setattr(common, "INTERPRET", True)
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET"):
+        compiler.compile_all("sm_90", ["float16"], ["gating"])

@@ -1,0 +1,173 @@
+"""The demo end to end on a tiny model: it trains, saves, checks itself against reference/, and stops when told to."""
+
+import argparse
+import importlib.util
+import json
+import math
+import re
+import sys
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+
+from triton_moe import demo
+
+pytest.importorskip("tqdm", reason="the demo extra is not installed")
+safetensors = pytest.importorskip("safetensors", reason="the demo extra is not installed")
+
+interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU demo runs in Triton's interpreter")
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    model = demo.ModelConfig(32, 1, n_heads=2, n_experts=2, d_head=16, moe_n_experts=4, expert_size=16, top_k=1, moe_top_k=2)
+    preset = replace(demo.CPU, model=model, batch=1, context=32, held_out=1, checked=(1, 24), generated=2)
+    monkeypatch.setattr(demo, "CPU", preset)
+    return preset
+
+
+def parse(*argv: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    demo.add_arguments(parser)
+    return parser.parse_args(argv)
+
+
+@interpreted
+def test_trains_saves_and_agrees_with_the_reference(tiny, tmp_path, capsys):
+    path = tmp_path / "model.safetensors"
+    assert demo.run(parse("--steps", "3", "--seed", "1", "--save", str(path))) == 0
+
+    out = capsys.readouterr().out
+    trained = re.search(r"trained 3 of 3 steps in .* last batch (\S+) nats = (\S+) bits", out)
+    nats, bits = float(trained[1]), float(trained[2])
+    assert 0 < nats < 20 and math.isclose(bits, nats / math.log(2), rel_tol=1e-2)
+    before, after = map(float, re.search(r"held out: (\S+) bits per byte before, (\S+) after", out).groups())
+    assert 7.5 < before < 8.5 and after < before
+
+    rows = re.findall(r"^  ([\w.]+) +(\d\S*e\S+) +(\d\S*e\S+)$", out, re.MULTILINE)
+    names = {".".join(part for part in name.split(".") if not part.isdigit()) for name in parameters(tiny)}
+    assert {row[0] for row in rows} == {"loss", *names}
+    assert all(float(relative) < 2e-5 for _, _, relative in rows)
+    assert "agrees" in out and len(re.findall(r" \| ['\"]", out)) == 4  # the samples
+
+    with safetensors.safe_open(path, "pt") as file:
+        assert set(file.keys()) == set(parameters(tiny))
+        assert json.loads(file.metadata()["config"]) == asdict(tiny.model)
+        assert all(file.get_tensor(name).isfinite().all() for name in file.keys())  # noqa: SIM118 (not a dict)
+    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
+
+
+def parameters(preset: demo.Preset) -> dict[str, torch.Tensor]:
+    return demo.LanguageModel(preset.model).state_dict()
+
+
+@interpreted
+def test_a_wrong_gradient_is_reported(tiny, capsys, monkeypatch):
+    from triton_moe import reference
+
+    right = reference.entropy_regularizer
+    monkeypatch.setattr(reference, "entropy_regularizer", lambda logits: 1.5 * right(logits))
+    assert demo.run(parse("--steps", "1")) == 1
+    assert "DIFFERS" in capsys.readouterr().out
+
+
+@interpreted
+def test_ctrl_c_keeps_what_was_to_be_saved(tiny, tmp_path, capsys, monkeypatch):
+    losses, calls = demo.LanguageModel.losses, []
+
+    def interrupted(self, tokens):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return losses(self, tokens)
+
+    monkeypatch.setattr(demo.LanguageModel, "losses", interrupted)
+    path = tmp_path / "model.safetensors"
+    assert demo.run(parse("--steps", "3", "--save", str(path))) == 130
+    out = capsys.readouterr().out
+    assert "interrupted after 1 of 3 steps" in out and f"saved {path}" in out
+    with safetensors.safe_open(path, "pt") as file:
+        assert set(file.keys()) == set(parameters(tiny))
+
+
+@pytest.mark.parametrize("where", ["missing/model.safetensors", "."])
+def test_a_place_that_cannot_be_saved_to_stops_it_before_training(where, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(demo, "standard_library", lambda: pytest.fail("it went on to load the text"))
+    assert demo.run(parse("--save", str(tmp_path / where))) == 2
+    assert re.fullmatch(r"triton_moe demo: cannot save: .*\n", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("extra", ["tqdm", "safetensors"])
+def test_a_missing_extra_says_how_to_install_it(extra, tmp_path, capsys, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == extra else find(name))
+    assert demo.run(parse("--save", str(tmp_path / "model.safetensors"))) == 2
+    assert capsys.readouterr().err == f"triton_moe demo: needs {extra}: pip install 'triton-moe[demo]'\n"
+
+
+@interpreted
+def test_cuda_without_a_gpu(capsys):
+    assert demo.run(parse("--device", "cuda")) == 2
+    assert capsys.readouterr().err == "triton_moe demo: --device cuda, but torch sees no GPU\n"
+
+
+@pytest.mark.parametrize("steps", ["0", "-1", "many"])
+def test_steps_must_be_positive(steps, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        parse("--steps", steps)
+    assert "--steps" in capsys.readouterr().err
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    demo.write_atomically(path, b"first")
+    with monkeypatch.context() as patch:
+        patch.setattr(demo.os, "fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
+        with pytest.raises(OSError, match="disk full"):
+            demo.write_atomically(path, b"second")
+    assert path.read_bytes() == b"first" and [entry.name for entry in tmp_path.iterdir()] == ["file"]
+    demo.write_atomically(path, b"third")
+    assert path.read_bytes() == b"third"
+
+
+def test_the_text_is_the_same_every_time_and_split_by_file():
+    train, held_out = demo.standard_library()
+    assert demo.standard_library() == (train, held_out)
+    assert len(train) > 5 * len(held_out) > 100_000
+    assert held_out[:2000] not in train
+
+
+@pytest.mark.parametrize("preset", [demo.CPU, demo.GPU], ids=["cpu", "gpu"])
+def test_the_dense_twin_has_as_many_parameters(preset):
+    with torch.device("meta"):
+        ours, dense = demo.LanguageModel(preset.model), demo.DenseLanguageModel(preset.model)
+    sizes = [sum(p.numel() for p in model.parameters()) for model in (ours, dense)]
+    assert abs(sizes[0] - sizes[1]) < 0.01 * sizes[0]
+    assert preset is not demo.GPU or sizes[0] > 10_000_000
+
+
+def test_the_dense_attention_rotates_as_the_reference_does():
+    from triton_moe import reference
+
+    torch.manual_seed(0)
+    layer, x = demo.DenseAttention(24, 2), torch.randn(2, 7, 24)
+    q, k, v = layer.qkv(x).view(2, 7, 3, 2, 12).unbind(2)
+    a = reference.attention(q, k, v, position=reference.RoPE(fraction=1.0))
+    torch.testing.assert_close(layer(x), layer.out(a.flatten(2)))
+
+
+def test_importing_it_imports_no_triton():
+    import subprocess
+
+    code = "import sys, triton_moe.demo, triton_moe.bench; sys.exit('triton' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
+
+
+@pytest.mark.gpu
+def test_the_gpu_demo_learns(tmp_path, capsys):
+    path = tmp_path / "model.safetensors"
+    assert demo.run(parse("--steps", "60", "--device", "cuda", "--save", str(path))) == 0
+    out = capsys.readouterr().out
+    assert float(re.search(r"before, (\S+) after", out)[1]) < 4.0
+    assert "dense twin" in out and path.exists()

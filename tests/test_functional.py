@@ -1,0 +1,322 @@
+import pathlib
+
+import numpy as np
+import pytest
+import torch
+from cases import (
+    ALL_DTYPES,
+    CPU_DTYPES,
+    block_choice,
+    block_weights,
+    check,
+    detached,
+    head_choice,
+    head_weights,
+    moe_weights,
+    randn,
+)
+
+import reference
+from triton_moe import functional as F
+from triton_moe import testing
+
+GOLDEN = sorted((pathlib.Path(__file__).parent / "golden").glob("*.npz"))
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("path", GOLDEN, ids=lambda p: p.stem)
+def test_golden_values_of_the_public_modules(path, device):
+    """float32 against the public code's float64: relative to each tensor's largest element."""
+    with np.load(path) as file:
+        golden = {name: torch.tensor(value) for name, value in file.items()}
+    x = golden["x"].to(device, torch.float32).requires_grad_()
+    p = {n[6:]: v.to(device, torch.float32).requires_grad_() for n, v in golden.items() if n.startswith("param.")}
+    top_k = int(golden["top_k"])
+    if "moe" in path.stem:
+        y, logits = F.sigma_moe(x, F.SigmaMoEWeights(**p), top_k=top_k)
+        entropy = F.entropy_regularizer(logits)
+        loss = 0.37 * entropy
+        assert abs(float(entropy.detach()) - float(golden["entropy"])) < 1e-5
+    else:
+        fraction = float(golden["rotate_fraction"])
+        weights = [p.get(n) for n in ("q.weight", "k.weight", "v", "o", "sel_v", "sel_o", "pos_to_pk")]
+        position = F.XL() if fraction < 0 else F.RoPE(fraction)
+        y, loss = F.switchhead(x, F.SwitchHeadWeights(*weights), top_k=top_k, position=position), 0.0
+    loss = loss + (y * golden["grad_y"].to(device, torch.float32)).sum()
+    loss.backward()
+    pairs = {"y": (y, golden["y"]), "x": (x.grad, golden["grad_x"])} | {n: (v.grad, golden[f"grad.{n}"]) for n, v in p.items()}
+    for name, (ours, right) in pairs.items():
+        error = (ours.detach().double().cpu() - right).abs().max() / right.abs().max()
+        assert error < 3e-6, (name, float(error))
+
+
+def check_switchhead(B, T, D, H, E, K, P, dtype, device, *, S=None, shared=False, xl=False, repeats=1, v_src=False, **options):
+    """Outputs, returned logits and every gradient; the reference follows the kernel's own choice of experts."""
+    weights = head_weights(D, H, E, P, device=device, dtype=dtype, shared=shared, xl=xl)
+    tensors = {"x": randn(B, T, D, device=device, dtype=dtype)}
+    if S is not None:
+        tensors["k_src"] = randn(B, S, D, device=device, dtype=dtype, seed=1)
+        if v_src:
+            tensors["v_src"] = randn(B, S, D, device=device, dtype=dtype, seed=2)
+    options = {"top_k": K, "position": F.XL() if xl else F.RoPE(), "return_logits": E > 1} | options
+    _, saved = F.switchhead_forward(**detached_inputs(tensors), weights=detached(weights), **options)
+    experts = head_choice(saved)
+    check(
+        lambda **t: F.switchhead(**t, **options),
+        lambda **t: reference.switchhead(**t, **options, experts=experts),
+        tensors | {"weights": weights},
+        repeats=repeats,
+    )
+
+
+def detached_inputs(tensors):
+    return {name: t.detach() for name, t in tensors.items()}
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("dtype", CPU_DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"shape": (2, 9, 24, 2, 5, 3, 19)},
+        {"shape": (1, 7, 19, 3, 4, 2, 8), "shared": True},
+        {"shape": (2, 6, 16, 2, 1, 1, 12)},
+        {"shape": (1, 5, 20, 2, 3, 2, 10), "xl": True, "S": 11},
+        {"shape": (1, 5, 20, 2, 3, 2, 10), "S": 8, "v_src": True, "shared": True, "window": 4},
+        {"shape": (1, 6, 12, 1, 13, 4, 41), "position": None, "causal": False, "S": 4},
+    ],
+    ids=str,
+)
+def test_switchhead(case, dtype, device):
+    case = dict(case)
+    check_switchhead(*case.pop("shape"), dtype, device, **case)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"shape": (2, 1024, 1024, 4, 4, 2, 100)},
+        {"shape": (4, 500, 1024, 2, 8, 4, 132)},
+        {"shape": (2, 777, 512, 2, 5, 3, 64), "shared": True},
+        {"shape": (2, 512, 512, 4, 1, 1, 64)},
+        {"shape": (2, 256, 412, 2, 5, 3, 76), "xl": True, "S": 512},
+    ],
+    ids=str,
+)
+def test_switchhead_at_size(case, dtype, device):
+    case = dict(case)
+    check_switchhead(*case.pop("shape"), dtype, device, repeats=3, **case)
+
+
+def test_switchhead_dropouts_follow_the_reference(device):
+    weights = head_weights(16, 2, 5, 8, device=device, dtype=torch.float32)
+    options = {"top_k": 2, "position": F.RoPE(), "dropout": 0.3, "expert_dropout": 0.4, "training": True, "seed": 9}
+    check(
+        lambda **t: F.switchhead(**t, **options),
+        lambda **t: reference.switchhead(**t, **options),
+        {"x": randn(2, 7, 16, device=device), "weights": weights},
+    )
+
+
+@pytest.mark.parametrize("source", ["self", "memory"])
+def test_forward_and_backward_pair_equals_autograd(source, device):
+    weights = head_weights(16, 2, 4, 8, device=device, dtype=torch.float32, shared=source == "memory")
+    x, k_src = randn(2, 5, 16, device=device), None if source == "self" else randn(2, 9, 16, device=device)
+    options = {"top_k": 2, "k_src": k_src, "return_logits": True}
+    y, logits = F.switchhead(x, weights, **options)
+    cotangents = [torch.randn_like(t) for t in (y, *logits)]
+    inputs = [t for t in (x, k_src, *weights) if t is not None]
+    expected = torch.autograd.grad([y, *logits], inputs, cotangents)
+    (y2, logits2), saved = F.switchhead_forward(x, weights, **options)
+    assert torch.equal(y, y2) and all(torch.equal(a, b) for a, b in zip(logits, logits2, strict=True))
+    assert not y2.requires_grad
+    g = F.switchhead_backward(cotangents[0], saved, tuple(cotangents[1:]))
+    assert isinstance(g.weights, F.SwitchHeadWeights) and g.v_src is None
+    ours = [t for t in (g.x, g.k_src, *g.weights) if t is not None]
+    assert len(ours) == len(expected) and all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+
+
+def check_switchall(B, T, D, H, E, K, P, moe_E, moe_K, G, dtype, device, repeats=1, bias=False, **options):
+    weights = block_weights(
+        D, H, E, P, moe_E, G, device=device, dtype=dtype, bias=bias, gated=options.get("activation") == "swiglu"
+    )
+    x = randn(B, T, D, device=device, dtype=dtype)
+    options = {"top_k": K, "moe_top_k": moe_K, "position": F.RoPE()} | options
+    _, saved = F.switchall_forward(x.detach(), detached(weights), **options)
+    experts = block_choice(saved)
+    check(
+        lambda **t: F.switchall(**t, **options),
+        lambda **t: reference.switchall(**t, **options, experts=experts),
+        {"x": x, "weights": weights},
+        repeats=repeats,
+    )
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("dtype", CPU_DTYPES, ids=str)
+def test_switchall(dtype, device):
+    check_switchall(2, 7, 19, 2, 3, 2, 9, 5, 3, 11, dtype, device, bias=True, activation="swiglu")
+
+
+def test_switchall_dropouts_follow_the_reference(device):
+    options = {"attention_dropout": 0.2, "expert_dropout": 0.2, "moe_dropout": 0.2, "moe_expert_dropout": 0.2}
+    check_switchall(2, 6, 16, 2, 3, 2, 8, 5, 2, 8, torch.float32, device, dropout=0.3, training=True, seed=4, **options)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
+def test_switchall_at_size(dtype, device):
+    check_switchall(2, 512, 1024, 4, 4, 2, 100, 32, 4, 128, dtype, device, repeats=3)
+
+
+def test_switchall_pair_equals_autograd(device):
+    weights = block_weights(16, 2, 3, 8, 5, 8, device=device, dtype=torch.float32, bias=True)
+    x = randn(2, 5, 16, device=device)
+    y, logits = F.switchall(x, weights, top_k=2, moe_top_k=2)
+    cotangents = [torch.randn_like(y), torch.randn_like(logits)]
+    leaves = [t for _, t in testing._leaves((x, weights), "")]
+    expected = torch.autograd.grad([y, logits], leaves, cotangents)
+    (y2, logits2), saved = F.switchall_forward(x, weights, top_k=2, moe_top_k=2)
+    g = F.switchall_backward(cotangents[0], saved, cotangents[1])
+    assert torch.equal(y, y2) and torch.equal(logits, logits2)
+    ours = [t for _, t in testing._leaves((g.x, g.weights), "")]
+    assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+
+
+@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast(autocast, device):
+    """Equal to casting by hand, residual stream and gradients in float32."""
+    weights = block_weights(16, 2, 3, 8, 5, 8, device=device, dtype=torch.float32)
+    x = randn(1, 5, 16, device=device)
+    with torch.autocast(device, autocast):
+        y, _ = F.switchall(x, weights, top_k=2, moe_top_k=2)
+        h = F.switchhead(x, weights.attention, top_k=2)
+    assert y.dtype == torch.float32 and h.dtype == autocast
+    y.sum().backward()
+    assert x.grad.dtype == weights.attention.v.grad.dtype == weights.moe.keys.grad.dtype == torch.float32
+    cast = F.SwitchHeadWeights(*(None if w is None else w.to(autocast) for w in weights.attention))
+    assert torch.equal(h, F.switchhead(x.to(autocast), cast, top_k=2))
+
+
+def layers(device):
+    def plain(*shape, seed=0):
+        return randn(*shape, device=device, seed=seed)
+
+    head = head_weights(12, 2, 3, 8, device=device, dtype=torch.float32)
+    xl = head_weights(12, 2, 3, 8, device=device, dtype=torch.float32, xl=True)
+    block = block_weights(12, 2, 3, 8, 4, 8, device=device, dtype=torch.float32)
+    moe = moe_weights(12, 4, 8, device=device, dtype=torch.float32)
+    routing = F.gating(plain(5, 12).detach(), plain(6, 12).detach(), n_heads=2, top_k=2)
+    return {
+        "gating": (lambda x, s: F.gating(x, s, n_heads=2, top_k=2)[:3], plain(5, 12), plain(6, 12)),
+        "value_projection": (lambda x, w: F.value_projection(x, w, routing), plain(5, 12), plain(6, 12, 8)),
+        "output_projection": (lambda a, w: F.output_projection(a, w, routing), plain(5, 2, 8), plain(6, 8, 12)),
+        "attention": (lambda q, k, v: F.attention(q, k, v, position=F.RoPE()), *(plain(1, 5, 2, 8, seed=s) for s in range(3))),
+        "sigma_moe": (lambda x: F.sigma_moe(x, moe, top_k=2), plain(5, 12)),
+        "switchhead": (lambda x: F.switchhead(x, head, top_k=2), plain(1, 5, 12)),
+        "switchhead xl": (lambda x: F.switchhead(x, xl, top_k=2, position=F.XL()), plain(1, 5, 12)),
+        "switchall": (lambda x: F.switchall(x, block, top_k=2, moe_top_k=2), plain(1, 5, 12)),
+    }
+
+
+def run(function, tensors):
+    outputs = function(*tensors)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    loss = sum(o.float().square().sum() for o in outputs if o.is_floating_point())
+    return *outputs, *torch.autograd.grad(loss, tensors)
+
+
+LAYERS = ["gating", "value_projection", "output_projection", "attention", "sigma_moe", "switchhead", "switchhead xl", "switchall"]
+
+
+# Dynamo itself instantiates torch.autograd.Function while tracing one.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("name", LAYERS)
+def test_compiles_as_one_graph(name, device):
+    function, *tensors = layers(device)[name]
+    torch._dynamo.reset()
+    eager = run(function, tensors)
+    compiled = run(torch.compile(function, fullgraph=True, backend="inductor" if device == "cuda" else "aot_eager"), tensors)
+    for a, b in zip(eager, compiled, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", LAYERS)
+def test_replays_from_a_cuda_graph(name, device):
+    function, *tensors = layers(device)[name]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run(function, tensors)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run(function, tensors)
+    with torch.no_grad():
+        for t in tensors:
+            t.copy_(torch.randn_like(t))
+    graph.replay()
+    for a, b in zip(captured, run(function, tensors), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("name", LAYERS)
+def test_runs_on_the_device_of_its_inputs(name):
+    first = run(*(lambda f, *t: (f, t))(*layers("cuda:0")[name]))
+    assert torch.cuda.current_device() == 0
+    second = run(*(lambda f, *t: (f, t))(*layers("cuda:1")[name]))
+    for a, b in zip(first, second, strict=True):
+        assert b.device.index == 1 and torch.equal(a, b.to(a.device))
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"weights": None}, TypeError, "weights must be a SwitchHeadWeights, got NoneType"),
+        ({"top_k": 4}, ValueError, "top_k must be between 1 and 3"),
+        ({"x": torch.zeros(5, 12)}, ValueError, r"x must have shape \[\*, \*, \*\], got \[5, 12\]"),
+        ({"k_src": torch.zeros(1, 3, 12)}, ValueError, "the 3 keys must be at least the 5 queries"),
+        ({"v_src": torch.zeros(1, 4, 12)}, ValueError, r"v_src must have shape \[1, 5, 12\]"),
+        ({"position": F.XL()}, ValueError, "position.weight must be"),
+        ({"position": F.XL(content_bias=torch.zeros(2, 8))}, ValueError, "content_bias and position.position_bias must be None"),
+        ({"window": 0}, ValueError, "window must be >= 1"),
+        ({"seed": "1"}, TypeError, "seed must be an int"),
+        ({"o": torch.zeros(6, 7, 12)}, ValueError, r"weights.o must have shape \[6, 8, \*\], got \[6, 7, 12\]"),
+        ({"sel_o": None}, ValueError, "weights.sel_o must be a tensor"),
+        ({"q": torch.zeros(15, 12)}, ValueError, r"weights.q must have shape \[H\*P, D\]"),
+        ({"pos_to_pk": torch.zeros(16, 12)}, ValueError, r"weights.pos_to_pk is given but position is not XL\(\)"),
+        ({"pos_to_pk": torch.zeros(16, 12), "position": F.XL(torch.zeros(16, 12))}, ValueError, "both given"),
+    ],
+)
+def test_bad_switchhead(change, error, message, device):
+    weights = head_weights(12, 2, 3, 8, device=device, dtype=torch.float32)
+    change = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in change.items()}
+    weights = weights._replace(**{k: change.pop(k) for k in list(change) if k in weights._fields})
+    if isinstance(change.get("position"), F.XL):
+        change["position"] = F.XL(*(None if t is None else t.to(device) for t in change["position"]))
+    arguments = {"x": torch.zeros(1, 5, 12, device=device), "weights": weights, "top_k": 2} | change
+    with pytest.raises(error, match=message):
+        F.switchhead(arguments.pop("x"), arguments.pop("weights"), **arguments)
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"moe_top_k": 9}, ValueError, "moe_top_k must be between 1 and 4"),
+        ({"eps": 0.0}, ValueError, "eps must be positive"),
+        ({"norm1": torch.ones(12)}, TypeError, "weights.norm1 must be a pair"),
+        ({"moe_dropout": 1}, ValueError, "moe_dropout must be at least 0 and below 1"),
+        ({"attention_dropout": -1}, ValueError, "attention_dropout must be"),
+    ],
+)
+def test_bad_switchall(change, error, message, device):
+    weights = block_weights(12, 2, 3, 8, 4, 8, device=device, dtype=torch.float32)
+    weights = weights._replace(**{k: change[k] for k in change if k in weights._fields})
+    arguments = {"top_k": 2, "moe_top_k": 2} | {k: v for k, v in change.items() if k not in weights._fields}
+    with pytest.raises(error, match=message):
+        F.switchall(torch.zeros(1, 5, 12, device=device), weights, **arguments)

@@ -1,0 +1,172 @@
+import pytest
+import torch
+from cases import ALL_DTYPES, CPU_DTYPES, check, randn
+from hypothesis import given
+from hypothesis import strategies as st
+
+import reference
+from triton_moe import functional as F
+from triton_moe import testing
+
+MODES = F.MODES
+
+
+def choice(x, sel, **kwargs):
+    return F.gating(x.detach(), sel.detach(), **kwargs).experts
+
+
+def check_gating(N, D, H, E, K, mode, dtype, device, repeats=1):
+    x, sel = randn(N, D, device=device, dtype=dtype), randn(H * E, D, device=device, dtype=dtype, scale=D**-0.5)
+    experts = choice(x, sel, n_heads=H, top_k=K, mode=mode)
+
+    def kernel(x, sel):
+        r = F.gating(x, sel, n_heads=H, top_k=K, mode=mode)
+        return r.weights, r.logits
+
+    def twin(x, sel):
+        r = reference.gating(x, sel, n_heads=H, top_k=K, mode=mode, experts=experts)
+        return r.weights, r.logits
+
+    check(kernel, twin, {"x": x, "sel": sel}, repeats=repeats)
+    logits = F.gating(x, sel, n_heads=H, top_k=K).logits
+    assert torch.equal(experts.long(), reference.select(logits, K))
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", CPU_DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "N, D, H, E, K", [(1, 41, 1, 5, 2), (37, 19, 2, 5, 3), (20, 24, 3, 13, 4), (9, 7, 2, 1, 1), (5, 8, 1, 33, 33)]
+)
+def test_values_and_gradients(N, D, H, E, K, mode, dtype, device):
+    check_gating(N, D, H, E, K, mode, dtype, device)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "N, D, H, E, K",
+    [(8192, 1024, 4, 4, 2), (5000, 412, 2, 5, 3), (4097, 1024, 1, 387, 16), (2048, 512, 32, 8, 4), (777, 1024, 1, 1024, 32)],
+)
+def test_values_and_gradients_at_size(N, D, H, E, K, mode, dtype, device):
+    check_gating(N, D, H, E, K, mode, dtype, device, repeats=3)
+
+
+def of_logits(logits, **kwargs):
+    """Gate logits [H, E] as they are: one token x = 1 of width 1, a head a row."""
+    H, E = logits.shape
+    x = torch.ones(1, 1, device=logits.device)
+    return F.gating(x, logits.reshape(H * E, 1), n_heads=H, **kwargs)
+
+
+@given(data=st.data(), E=st.integers(1, 9), mode=st.sampled_from(MODES))
+def test_selection_survives_ties_nan_and_infinities(data, E, mode, device):
+    logits = data.draw(testing.logits((6, E), device=device))
+    K = data.draw(st.integers(1, E))
+    r = of_logits(logits, top_k=K, mode=mode)
+    assert torch.equal(r.logits[0].nan_to_num(7.0), logits.nan_to_num(7.0))
+    assert torch.equal(r.experts.long(), reference.select(logits[None], K))
+    assert all(len(set(row)) == K for row in r.experts[0].tolist())
+    if mode == "sigmoid":
+        torch.testing.assert_close(r.weights[0], logits.gather(1, r.experts[0].long()).sigmoid(), equal_nan=True)
+
+
+@given(seed=st.integers(0, 2**63 - 1), delta=st.sampled_from([0.1, 0.5, 0.97]))
+def test_expert_dropout_is_the_documented_function_of_the_seed(seed, delta, device):
+    x, sel = randn(17, 11, device=device), randn(10, 11, device=device)
+    options = {"n_heads": 2, "top_k": 3, "expert_dropout": delta, "seed": seed}
+    ours = F.gating(x, sel, training=True, **options)
+    twin = reference.gating(x.double(), sel.double(), **options)
+    assert torch.equal(ours.experts.long(), twin.experts)
+    torch.testing.assert_close(ours.weights.double(), twin.weights, rtol=1e-5, atol=1e-6)
+    evaluated = F.gating(x, sel, n_heads=2, top_k=3, expert_dropout=delta, seed=seed)
+    assert torch.equal(evaluated.experts, F.gating(x, sel, n_heads=2, top_k=3).experts)
+
+
+def test_seed_as_tensor_and_from_the_generator(device):
+    x, sel = randn(17, 11, device=device), randn(10, 11, device=device)
+    options = {"n_heads": 2, "top_k": 2, "expert_dropout": 0.5, "training": True}
+    by_int = F.gating(x, sel, seed=5, **options).experts
+    assert torch.equal(by_int, F.gating(x, sel, seed=torch.tensor(5, device=device), **options).experts)
+    torch.manual_seed(1)
+    first = F.gating(x, sel, **options).experts
+    second = F.gating(x, sel, **options).experts
+    torch.manual_seed(1)
+    assert torch.equal(first, F.gating(x, sel, **options).experts)
+    assert not torch.equal(first, second)
+
+
+@given(start=st.integers(0, 29), count=st.integers(1, 30))
+def test_a_token_does_not_depend_on_its_batch(start, count, device):
+    x, sel = randn(30, 19, device=device), randn(10, 19, device=device)
+    whole = F.gating(x, sel, n_heads=2, top_k=3)
+    part = F.gating(x[start : start + count], sel, n_heads=2, top_k=3)
+    for a, b in zip(whole[:3], part[:3], strict=True):
+        assert torch.equal(a[start : start + count], b)
+
+
+def test_a_nan_token_leaves_the_others_bitwise_alone(device):
+    x, sel = randn(30, 19, device=device, requires_grad=False), randn(10, 19, device=device)
+    clean = F.gating(x, sel, n_heads=2, top_k=3)
+    x[7] = torch.nan
+    r = F.gating(x, sel, n_heads=2, top_k=3)
+    others = torch.arange(30, device=device) != 7
+    for a, b in zip(clean[:3], r[:3], strict=True):
+        assert torch.equal(a[others], b[others])
+    assert r.weights[7].isnan().all()
+    assert r.experts[7].tolist() == [[0, 1, 2], [0, 1, 2]]
+
+
+@given(data=st.data())
+def test_strides_do_not_matter(data, device):
+    x, sel = randn(6, 5, 12, device=device), randn(10, 12, device=device)
+    expected = F.gating(x, sel, n_heads=2, top_k=2)
+    r = F.gating(data.draw(testing.strided(x)), data.draw(testing.strided(sel)), n_heads=2, top_k=2)
+    for a, b in zip(expected, r, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_no_tokens(device):
+    x, sel = randn(0, 12, device=device), randn(10, 12, device=device)
+    r = F.gating(x, sel, n_heads=2, top_k=2)
+    (r.weights.sum() + r.logits.sum()).backward()
+    assert r.experts.shape == (0, 2, 2) and not sel.grad.any()
+
+
+def test_plan_sorts_the_routes_stably_by_expert(device):
+    r = F.gating(randn(40, 12, device=device), randn(10, 12, device=device), n_heads=2, top_k=2)
+    expert = (r.experts + torch.tensor([[0], [5]], device=device)).flatten()
+    assert torch.equal(r.order.long(), expert.sort(stable=True).indices)
+    assert r.offsets.tolist() == [0, *torch.bincount(expert, minlength=10).cumsum(0).tolist()]
+
+
+def test_double_backward_is_refused(device):
+    x, sel = randn(3, 8, device=device), randn(4, 8, device=device)
+    (dx,) = torch.autograd.grad(F.gating(x, sel, top_k=2).weights.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        dx.sum().backward()
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"top_k": 6}, ValueError, r"top_k must be between 1 and 5 .* got 6"),
+        ({"top_k": 0}, ValueError, "top_k must be between 1 and 5"),
+        ({"top_k": 2.0}, TypeError, "top_k must be an int, got float"),
+        ({"n_heads": 3}, ValueError, r"sel must have n_heads \* E rows with n_heads = 3, got 10"),
+        ({"mode": "relu"}, ValueError, "mode must be one of 'sigmoid'"),
+        ({"expert_dropout": 1.0}, ValueError, "expert_dropout must be at least 0 and below 1, got 1.0"),
+        ({"sel": torch.zeros(10, 7)}, ValueError, r"sel must have shape \[\*, 12\], got \[10, 7\]"),
+        ({"sel": torch.zeros(10, 12, dtype=torch.float16)}, TypeError, "sel has dtype torch.float16, expected torch.float32"),
+        ({"x": torch.zeros(3, 12, dtype=torch.float64)}, TypeError, "x has dtype torch.float64"),
+        ({"x": [1.0]}, TypeError, "x must be a torch.Tensor, got list"),
+        ({"sel": torch.zeros(10, 12, device="meta")}, ValueError, "sel is on meta, expected"),
+        ({"seed": 1.5}, TypeError, "seed must be an int"),
+    ],
+)
+def test_bad_input(change, error, message, device):
+    arguments = {"x": torch.zeros(3, 12), "sel": torch.zeros(10, 12), "n_heads": 2, "top_k": 2} | change
+    arguments = {k: v.to(device) if isinstance(v, torch.Tensor) and v.device.type != "meta" else v for k, v in arguments.items()}
+    with pytest.raises(error, match=message):
+        F.gating(arguments.pop("x"), arguments.pop("sel"), **arguments)

@@ -1,0 +1,265 @@
+import pytest
+import torch
+from cases import ALL_DTYPES, CPU_DTYPES, check, choices, moe_weights, randn
+from hypothesis import given
+from hypothesis import strategies as st
+
+import reference
+from triton_moe import functional as F
+from triton_moe import testing
+
+SHAPES = [  # N, D, H, E, TOP_K, P
+    (1, 41, 1, 5, 2, 19),
+    (37, 24, 2, 5, 3, 19),
+    (20, 19, 2, 13, 4, 41),
+    (9, 16, 3, 1, 1, 8),
+]
+LARGE = [
+    (8192, 1024, 4, 4, 2, 128),
+    (5001, 1024, 4, 4, 2, 100),
+    (4096, 412, 2, 5, 3, 76),
+    (4099, 1024, 2, 8, 4, 132),
+    (3000, 512, 6, 13, 2, 82),
+]
+
+
+def value(x, w, weights, experts):
+    return F.value_projection(x, w, F.Routing(weights, experts))
+
+
+def output(a, w, weights, experts):
+    return F.output_projection(a, w, F.Routing(weights, experts))
+
+
+def check_value(N, D, H, E, K, P, dtype, device, used=None, repeats=1):
+    inputs = {
+        "x": randn(N, D, device=device, dtype=dtype),
+        "w": randn(H * E, D, P, device=device, dtype=dtype, scale=D**-0.5),
+        "weights": randn(N, H, K, device=device).detach().sigmoid().requires_grad_(),
+        "experts": choices(N, H, E, K, device=device, used=used),
+    }
+    check(value, reference.value_projection, inputs, repeats=repeats)
+
+
+def check_output(N, D, H, E, K, P, dtype, device, used=None, repeats=1):
+    inputs = {
+        "a": randn(N, H, P, device=device, dtype=dtype),
+        "w": randn(H * E, P, D, device=device, dtype=dtype, scale=P**-0.5),
+        "weights": randn(N, H, K, device=device).detach().sigmoid().requires_grad_(),
+        "experts": choices(N, H, E, K, device=device, used=used),
+    }
+    check(output, reference.output_projection, inputs, repeats=repeats)
+
+
+CHECKS = pytest.mark.parametrize("side", [check_value, check_output])
+
+
+@pytest.mark.smoke
+@CHECKS
+@pytest.mark.parametrize("dtype", CPU_DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_values_and_gradients(side, shape, dtype, device):
+    side(*shape, dtype, device)
+
+
+@CHECKS
+def test_one_expert_takes_all_and_the_others_are_empty(side, device):
+    side(30, 12, 2, 5, 2, 8, torch.float32, device, used=2)
+    side(30, 12, 2, 5, 1, 8, torch.float32, device, used=1)
+
+
+@CHECKS
+def test_bfloat16_through_the_interpreter(side, device):
+    side(12, 12, 2, 3, 2, 8, torch.bfloat16, device)
+
+
+@pytest.mark.gpu
+@CHECKS
+@pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
+@pytest.mark.parametrize("shape", LARGE, ids=str)
+def test_values_and_gradients_at_size(side, shape, dtype, device):
+    side(*shape, dtype, device, repeats=3)
+    side(*shape, dtype, device, used=shape[4])
+
+
+@given(data=st.data(), shape=testing.layer_shapes(max_tokens=20, max_width=20))
+def test_any_shape_and_choice(data, shape, device):
+    N, D, H, E, K, P = shape
+    experts = data.draw(testing.expert_choices(n_tokens=N, n_heads=H, n_experts=E, top_k=K, device=device))
+    x, w = data.draw(testing.tensors((N, D), device=device)), data.draw(testing.tensors((H * E, D, P), device=device))
+    weights = data.draw(testing.tensors((N, H, K), device=device))
+    v = value(x, w, weights, experts)
+    twin = reference.value_projection(x.double(), w.double(), weights.double(), experts)
+    torch.testing.assert_close(v.double(), twin, rtol=1e-4, atol=1e-4)
+    o = output(v, w.transpose(1, 2), weights, experts)
+    twin = reference.output_projection(v.double(), w.double().transpose(1, 2), weights.double(), experts)
+    torch.testing.assert_close(o.double(), twin, rtol=1e-4, atol=1e-3)
+
+
+@given(data=st.data())
+def test_relabelled_experts_and_permuted_tokens_change_nothing(data, device):
+    N, D, H, E, K, P = 14, 12, 2, 5, 2, 8
+    experts = data.draw(testing.expert_choices(n_tokens=N, n_heads=H, n_experts=E, top_k=K, device=device))
+    x, w, weights = randn(N, D, device=device), randn(H * E, D, P, device=device), randn(N, H, K, device=device)
+    v = value(x, w, weights, experts)
+    new = torch.tensor(data.draw(st.permutations(range(E))), device=device)
+    relabelled = torch.empty_like(w.view(H, E, D, P)).index_copy(1, new, w.view(H, E, D, P)).view(H * E, D, P)
+    assert torch.equal(v, value(x, relabelled, weights, new[experts.long()].int()))
+    order = torch.tensor(data.draw(st.permutations(range(N))), device=device)
+    assert torch.equal(v[order], value(x[order], w, weights[order], experts[order]))
+
+
+@given(data=st.data())
+def test_strides_do_not_matter(data, device):
+    N, D, H, E, K, P = 6, 10, 2, 3, 2, 7
+    experts = choices(N, H, E, K, device=device)
+    weights = randn(N, H, K, device=device)
+    x, w = randn(2, 3, D, device=device), randn(H * E, D, P, device=device)
+    v = value(x, w, weights, experts)
+    assert torch.equal(v, value(data.draw(testing.strided(x)), data.draw(testing.strided(w)), weights, experts))
+    o = output(v, w.transpose(1, 2), weights, experts)
+    again = output(data.draw(testing.strided(v)), data.draw(testing.strided(w.transpose(1, 2))), weights, experts)
+    assert torch.equal(o, again)
+
+
+def test_unused_experts_may_hold_nan_and_get_zero_gradients(device):
+    N, D, H, E, K, P = 9, 10, 1, 4, 2, 7
+    experts = choices(N, H, E, K, device=device, used=2)
+    used = experts.unique().tolist()
+    empty = [e for e in range(E) if e not in used]
+    x, weights, w = randn(N, D, device=device), randn(N, H, K, device=device), randn(E, D, P, device=device)
+    spoiled = w.detach().clone()
+    spoiled[empty] = torch.nan
+    spoiled.requires_grad_()
+    v = value(x, spoiled, weights, experts)
+    v.sum().backward()
+    assert torch.equal(v, value(x, w, weights, experts))
+    assert spoiled.grad.isfinite().all() and not spoiled.grad[empty].any()
+    assert x.grad.isfinite().all()
+
+
+def test_autocast_casts_and_returns_gradients_in_the_parameters_dtype(device):
+    x, w = randn(9, 12, device=device), randn(4, 12, 8, device=device)
+    routing = F.Routing(randn(9, 2, 1, device=device), choices(9, 2, 2, 1, device=device))
+    with torch.autocast(device, torch.bfloat16):
+        v = F.value_projection(x, w, routing)
+    v.float().sum().backward()
+    assert v.dtype == torch.bfloat16 and x.grad.dtype == w.grad.dtype == torch.float32
+    cast = F.value_projection(x.bfloat16(), w.bfloat16(), routing)
+    assert torch.equal(v, cast)
+
+
+ACTIVATIONS = pytest.mark.parametrize("activation", F.ACTIVATIONS)
+
+
+def check_moe(N, D, E, K, G, activation, dtype, device, *, bias=True, repeats=1, mode="sigmoid", d_out=None):
+    gated = activation in ("swiglu", "geglu")
+    weights = moe_weights(D, E, G, device=device, dtype=dtype, gated=gated, bias=bias, d_out=d_out)
+    x = randn(N, D, device=device, dtype=dtype)
+    experts = F.gating(x.detach(), weights.expert_sel.detach(), top_k=K).experts
+
+    def kernel(x, weights):
+        return F.sigma_moe(x, weights, top_k=K, activation=activation, mode=mode)
+
+    def twin(x, weights):
+        return reference.sigma_moe(x, weights, top_k=K, activation=activation, mode=mode, experts=experts)
+
+    check(kernel, twin, {"x": x, "weights": weights}, repeats=repeats)
+
+
+@pytest.mark.smoke
+@ACTIVATIONS
+@pytest.mark.parametrize("dtype", CPU_DTYPES, ids=str)
+def test_mlp_values_and_gradients(activation, dtype, device):
+    check_moe(23, 19, 7, 3, 12, activation, dtype, device)
+
+
+@pytest.mark.parametrize(
+    "N, E, K, bias, mode", [(1, 16, 4, False, "softmax"), (11, 5, 5, True, "softmax_topk"), (6, 40, 1, False, "sigmoid")]
+)
+def test_mlp_other_sizes(N, E, K, bias, mode, device):
+    check_moe(N, 13, E, K, 9, "relu", torch.float32, device, bias=bias, mode=mode, d_out=11)
+
+
+@pytest.mark.gpu
+@ACTIVATIONS
+@pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(4096, 1024, 32, 4, 128), (3001, 412, 16, 4, 128), (2048, 1024, 387, 16, 64)], ids=str)
+def test_mlp_at_size(shape, activation, dtype, device):
+    check_moe(*shape, activation, dtype, device, repeats=2)
+
+
+def test_mlp_gate_input_and_dropouts_follow_the_reference(device):
+    weights = moe_weights(12, 6, 8, device=device, dtype=torch.float32, gated=True, bias=True)
+    options = {"activation": "swiglu", "top_k": 3, "dropout": 0.3, "expert_dropout": 0.4, "training": True, "seed": 11}
+    x, gate_input = randn(2, 9, 12, device=device), randn(2, 9, 12, device=device, seed=5)
+
+    def kernel(x, gate_input, weights):
+        return F.sigma_moe(x, weights, gate_input=gate_input, **options)
+
+    def twin(x, gate_input, weights):
+        return reference.sigma_moe(x, weights, gate_input=gate_input, **options)
+
+    check(kernel, twin, {"x": x, "gate_input": gate_input, "weights": weights}, repeats=1)
+
+
+def test_dropout_keeps_the_mean(device):
+    weights = moe_weights(12, 6, 8, device=device, dtype=torch.float32)
+    x = randn(4, 12, device=device)
+    runs = [F.sigma_moe(x, weights, top_k=2, dropout=0.5, training=True, seed=s)[0] for s in range(60)]
+    mean, clean = torch.stack(runs).mean(0), F.sigma_moe(x, weights, top_k=2)[0]
+    assert (mean - clean).abs().mean() < 0.25 * clean.abs().mean()
+
+
+@given(N=st.integers(1, 40), E=st.integers(1, 20), spread=st.floats(0.0, 50.0))
+def test_entropy_regularizer(N, E, spread, device):
+    logits = randn(N, E, device=device, scale=spread)
+    loss = F.entropy_regularizer(logits)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    exact = logits.detach().double().requires_grad_()
+    truth = reference.entropy_regularizer(exact)
+    (truth_gradient,) = torch.autograd.grad(truth, exact)
+    torch.testing.assert_close(loss.double(), truth, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(gradient.double(), truth_gradient, rtol=1e-3, atol=1e-5)
+    assert loss <= 1e-6
+
+
+def routing(N=3, H=2, K=2, E=3):
+    return F.Routing(torch.ones(N, H, K), choices(N, H, E, K, device="cpu"))
+
+
+@pytest.mark.parametrize(
+    "call, error, message",
+    [
+        (lambda: F.value_projection(torch.zeros(3, 5), torch.zeros(6, 4, 8), routing()), ValueError, r"w must have shape \[\*, 5, \*\]"),
+        (lambda: F.value_projection(torch.zeros(4, 5), torch.zeros(6, 5, 8), routing()), ValueError, r"routing.weights must have shape \[4"),
+        (lambda: F.value_projection(torch.zeros(3, 5), torch.zeros(5, 5, 8), routing()), ValueError, r"w must have H \* E experts"),
+        (lambda: F.value_projection(torch.zeros(3, 5), torch.zeros(6, 5, 8), (1, 2)), TypeError, "routing must be a Routing, got tuple"),
+        (lambda: F.output_projection(torch.zeros(3, 3, 8), torch.zeros(6, 8, 5), routing()), ValueError, r"a must have shape \[\.\.\., 2, 8\]"),
+        (lambda: F.output_projection(torch.zeros(3, 2, 8), torch.zeros(6, 8, 5).half(), routing()), TypeError, "w has dtype torch.float16"),
+    ],
+)  # fmt: skip
+def test_bad_projections(call, error, message, device):
+    if device == "cuda":
+        pytest.skip("the arguments are on the CPU")
+    with pytest.raises(error, match=message):
+        call()
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"top_k": 7}, ValueError, "top_k must be between 1 and 6"),
+        ({"activation": "tanh"}, ValueError, "activation must be one of"),
+        ({"dropout": -0.1}, ValueError, "dropout must be at least 0"),
+        ({"weights": (1, 2, 3)}, TypeError, "weights must be a SigmaMoEWeights, got tuple"),
+        ({"gate_input": torch.zeros(4, 11)}, ValueError, r"gate_input must have shape \[4, 12\]"),
+        ({"activation": "swiglu"}, ValueError, r"weights.values must have shape \[6, 4, \*\], got \[6, 8, 12\]"),
+        ({"training": 1}, TypeError, "training must be a bool"),
+    ],
+)
+def test_bad_mlp(change, error, message, device):
+    weights = moe_weights(12, 6, 8, device=device, dtype=torch.float32)
+    arguments = {"weights": weights, "top_k": 2} | change
+    with pytest.raises(error, match=message):
+        F.sigma_moe(torch.zeros(4, 12, device=device), arguments.pop("weights"), **arguments)

@@ -1,0 +1,578 @@
+"""`python -m triton_moe demo`: a byte-level SwitchAll language model learns the source of Python's standard library.
+
+Read top to bottom: the model and its dense twin, the text, training, one training step checked against `reference/`,
+sampling, the command. Importing this module imports no Triton, so that TRITON_INTERPRET=1 can still be set.
+"""
+
+import argparse
+import copy
+import importlib.util
+import json
+import math
+import os
+import sys
+import sysconfig
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+
+VOCABULARY = 256  # bytes
+REGULARIZER = 1e-3  # coefficient of the entropy regulariser, per block
+
+# The model
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    d_model: int
+    n_layers: int
+    n_heads: int
+    n_experts: int  # per head, for values and outputs
+    d_head: int
+    moe_n_experts: int
+    expert_size: int
+    top_k: int = 2
+    moe_top_k: int = 4
+    rotate_fraction: float = 0.5
+
+    @property
+    def init_scale(self) -> float:
+        return math.sqrt(2 / self.n_layers)
+
+
+class LanguageModel(nn.Module):
+    """Bytes in, logits of the next byte out: embedding, SwitchAll blocks, LayerNorm, linear head."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(VOCABULARY, config.d_model)
+        self.blocks = nn.ModuleList(self.block() for _ in range(config.n_layers))
+        self.norm = nn.LayerNorm(config.d_model)
+        self.head = nn.Linear(config.d_model, VOCABULARY, bias=False)
+        nn.init.normal_(self.head.weight, std=0.02)
+
+    def block(self) -> nn.Module:
+        from .nn import SwitchAll
+
+        c = self.config
+        return SwitchAll(
+            c.d_model,
+            c.n_heads,
+            c.n_experts,
+            c.moe_n_experts,
+            c.expert_size,
+            top_k=c.top_k,
+            moe_top_k=c.moe_top_k,
+            d_head=c.d_head,
+            rotate_fraction=c.rotate_fraction,
+            init_scale=c.init_scale,
+        )
+
+    def forward(self, tokens: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """tokens [B, T] -> logits [B, T, 256] and the MoE logits of every block."""
+        x = self.embedding(tokens)
+        moe_logits = []
+        for block in self.blocks:
+            x, logits = block(x)
+            moe_logits.append(logits)
+        return self.head(self.norm(x)), moe_logits
+
+    def losses(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """tokens [B, T + 1] -> the loss to minimise, and its cross-entropy part (nats per byte)."""
+        from .functional import entropy_regularizer
+
+        logits, moe_logits = self(tokens[:, :-1])
+        entropy = next_byte_entropy(logits, tokens)
+        return entropy + REGULARIZER * sum(entropy_regularizer(block) for block in moe_logits), entropy
+
+    @torch.no_grad()
+    def chosen_experts(self, tokens: torch.Tensor) -> list:
+        """Per block, the experts the kernels choose for tokens [B, T]: value side, output side, MoE.
+
+        Our operations are bitwise repeatable, so asking the gates again gives the choice of the training step.
+        """
+        from .functional import gating
+
+        c, chosen = self.config, []
+        x = self.embedding(tokens)
+        for block in self.blocks:
+            h = block.norm1(x)
+            value = gating(h, block.attention.sel_v, n_heads=c.n_heads, top_k=c.top_k)
+            output = gating(h, block.attention.sel_o, n_heads=c.n_heads, top_k=c.top_k)
+            h = block.norm2(x + block.attention(h))
+            moe = gating(h, block.moe.expert_sel, top_k=c.moe_top_k)
+            chosen.append((value.experts, output.experts, moe.experts))
+            x, _ = block(x)
+        return chosen
+
+
+class DenseLanguageModel(LanguageModel):
+    """The dense twin: the same model with dense attention and a dense MLP, as many parameters as the SwitchAll one."""
+
+    def block(self) -> nn.Module:
+        c = self.config
+        attention = 2 * c.n_heads * c.d_head * c.d_model * (1 + c.n_experts) + 2 * c.n_heads * c.n_experts * c.d_model
+        moe = c.moe_n_experts * c.d_model * (2 * c.expert_size + 1)
+        d_ff = (attention + moe) / (2 * c.d_model) - 2 * c.d_model
+        return DenseBlock(c.d_model, max(1, c.d_model // 64), max(8, 8 * round(d_ff / 8)))
+
+    def losses(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        entropy = next_byte_entropy(self(tokens[:, :-1])[0], tokens)
+        return entropy, entropy
+
+
+class DenseAttention(nn.Module):
+    """Causal multi-head attention through torch, every channel rotated (RoPE, halves convention)."""
+
+    def __init__(self, d_model: int, n_heads: int, max_length: int = 16384):
+        super().__init__()
+        self.n_heads, d_head = n_heads, d_model // n_heads
+        self.qkv = nn.Linear(d_model, 3 * d_model, bias=False)
+        self.out = nn.Linear(d_model, d_model, bias=False)
+        frequency = 10000.0 ** (-torch.arange(0, d_head, 2) / d_head)
+        angle = torch.outer(torch.arange(max_length), frequency).repeat(1, 2)  # [max_length, d_head]
+        self.register_buffer("cos", angle.cos(), persistent=False)
+        self.register_buffer("sin", angle.sin(), persistent=False)
+
+    def rotate(self, x: torch.Tensor) -> torch.Tensor:
+        first, second = x.chunk(2, dim=-1)
+        cos, sin = self.cos[: x.shape[-2]].to(x.dtype), self.sin[: x.shape[-2]].to(x.dtype)
+        return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        B, T, D = x.shape
+        q, k, v = self.qkv(x).view(B, T, 3, self.n_heads, D // self.n_heads).permute(2, 0, 3, 1, 4)
+        a = nn.functional.scaled_dot_product_attention(self.rotate(q), self.rotate(k), v, is_causal=True)
+        return self.out(a.transpose(1, 2).reshape(B, T, D))
+
+
+class DenseMLP(nn.Module):
+    def __init__(self, d_model: int, d_ff: int):
+        super().__init__()
+        self.up = nn.Linear(d_model, d_ff, bias=False)
+        self.down = nn.Linear(d_ff, d_model, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(self.up(x).relu())
+
+
+class DenseBlock(nn.Module):
+    """Pre-norm block with the interface of SwitchAll: returns (y, None)."""
+
+    def __init__(self, d_model: int, n_heads: int, d_ff: int):
+        super().__init__()
+        self.norm1, self.attention = nn.LayerNorm(d_model), DenseAttention(d_model, n_heads)
+        self.norm2, self.mlp = nn.LayerNorm(d_model), DenseMLP(d_model, d_ff)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
+        x = x + self.attention(self.norm1(x))
+        return x + self.mlp(self.norm2(x)), None
+
+
+def next_byte_entropy(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    return nn.functional.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
+
+
+# The text
+
+
+def standard_library() -> tuple[bytes, bytes]:
+    """(training text, held-out text): the top-level modules of the standard library, every tenth file held out."""
+    folder = Path(sysconfig.get_path("stdlib"))
+    files = sorted(path for path in folder.glob("*.py") if not path.name.startswith("_sysconfigdata"))
+    texts = [path.read_bytes() for path in files]
+    train, held_out = b"".join(t for i, t in enumerate(texts) if i % 10), b"".join(texts[::10])
+    if len(held_out) < 10_000:
+        raise FileNotFoundError(f"the demo trains on Python's own source files, and {folder} has none")
+    return train, held_out
+
+
+def as_tensor(text: bytes, device: str) -> torch.Tensor:
+    return torch.frombuffer(bytearray(text), dtype=torch.uint8).to(device)
+
+
+def windows(text: torch.Tensor, starts: torch.Tensor, length: int) -> torch.Tensor:
+    """Rows text[start : start + length] as int64."""
+    return text[starts.to(text.device)[:, None] + torch.arange(length, device=text.device)].long()
+
+
+def even_windows(text: torch.Tensor, count: int, length: int) -> torch.Tensor:
+    return windows(text, torch.linspace(0, text.numel() - length, count).long(), length)
+
+
+# Training
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What the demo trains on one kind of device."""
+
+    model: ModelConfig
+    batch: int
+    context: int
+    steps: int
+    learning_rate: float
+    held_out: int  # windows of `context` bytes
+    checked: tuple[int, int]  # sequences and bytes of the step compared with reference/
+    generated: int  # bytes
+
+
+CPU = Preset(
+    model=ModelConfig(64, 2, n_heads=2, n_experts=4, d_head=32, moe_n_experts=8, expert_size=32, moe_top_k=2),
+    batch=2,
+    context=256,
+    steps=30,
+    learning_rate=1e-2,
+    held_out=4,
+    checked=(2, 48),
+    generated=24,
+)
+GPU = Preset(
+    model=ModelConfig(512, 6, n_heads=4, n_experts=4, d_head=64, moe_n_experts=16, expert_size=128),
+    batch=32,
+    context=512,
+    steps=300,
+    learning_rate=2e-3,
+    held_out=64,
+    checked=(2, 128),
+    generated=160,
+)
+
+
+@dataclass
+class Run:
+    """One demo: what was asked, and the data it works on."""
+
+    preset: Preset
+    steps: int
+    seed: int
+    device: str
+    dtype: torch.dtype
+    train: torch.Tensor
+    held_out: torch.Tensor
+    random: torch.Generator = field(init=False)
+
+    def __post_init__(self):
+        torch.manual_seed(self.seed)
+        self.random = torch.Generator().manual_seed(self.seed)
+
+    def autocast(self):
+        return torch.autocast(self.device, dtype=self.dtype, enabled=self.dtype != torch.float32)
+
+    def batch(self) -> torch.Tensor:
+        starts = torch.randint(self.train.numel() - self.preset.context, (self.preset.batch,), generator=self.random)
+        return windows(self.train, starts, self.preset.context + 1)
+
+
+def stepper(run: Run, model: LanguageModel, losses: Callable) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A function that trains `model` on one batch and returns its cross-entropy."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=run.preset.learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
+    warm_up = max(1, min(20, run.steps // 10))
+
+    def share_of_peak(step: int) -> float:  # linear warm-up, then half a cosine down to a tenth
+        done = (step - warm_up) / max(1, run.steps - warm_up)
+        return (step + 1) / warm_up if step < warm_up else 0.55 + 0.45 * math.cos(math.pi * min(1.0, done))
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share_of_peak)
+    scaler = torch.amp.GradScaler(run.device, enabled=run.dtype == torch.float16)
+
+    def step(tokens: torch.Tensor) -> torch.Tensor:
+        optimizer.zero_grad()
+        with run.autocast():
+            loss, entropy = losses(tokens)
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        schedule.step()
+        return entropy.detach()
+
+    return step
+
+
+def train(run: Run, model: LanguageModel) -> bool:
+    """Train with a progress bar; True when it ran to the end, False when Ctrl-C ended it."""
+    from tqdm import tqdm
+
+    step, tokens_a_step = stepper(run, model, model.losses), run.preset.batch * run.preset.context
+    every = 1 if run.device == "cpu" else 10  # reading the loss waits for the GPU
+    loss, done, began = math.nan, 0, time.perf_counter()
+    finished = False
+    with tqdm(total=run.steps, desc="training", unit="step") as bar:
+        try:
+            while done < run.steps:
+                entropy = step(run.batch())
+                done += 1
+                if done % every == 0 or done == run.steps:
+                    loss = entropy.item()
+                    if not math.isfinite(loss):
+                        sys.exit(f"triton_moe demo: the loss became {loss} at step {done}")
+                    speed = tokens_a_step * done / (time.perf_counter() - began)
+                    bar.set_postfix_str(f"loss {loss:.3f}, {bits(loss):.3f} bits/byte, {speed:,.0f} tokens/s", refresh=False)
+                    bar.update(done - bar.n)
+            finished = True
+        except KeyboardInterrupt:
+            pass
+    seconds = time.perf_counter() - began
+    print(f"{'trained' if finished else 'interrupted after'} {done} of {run.steps} steps in {seconds:.0f} s,", end=" ")
+    print(f"last batch {loss:.3f} nats = {bits(loss):.3f} bits per byte", flush=True)
+    return finished
+
+
+def bits(nats: float) -> float:
+    return nats / math.log(2)
+
+
+@torch.no_grad()
+def held_out_bits(run: Run, model: LanguageModel) -> float:
+    tokens = even_windows(run.held_out, run.preset.held_out, run.preset.context + 1)
+    with run.autocast():
+        parts = [next_byte_entropy(model(rows[:, :-1])[0], rows).item() for rows in tokens.split(run.preset.batch)]
+    return bits(sum(parts) / len(parts))
+
+
+def tokens_per_second(run: Run, model: LanguageModel, losses: Callable, steps: int = 20) -> float:
+    step = stepper(run, model, losses)
+    for _ in range(5):
+        step(run.batch())
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    for _ in range(steps):
+        step(run.batch())
+    torch.cuda.synchronize()
+    return steps * run.preset.batch * run.preset.context / (time.perf_counter() - began)
+
+
+# One training step against reference/
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far gradients are from the reference: every parameter of one name, over all blocks."""
+
+    name: str
+    largest: float  # absolute
+    relative: float  # |gradient - truth| / |truth|, Euclidean norms
+
+
+def reference_losses(model: LanguageModel, tokens: torch.Tensor, experts: list) -> tuple[torch.Tensor, dict]:
+    """The loss of tokens [B, T + 1] by reference/ alone, in float64, and its leaves by parameter name."""
+    from . import reference
+
+    c = model.config
+    leaves = {name: p.detach().double().requires_grad_() for name, p in model.named_parameters()}
+    x = leaves["embedding.weight"][tokens[:, :-1]]
+    regularizer = 0.0
+    for i, chosen in enumerate(experts):
+        prefix = f"blocks.{i}."
+        weights = {name.removeprefix(prefix): leaf for name, leaf in leaves.items() if name.startswith(prefix)}
+        x, logits = reference.switchall(
+            x,
+            switchall_weights(weights),
+            top_k=c.top_k,
+            moe_top_k=c.moe_top_k,
+            eps=model.blocks[i].norm1.eps,
+            position=reference.RoPE(fraction=c.rotate_fraction),
+            experts=chosen,
+        )
+        regularizer = regularizer + reference.entropy_regularizer(logits)
+    x = nn.functional.layer_norm(x, x.shape[-1:], leaves["norm.weight"], leaves["norm.bias"], model.norm.eps)
+    logits = x @ leaves["head.weight"].T
+    entropy = nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+    return entropy + REGULARIZER * regularizer, leaves
+
+
+def switchall_weights(p: dict[str, torch.Tensor]):
+    """The weights tuple of one block from its parameters by state-dict name."""
+    from .functional import SigmaMoEWeights, SwitchAllWeights, SwitchHeadWeights
+
+    return SwitchAllWeights(
+        norm1=(p["norm1.weight"], p["norm1.bias"]),
+        attention=SwitchHeadWeights(
+            q=p["attention.q.weight"],
+            k=p["attention.k.weight"],
+            v=p["attention.v"],
+            o=p["attention.o"],
+            sel_v=p["attention.sel_v"],
+            sel_o=p["attention.sel_o"],
+        ),
+        norm2=(p["norm2.weight"], p["norm2.bias"]),
+        moe=SigmaMoEWeights(keys=p["moe.keys"], values=p["moe.values"], expert_sel=p["moe.expert_sel"]),
+    )
+
+
+def compare_with_reference(run: Run, model: LanguageModel) -> tuple[float, float, list[Difference]]:
+    """One training step's loss by our kernels and by reference/, and how far apart their gradients are."""
+    tokens = even_windows(run.train, run.preset.checked[0], run.preset.checked[1] + 1)
+    model.zero_grad()
+    with run.autocast():
+        experts = model.chosen_experts(tokens[:, :-1])
+        loss, _ = model.losses(tokens)
+    loss.backward()
+    truth, leaves = reference_losses(model, tokens, experts)
+    truth.backward()
+
+    groups: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+    for name, parameter in model.named_parameters():
+        group = ".".join(part for part in name.split(".") if not part.isdigit())
+        groups.setdefault(group, []).append((parameter.grad.double(), leaves[name].grad))
+    differences = []
+    for name, pairs in groups.items():
+        error = torch.cat([(gradient - true).flatten() for gradient, true in pairs])
+        size = torch.cat([true.flatten() for _, true in pairs]).norm()
+        differences.append(Difference(name, error.abs().max().item(), (error.norm() / size).item()))
+    model.zero_grad()
+    return loss.item(), truth.item(), differences
+
+
+def report_comparison(run: Run, model: LanguageModel) -> bool:
+    """Print the comparison; True when every error is what the number format explains."""
+    bound = {torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 1e-1}[run.dtype]
+    sequences, length = run.preset.checked
+    dtype = str(run.dtype).removeprefix("torch.")
+    print(f"\none training step ({sequences} x {length} bytes), our kernels in {dtype} against reference/ in float64:")
+    loss, truth, differences = compare_with_reference(run, model)
+    rows = [Difference("loss", abs(loss - truth), abs(loss - truth) / abs(truth)), *differences]
+    print(f"  {'gradient of':<28} {'largest error':>13} {'relative':>9}")
+    for row in rows:
+        print(f"  {row.name:<28} {row.largest:13.1e} {row.relative:9.1e}")
+    agree = all(row.relative <= bound for row in rows)  # NaN is no agreement
+    print(f"  {'agrees' if agree else 'DIFFERS'}: the largest relative error may be {bound:.0e} in {dtype}", flush=True)
+    return agree
+
+
+# Sampling
+
+
+@torch.no_grad()
+def generate(run: Run, model: LanguageModel, prompts: torch.Tensor, length: int, temperature: float = 0.7) -> torch.Tensor:
+    """Continue prompts [B, window] by `length` sampled bytes; the model sees the last `window` bytes only."""
+    random, text = torch.Generator().manual_seed(run.seed), prompts
+    for _ in range(length):
+        with run.autocast():
+            logits, _ = model(text[:, -prompts.shape[1] :])
+        probability = (logits[:, -1].float().cpu() / temperature).softmax(dim=-1)
+        text = torch.cat([text, torch.multinomial(probability, 1, generator=random).to(text.device)], dim=1)
+    return text[:, prompts.shape[1] :]
+
+
+def show_samples(run: Run, model: LanguageModel, count: int = 4, window: int = 64) -> None:
+    prompts = even_windows(run.held_out, count + 2, window)[1:-1]
+    texts = generate(run, model, prompts, run.preset.generated)
+    print("\nheld-out text, and after the bar what the model writes next:")
+    for prompt, text in zip(prompts, texts, strict=True):
+        before, after = (bytes(t.tolist()).decode("utf-8", "replace") for t in (prompt[-24:], text))
+        print(f"  {before!r:>36} | {after!r}")
+
+
+# The command
+
+
+def write_problem(path: Path) -> str | None:
+    """Why `path` could not be written, before any work is done for it; None if it can."""
+    if path.is_dir():
+        return f"{path} is a folder"
+    if not path.parent.is_dir():
+        return f"the folder {path.parent} does not exist"
+    if not os.access(path.parent, os.W_OK):
+        return f"the folder {path.parent} is not writable"
+    return None
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Either the whole file or what was there before, whatever happens in between."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
+    try:
+        with open(draft, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def save_model(path: Path, model: LanguageModel) -> None:
+    from safetensors.torch import save
+
+    tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
+    write_atomically(path, save(tensors, metadata={"config": json.dumps(asdict(model.config))}))
+    print(f"saved {path}", flush=True)
+
+
+def fail(message: str) -> int:
+    print(f"triton_moe demo: {message}", file=sys.stderr)
+    return 2
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--steps", type=positive, help=f"training steps (default {CPU.steps} on a CPU, {GPU.steps} on a GPU)")
+    parser.add_argument("--seed", type=int, default=0, help="of weights, batches and samples (default 0)")
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        help="what autocast computes in over float32 parameters (default float32 on a CPU, bfloat16 on a GPU)",
+    )
+    parser.add_argument("--save", type=Path, metavar="PATH", help="write the trained model there (safetensors)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """0; 1 when a gradient differs from the reference; 2 when it cannot start; 130 when Ctrl-C ended the training."""
+    needed = ["tqdm", "safetensors"] if args.save else ["tqdm"]
+    for name in needed:
+        if importlib.util.find_spec(name) is None:
+            return fail(f"needs {name}: pip install 'triton-moe[demo]'")
+    if args.save and (problem := write_problem(args.save)):
+        return fail(f"cannot save: {problem}")
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        return fail("--device cuda, but torch sees no GPU")
+    if device == "cpu":
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+
+    preset = CPU if device == "cpu" else GPU
+    dtype = getattr(torch, args.dtype or ("float32" if device == "cpu" else "bfloat16"))
+    text, held_out = (as_tensor(t, device) for t in standard_library())
+    run = Run(preset, args.steps or preset.steps, args.seed, device, dtype, text, held_out)
+    model = LanguageModel(preset.model).to(device)
+    where = torch.cuda.get_device_name() if device == "cuda" else "the CPU, in Triton's interpreter"
+    print(f"SwitchAll language model, {parameters(model)}, {dtype} on {where}")
+    print(f"{text.numel() / 1e6:.1f} MB of Python's standard library to learn, {held_out.numel() / 1e6:.1f} MB held out")
+    before = held_out_bits(run, model)
+    print(f"held out: {before:.3f} bits per byte before training", flush=True)
+
+    finished = train(run, model)
+    if args.save:
+        save_model(args.save, model)
+    if not finished:
+        return 130
+    after = held_out_bits(run, model)
+    print(f"held out: {before:.3f} bits per byte before, {after:.3f} after training", flush=True)
+
+    agree = report_comparison(run, model)
+    if device == "cuda":
+        print("\ntraining speed, both sides through torch.compile:", flush=True)
+        rivals = {"SwitchAll": copy.deepcopy(model), "dense twin (SDPA)": DenseLanguageModel(preset.model).to(device)}
+        for name, rival in rivals.items():
+            speed = tokens_per_second(run, rival, torch.compile(rival.losses))
+            print(f"  {name}, {parameters(rival)}: {speed:,.0f} tokens/s", flush=True)
+    show_samples(run, model)
+    return 0 if agree else 1
+
+
+def parameters(model: nn.Module) -> str:
+    return f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters"

@@ -1,0 +1,169 @@
+"""Rotations by position: rotary embeddings, and the two sides of the Transformer-XL term.
+
+RoPE, halves convention, over the first n channels of a head, at position i with frequency w_c = base^(-2c/n), c < n/2:
+
+    (x1, x2) -> (x1 cos iw - x2 sin iw, x2 cos iw + x1 sin iw)
+
+Transformer-XL adds a_i . R_{j-i} to the score of query i and key j, with R_m[2c] = sin(m w_c), R_m[2c+1] = cos(m w_c),
+w_c = 10000^(-2c/D). With a_s[c] = a[2c] and a_c[c] = a[2c+1] (0 where an odd D ends) the addition theorems split it
+into a query side and a table of keys that all heads share:
+
+    a_i . R_{j-i} = sum_c (a_s cos iw + a_c sin iw) sin jw + (a_c cos iw - a_s sin iw) cos jw
+
+Both are rotations, so the gradient is the rotation back.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import INTERPRET, cdiv, launch, next_power_of_2, opaque
+
+XL_BASE = 10000.0
+
+
+@triton.jit
+def _angles(position, c, N: tl.constexpr, LOG2_BASE: tl.constexpr):
+    """cos and sin of position * base^(-2c/N), [positions, channels] float32.
+
+    The angle is counted in quarter turns in float64 and the whole ones split off, so that it keeps its accuracy at any
+    position; the rest, at most pi / 4, goes through Taylor series that float32 cannot tell from the functions.
+    """
+    frequency = tl.exp2(c.to(tl.float64) * (-2.0 * LOG2_BASE / N)) * 0.6366197723675814  # 2 / pi
+    turns = position.to(tl.float64)[:, None] * frequency[None, :]
+    whole = tl.floor(turns + 0.5)
+    x = ((turns - whole) * 1.5707963267948966).to(tl.float32)
+    z = x * x
+    sin = x + x * z * (-1 / 6 + z * (1 / 120 + z * (-1 / 5040 + z * (1 / 362880))))
+    cos = 1 + z * (-1 / 2 + z * (1 / 24 + z * (-1 / 720 + z * (1 / 40320 - z * (1 / 3628800)))))
+    quarter = whole.to(tl.int64) & 3
+    swap = (quarter & 1) == 1
+    sin, cos = tl.where(swap, cos, sin), tl.where(swap, sin, cos)
+    return tl.where((quarter == 1) | (quarter == 2), -cos, cos), tl.where(quarter >= 2, -sin, sin)
+
+
+@triton.jit
+def _rope_rotate_kernel(
+    x_ptr, y_ptr, T, H, offset, stride_b, stride_t, stride_h, stride_p,
+    N: tl.constexpr, P: tl.constexpr, LOG2_BASE: tl.constexpr, CONJUGATE: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_REST: tl.constexpr,
+):  # fmt: skip
+    tiles = tl.cdiv(T, BLOCK_T)
+    pid = tl.program_id(0)
+    b = (pid // tiles).to(tl.int64)
+    offs_t = (pid % tiles * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
+    mask_t = offs_t < T
+    c = tl.arange(0, BLOCK_C)
+    mask = mask_t[:, None] & (c < N // 2)[None, :]
+    cos, sin = _angles(offset + offs_t, c, N, LOG2_BASE)
+    if CONJUGATE:
+        sin = -sin
+    rest = N + tl.arange(0, BLOCK_REST)
+    mask_rest = mask_t[:, None] & (rest < P)[None, :]
+    for h in range(H):
+        x_rows = x_ptr + b * stride_b + offs_t[:, None] * stride_t + h * stride_h
+        y_rows = y_ptr + ((b * T + offs_t) * H + h)[:, None] * P
+        x1 = tl.load(x_rows + c[None, :] * stride_p, mask=mask, other=0.0).to(tl.float32)
+        x2 = tl.load(x_rows + (c + N // 2)[None, :] * stride_p, mask=mask, other=0.0).to(tl.float32)
+        tl.store(y_rows + c[None, :], (x1 * cos - x2 * sin), mask=mask)
+        tl.store(y_rows + (c + N // 2)[None, :], (x2 * cos + x1 * sin), mask=mask)
+        if N < P:
+            x = tl.load(x_rows + rest[None, :] * stride_p, mask=mask_rest, other=0.0)
+            tl.store(y_rows + rest[None, :], x, mask=mask_rest)
+
+
+@triton.jit
+def _xl_query_kernel(
+    a_ptr, y_ptr, T, H, offset, D: tl.constexpr, LOG2_BASE: tl.constexpr, CONJUGATE: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """a [B, T, H, D], interleaved, to y [B, T, H, F], halves; when CONJUGATE a_ptr is y's gradient and y_ptr a's."""
+    HALF: tl.constexpr = (D + 1) // 2
+    tiles = tl.cdiv(T, BLOCK_T)
+    pid = tl.program_id(0)
+    b = (pid // tiles).to(tl.int64)
+    offs_t = (pid % tiles * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    cos, sin = _angles(offset + offs_t, c, D, LOG2_BASE)
+    mask = (offs_t < T)[:, None] & (c < HALF)[None, :]
+    mask_odd = (offs_t < T)[:, None] & (2 * c + 1 < D)[None, :]  # an odd D lacks the last cosine
+    for h in range(H):
+        rows = ((b * T + offs_t) * H + h)[:, None]
+        if CONJUGATE:
+            first = tl.load(a_ptr + rows * (2 * HALF) + c[None, :], mask=mask, other=0.0).to(tl.float32)
+            second = tl.load(a_ptr + rows * (2 * HALF) + HALF + c[None, :], mask=mask, other=0.0).to(tl.float32)
+            tl.store(y_ptr + rows * D + 2 * c[None, :], (first * cos - second * sin), mask=mask)
+            tl.store(y_ptr + rows * D + 2 * c[None, :] + 1, (first * sin + second * cos), mask=mask_odd)
+        else:
+            a_sin = tl.load(a_ptr + rows * D + 2 * c[None, :], mask=mask, other=0.0).to(tl.float32)
+            a_cos = tl.load(a_ptr + rows * D + 2 * c[None, :] + 1, mask=mask_odd, other=0.0).to(tl.float32)
+            tl.store(y_ptr + rows * (2 * HALF) + c[None, :], (a_sin * cos + a_cos * sin), mask=mask)
+            tl.store(y_ptr + rows * (2 * HALF) + HALF + c[None, :], (a_cos * cos - a_sin * sin), mask=mask)
+
+
+@triton.jit
+def _xl_keys_kernel(y_ptr, S, D: tl.constexpr, LOG2_BASE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr):
+    HALF: tl.constexpr = (D + 1) // 2
+    offs_s = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    cos, sin = _angles(offs_s, c, D, LOG2_BASE)
+    mask = (offs_s < S)[:, None] & (c < HALF)[None, :]
+    y_ptrs = y_ptr + offs_s[:, None] * (2 * HALF) + c[None, :]
+    tl.store(y_ptrs, sin, mask=mask)
+    tl.store(y_ptrs + HALF, cos, mask=mask)
+
+
+def _tiles(T: int, channels: int) -> dict[str, int]:
+    block_c = min(next_power_of_2(channels), 512 if INTERPRET else 64)
+    block_t = 256 if INTERPRET else 1024 // block_c
+    return dict(BLOCK_T=min(block_t, next_power_of_2(T)), BLOCK_C=block_c, num_warps=4)
+
+
+@opaque(lambda x, n, base, offset, conjugate: x.new_empty(x.shape))
+def rope_rotate(x: Tensor, n: int, base: float, offset: int, conjugate: bool) -> Tensor:
+    """x [B, T, H, P] with its first n (even) channels rotated by position offset + t, or back when conjugate."""
+    if n == 0:
+        return x.clone(memory_format=torch.contiguous_format)
+    B, T, H, P = x.shape
+    y = x.new_empty(x.shape)
+    block_c = next_power_of_2(n // 2)
+    block_t = min(256 if INTERPRET else 1024 // block_c, next_power_of_2(T))
+    launch(
+        _rope_rotate_kernel, (B * cdiv(T, block_t),), x, y, T, H, offset, *x.stride(),
+        N=n, P=P, LOG2_BASE=math.log2(base), CONJUGATE=conjugate,
+        BLOCK_T=block_t, BLOCK_C=block_c, BLOCK_REST=next_power_of_2(P - n), num_warps=4,
+    )  # fmt: skip
+    return y
+
+
+def _xl_query_fake(a, D, offset, conjugate):
+    return a.new_empty(*a.shape[:3], D if conjugate else D + D % 2)
+
+
+@opaque(_xl_query_fake)
+def xl_query(a: Tensor, D: int, offset: int, conjugate: bool) -> Tensor:
+    """a [B, T, H, D] to the term's query side [B, T, H, F], F = 2 * ceil(D / 2); when conjugate, its gradient back."""
+    B, T, H, _ = a.shape
+    y = _xl_query_fake(a, D, offset, conjugate)
+    tiles = _tiles(T, cdiv(D, 2))
+    grid = (B * cdiv(T, tiles["BLOCK_T"]), cdiv(cdiv(D, 2), tiles["BLOCK_C"]))
+    flags = dict(D=D, LOG2_BASE=math.log2(XL_BASE), CONJUGATE=conjugate)
+    launch(_xl_query_kernel, grid, a.contiguous(), y, T, H, offset, **flags, **tiles)
+    return y
+
+
+def _xl_keys_fake(like, S, D):
+    return like.new_empty(S, D + D % 2)
+
+
+@opaque(_xl_keys_fake)
+def xl_keys(like: Tensor, S: int, D: int) -> Tensor:
+    """The key side [S, F]: sin(j w), then cos(j w), in like's dtype and on its device."""
+    y = _xl_keys_fake(like, S, D)
+    tiles = _tiles(S, cdiv(D, 2))
+    grid = (cdiv(S, tiles["BLOCK_T"]), cdiv(cdiv(D, 2), tiles["BLOCK_C"]))
+    launch(_xl_keys_kernel, grid, y, S, D=D, LOG2_BASE=math.log2(XL_BASE), **tiles)
+    return y
