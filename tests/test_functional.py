@@ -231,8 +231,9 @@ def run(function, tensors):
 LAYERS = ["gating", "value_projection", "output_projection", "attention", "sigma_moe", "switchhead", "switchhead xl", "switchall"]
 
 
-# Dynamo itself instantiates torch.autograd.Function while tracing one.
+# torch's own: Dynamo instantiates torch.autograd.Function while tracing one, Inductor imports torch.jit.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("name", LAYERS)
 def test_compiles_as_one_graph(name, device):
     function, *tensors = layers(device)[name]
@@ -244,6 +245,7 @@ def test_compiles_as_one_graph(name, device):
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream does not match")
 @pytest.mark.parametrize("name", LAYERS)
 def test_replays_from_a_cuda_graph(name, device):
     function, *tensors = layers(device)[name]

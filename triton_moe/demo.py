@@ -226,11 +226,11 @@ CPU = Preset(
     model=ModelConfig(64, 2, n_heads=2, n_experts=4, d_head=32, moe_n_experts=8, expert_size=32, moe_top_k=2),
     batch=2,
     context=256,
-    steps=30,
+    steps=24,
     learning_rate=1e-2,
     held_out=4,
     checked=(2, 48),
-    generated=24,
+    generated=16,
 )
 GPU = Preset(
     model=ModelConfig(512, 6, n_heads=4, n_experts=4, d_head=64, moe_n_experts=16, expert_size=128),

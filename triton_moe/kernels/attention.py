@@ -29,29 +29,29 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import tuning
-from .common import INTERPRET, cdiv, launch, next_power_of_2, opaque
+from .common import INTERPRET, cdiv, launch, next_power_of_2, opaque, rows
 
 # BLOCK_M queries by BLOCK_N keys; BLOCK_F position channels at a time (attention_dq_pos accumulates BLOCK_FO of them).
 CONFIGS = {
     "attention_forward": {
         "half": dict(BLOCK_M=128, BLOCK_N=64, BLOCK_F=64, num_warps=8, num_stages=2),
         "float32": dict(BLOCK_M=32, BLOCK_N=32, BLOCK_F=32, num_warps=8, num_stages=1),
-        "interpret": dict(BLOCK_M=256, BLOCK_N=256, BLOCK_F=512, num_warps=1, num_stages=1),
+        "interpret": dict(BLOCK_M=256, BLOCK_N=256, BLOCK_F=256, num_warps=1, num_stages=1),
     },
     "attention_dkdv": {
         "half": dict(BLOCK_M=32, BLOCK_N=64, BLOCK_F=64, num_warps=4, num_stages=2),
         "float32": dict(BLOCK_M=16, BLOCK_N=32, BLOCK_F=32, num_warps=4, num_stages=1),
-        "interpret": dict(BLOCK_M=256, BLOCK_N=256, BLOCK_F=512, num_warps=1, num_stages=1),
+        "interpret": dict(BLOCK_M=256, BLOCK_N=256, BLOCK_F=256, num_warps=1, num_stages=1),
     },
     "attention_dq": {
         "half": dict(BLOCK_M=64, BLOCK_N=64, BLOCK_F=64, num_warps=4, num_stages=2),
         "float32": dict(BLOCK_M=16, BLOCK_N=16, BLOCK_F=32, num_warps=8, num_stages=1),
-        "interpret": dict(BLOCK_M=256, BLOCK_N=256, BLOCK_F=512, num_warps=1, num_stages=1),
+        "interpret": dict(BLOCK_M=256, BLOCK_N=256, BLOCK_F=256, num_warps=1, num_stages=1),
     },
     "attention_dq_pos": {
         "half": dict(BLOCK_M=64, BLOCK_N=32, BLOCK_F=64, BLOCK_FO=256, num_warps=4, num_stages=1),
         "float32": dict(BLOCK_M=16, BLOCK_N=16, BLOCK_F=32, BLOCK_FO=128, num_warps=8, num_stages=1),
-        "interpret": dict(BLOCK_M=256, BLOCK_N=256, BLOCK_F=512, BLOCK_FO=512, num_warps=1, num_stages=1),
+        "interpret": dict(BLOCK_M=256, BLOCK_N=256, BLOCK_F=256, BLOCK_FO=512, num_warps=1, num_stages=1),
     },
     "attention_delta": {
         "half": dict(BLOCK_M=32, num_warps=4),
@@ -59,6 +59,17 @@ CONFIGS = {
         "interpret": dict(BLOCK_M=512, num_warps=1),
     },
 }
+
+
+@triton.jit
+def _exp(x, EXACT: tl.constexpr):
+    """exp(x) for x <= 0. `tl.exp` rounds x * log2(e), which for x = -10 alone is five ulp: EXACT puts that back."""
+    if EXACT:
+        t = x * 1.4426950216293335  # log2(e) in float32, and below what it lacks
+        low = tl.fma(x, x * 0.0 + 1.4426950216293335, -t) + x * 1.9259629911266175e-08
+        return tl.where(t > -150.0, tl.exp2(t) * (1.0 + 0.6931471805599453 * low), 0.0)
+    else:
+        return tl.exp(x)
 
 
 @triton.jit
@@ -121,15 +132,19 @@ def _add_position(
     s, a_ptr, stride_a, rows_a, mask_a, b_ptr, stride_b, rows_b, mask_b, F,
     BLOCK_F: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """s + A B^T over the F position channels of the given rows, a chunk of channels at a time."""
+    """s + A B^T over the F position channels of the given rows. Each chunk of channels is summed on its own first: one long
+    sum in the accumulator would lose float32 digits."""
     a_ptrs = a_ptr + rows_a.to(tl.int64)[:, None] * stride_a
     b_ptrs = b_ptr + rows_b.to(tl.int64)[None, :] * stride_b
-    for f in range(0, F, BLOCK_F):
-        offs_f = f + tl.arange(0, BLOCK_F)
-        mask_f = offs_f < F
-        a = tl.load(a_ptrs + offs_f[None, :], mask=mask_a[:, None] & mask_f[None, :], other=0.0)
-        b = tl.load(b_ptrs + offs_f[:, None], mask=mask_f[:, None] & mask_b[None, :], other=0.0)
-        s = tl.dot(a, b, s, input_precision=PRECISION)
+    for f in range(0, F, 2 * BLOCK_F):
+        part = tl.zeros_like(s)
+        for i in tl.static_range(2):
+            offs_f = f + i * BLOCK_F + tl.arange(0, BLOCK_F)
+            mask_f = offs_f < F
+            a = tl.load(a_ptrs + offs_f[None, :], mask=mask_a[:, None] & mask_f[None, :], other=0.0)
+            b = tl.load(b_ptrs + offs_f[:, None], mask=mask_f[:, None] & mask_b[None, :], other=0.0)
+            part = tl.dot(a, b, part, input_precision=PRECISION)
+        s += part
     return s
 
 
@@ -171,8 +186,8 @@ def _sequence_bounds_kernel(cu_seqlens_ptr, bounds_ptr, n, T, steps, BLOCK: tl.c
 @triton.jit
 def _attention_fwd_kernel(
     q_ptr, k_ptr, v_ptr, q_pos_ptr, k_pos_ptr, padding_ptr, bounds_ptr, o_ptr, lse_ptr,
-    T, S, H, F, window,
-    stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, scale,
+    T, S, H: tl.constexpr, F: tl.constexpr, window,
+    stride_qb, stride_qt: tl.constexpr, stride_qh: tl.constexpr, stride_kb, stride_kt: tl.constexpr, stride_kh: tl.constexpr, stride_vb, stride_vt: tl.constexpr, stride_vh: tl.constexpr, scale,
     P: tl.constexpr, PV: tl.constexpr, GROUP: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_PV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr,
@@ -190,6 +205,7 @@ def _attention_fwd_kernel(
     if q_pos_ptr is not None:
         q_pos_ptr += (b * T * H + h) * F
 
+    EXACT: tl.constexpr = (q.dtype == tl.float32) & (PRECISION == "ieee")
     m = tl.full((BLOCK_M,), float("-inf"), tl.float32)  # running maximum
     total = tl.zeros((BLOCK_M,), tl.float32)  # running sum of exp(s - m)
     acc = tl.zeros((BLOCK_M, BLOCK_PV), tl.float32)
@@ -204,8 +220,8 @@ def _attention_fwd_kernel(
         s = tl.where(visible, s * scale, float("-inf"))
         m_new = tl.maximum(m, tl.max(s, 1))
         pivot = tl.where(m_new == float("-inf"), 0.0, m_new)  # finite also while no key was visible
-        p = tl.exp(s - pivot[:, None])
-        alpha = tl.exp(m - pivot)
+        p = _exp(s - pivot[:, None], EXACT)
+        alpha = _exp(m - pivot, EXACT)
         total = total * alpha + tl.sum(p, 1)
         m = m_new
         v = _load_rows(v_ptr, offs_n, stride_vt, keep, PV, BLOCK_PV)
@@ -213,7 +229,10 @@ def _attention_fwd_kernel(
 
     empty = total == 0.0
     total = tl.where(empty, 1.0, total)
-    o = acc / total[:, None]
+    if EXACT:
+        o = tl.div_rn(acc, tl.broadcast_to(total[:, None], (BLOCK_M, BLOCK_PV)))
+    else:
+        o = acc / total[:, None]
     lse = tl.where(empty, float("-inf"), m + tl.log(total))
     offs_v = tl.arange(0, BLOCK_PV)
     o_ptrs = o_ptr + ((b * T + offs_t) * H + h)[:, None] * PV + offs_v[None, :]
@@ -223,7 +242,7 @@ def _attention_fwd_kernel(
 
 @triton.jit
 def _attention_bwd_delta_kernel(
-    do_ptr, o_ptr, delta_ptr, T, H, stride_dob, stride_dot, stride_doh,
+    do_ptr, o_ptr, delta_ptr, T, H: tl.constexpr, stride_dob, stride_dot: tl.constexpr, stride_doh: tl.constexpr,
     PV: tl.constexpr, BLOCK_PV: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(T, BLOCK_M)
@@ -241,8 +260,8 @@ def _attention_bwd_delta_kernel(
 def _attention_bwd_dkdv_kernel(
     do_ptr, q_ptr, k_ptr, v_ptr, q_pos_ptr, k_pos_ptr, padding_ptr, bounds_ptr, lse_ptr, dlse_ptr, delta_ptr,
     norm_ptr, dk_ptr, dv_ptr,
-    T, S, H, F, window, stride_dob, stride_dot, stride_doh, stride_qb, stride_qt, stride_qh,
-    stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, scale,
+    T, S, H: tl.constexpr, F: tl.constexpr, window, stride_dob, stride_dot: tl.constexpr, stride_doh: tl.constexpr, stride_qb, stride_qt: tl.constexpr, stride_qh: tl.constexpr,
+    stride_kb, stride_kt: tl.constexpr, stride_kh: tl.constexpr, stride_vb, stride_vt: tl.constexpr, stride_vh: tl.constexpr, scale,
     P: tl.constexpr, PV: tl.constexpr, GROUP: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_PV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr,
@@ -275,7 +294,7 @@ def _attention_bwd_dkdv_kernel(
             visible = (offs_t[None, :] >= low[:, None]) & (offs_t[None, :] < high[:, None]) & keep[:, None]
             s = tl.where(visible, s * scale, float("-inf"))
             lse = _load_lse(lse_ptr, rows, mask_t)
-            p = tl.exp(s - lse[None, :])
+            p = _exp(s - lse[None, :], norm_ptr is not None)
             if norm_ptr is not None:
                 p *= tl.load(norm_ptr + rows, mask=mask_t, other=0.0)[None, :]
             do = _load_rows(do_ptr + b * stride_dob + h * stride_doh, offs_t, stride_dot, mask_t, PV, BLOCK_PV)
@@ -301,8 +320,8 @@ def _attention_bwd_dkdv_kernel(
 def _attention_bwd_dq_kernel(
     do_ptr, q_ptr, k_ptr, v_ptr, q_pos_ptr, k_pos_ptr, padding_ptr, bounds_ptr, lse_ptr, dlse_ptr, delta_ptr,
     norm_ptr, out_ptr,
-    T, S, H, F, window, stride_dob, stride_dot, stride_doh, stride_qb, stride_qt, stride_qh,
-    stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, scale,
+    T, S, H: tl.constexpr, F: tl.constexpr, window, stride_dob, stride_dot: tl.constexpr, stride_doh: tl.constexpr, stride_qb, stride_qt: tl.constexpr, stride_qh: tl.constexpr,
+    stride_kb, stride_kt: tl.constexpr, stride_kh: tl.constexpr, stride_vb, stride_vt: tl.constexpr, stride_vh: tl.constexpr, scale,
     P: tl.constexpr, PV: tl.constexpr, GROUP: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_PV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_FO: tl.constexpr,
@@ -352,7 +371,7 @@ def _attention_bwd_dq_kernel(
         if q_pos_ptr is not None:
             s = _add_position(s, q_pos_ptr, H * F, offs_t, mask_t, k_pos_ptr, F, offs_n, keep, F, BLOCK_F, PRECISION)
         visible = (offs_n[None, :] >= low[:, None]) & (offs_n[None, :] < high[:, None]) & keep[None, :]
-        p = tl.exp(tl.where(visible, s * scale, float("-inf")) - lse[:, None])
+        p = _exp(tl.where(visible, s * scale, float("-inf")) - lse[:, None], norm_ptr is not None)
         v = _load_rows(v_ptr, offs_n, stride_vt, keep, PV, BLOCK_PV)
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
         if OUT == "delta":
@@ -378,11 +397,6 @@ def _attention_bwd_dq_kernel(
         tl.store(out_ptr + rows, acc / total, mask=mask_t)
     else:
         tl.store(out_ptrs, acc * scale, mask=mask_t[:, None] & mask_o[None, :])
-
-
-def _unit_rows(x: Tensor) -> Tensor:
-    """x with its last axis contiguous."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _sequence_bounds(cu_seqlens: Tensor | None, T: int) -> Tensor | None:
@@ -445,7 +459,7 @@ def attention_forward(
     o, lse = _attention_forward_fake(q, k, v, q_pos, k_pos, key_padding_mask, cu_seqlens, causal, window, scale, precision)
     B, T, H, P = q.shape
     S, Hkv, PV = k.shape[1], k.shape[2], v.shape[3]
-    q, k, v = _unit_rows(q), _unit_rows(k), _unit_rows(v)
+    q, k, v = rows(q), rows(k), rows(v)
     q_pos = None if q_pos is None else q_pos.contiguous()
     k_pos = None if k_pos is None else k_pos.contiguous()
     config = _config("attention_forward", q, k, v, q_pos)
@@ -491,7 +505,7 @@ def attention_backward(
     )
     B, T, H, P = q.shape
     S, Hkv, PV = k.shape[1], k.shape[2], v.shape[3]
-    do, q, k, v = _unit_rows(do), _unit_rows(q), _unit_rows(k), _unit_rows(v)
+    do, q, k, v = rows(do), rows(q), rows(k), rows(v)
     o, lse = o.contiguous(), lse.contiguous()
     q_pos = None if q_pos is None else q_pos.contiguous()
     k_pos = None if k_pos is None else k_pos.contiguous()

@@ -17,6 +17,13 @@ The backward pass of the value projection is the output projection with W transp
 
 SwitchHead (arXiv 2312.07987), equations 7 to 10; sigma-MoE (arXiv 2310.10837), equation 11.
 
+Sums longer than PARTS tiles are taken in parts, as in gating.py, NOTE [Partial sums]; 16-bit results do not need it.
+
+NOTE [Constant widths]
+    Widths and strides are constexpr: constants of a model, and the compiler can only join loads into vectors when it sees how
+    rows are aligned. A run-time stride of 412 or 76 would be loaded element by element (a stride is specialised only if it is
+    a multiple of 16). The number of tokens never is a constant.
+
 NOTE [Tiles of routes]
     `routing_plan` (gating.py) gives the routes sorted by expert and each expert's range. A tile never straddles two experts. The
     number of tiles is only known on the device, so the grid has its upper bound, cdiv(R, BLOCK_M) + groups, and each program finds
@@ -32,14 +39,14 @@ from .common import INTERPRET, cdiv, launch, next_power_of_2, opaque, rows, unif
 
 CONFIGS = {
     "grouped_gemm": {
-        "half": {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3},
-        "float32": {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2},
-        "interpret": {"BLOCK_M": 256, "BLOCK_N": 256, "BLOCK_K": 256, "num_warps": 1, "num_stages": 1},
+        "half": {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "PARTS": 1, "num_warps": 8, "num_stages": 3},
+        "float32": {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "PARTS": 4, "num_warps": 4, "num_stages": 2},
+        "interpret": {"BLOCK_M": 256, "BLOCK_N": 256, "BLOCK_K": 256, "PARTS": 1, "num_warps": 1, "num_stages": 1},
     },
     "grouped_dw": {
-        "half": {"BLOCK_I": 128, "BLOCK_J": 128, "BLOCK_R": 64, "num_warps": 8, "num_stages": 3},
-        "float32": {"BLOCK_I": 64, "BLOCK_J": 64, "BLOCK_R": 32, "num_warps": 4, "num_stages": 2},
-        "interpret": {"BLOCK_I": 256, "BLOCK_J": 256, "BLOCK_R": 256, "num_warps": 1, "num_stages": 1},
+        "half": {"BLOCK_I": 128, "BLOCK_J": 128, "BLOCK_R": 64, "PARTS": 1, "num_warps": 8, "num_stages": 3},
+        "float32": {"BLOCK_I": 64, "BLOCK_J": 64, "BLOCK_R": 16, "PARTS": 4, "num_warps": 8, "num_stages": 1},
+        "interpret": {"BLOCK_I": 256, "BLOCK_J": 256, "BLOCK_R": 256, "PARTS": 1, "num_warps": 1, "num_stages": 1},
     },
 }
 
@@ -88,12 +95,13 @@ def _dphi(z, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def _grouped_gemm_kernel(
-    a_ptr, w_ptr, bias_ptr, c_ptr, order_ptr, offsets_ptr,
-    N, K, GROUPS, DIV, stride_am, stride_wg, stride_wk, stride_wn, stride_cm,
+    a_ptr, w_ptr, bias_ptr, c_ptr, order_ptr, offsets_ptr, GROUPS,
+    N: tl.constexpr, K: tl.constexpr, DIV: tl.constexpr, stride_am: tl.constexpr,
+    stride_wg: tl.constexpr, stride_wk: tl.constexpr, stride_wn: tl.constexpr,
     HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_G: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    tiles_n = tl.cdiv(N, BLOCK_N)
+    tiles_n: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     pid = tl.program_id(0)
     group, first, end = _find_tile(offsets_ptr, pid // tiles_n, GROUPS, BLOCK_M, BLOCK_G)
     if first >= end:
@@ -107,22 +115,25 @@ def _grouped_gemm_kernel(
     a_ptrs = a_ptr + (route // DIV).to(tl.int64)[:, None] * stride_am
     w_ptrs = w_ptr + group.to(tl.int64) * stride_wg + offs_n.to(tl.int64)[None, :] * stride_wn
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for k in range(0, K, BLOCK_K):
-        offs_k = (k + tl.arange(0, BLOCK_K)).to(tl.int64)
-        mask_k = offs_k < K
-        a = tl.load(a_ptrs + offs_k[None, :], mask=mask_m[:, None] & mask_k[None, :], other=0.0)
-        w = tl.load(w_ptrs + offs_k[:, None] * stride_wk, mask=mask_k[:, None] & mask_n[None, :], other=0.0)
-        acc = tl.dot(a, w, acc, input_precision=PRECISION)
+    for k in range(0, K, PARTS * BLOCK_K):
+        part = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for i in tl.static_range(PARTS):
+            offs_k = (k + i * BLOCK_K + tl.arange(0, BLOCK_K)).to(tl.int64)
+            mask_k = offs_k < K
+            a = tl.load(a_ptrs + offs_k[None, :], mask=mask_m[:, None] & mask_k[None, :], other=0.0)
+            w = tl.load(w_ptrs + offs_k[:, None] * stride_wk, mask=mask_k[:, None] & mask_n[None, :], other=0.0)
+            part = tl.dot(a, w, part, input_precision=PRECISION)
+        acc += part
     if HAS_BIAS:
         acc += tl.load(bias_ptr + group * N + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
 
-    c_ptrs = c_ptr + route.to(tl.int64)[:, None] * stride_cm + offs_n[None, :]
+    c_ptrs = c_ptr + route.to(tl.int64)[:, None] * N + offs_n[None, :]
     tl.store(c_ptrs, acc.to(c_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
 
 
 @triton.jit
 def _combine_kernel(
-    c_ptr, s_ptr, bias_ptr, y_ptr, M, N, J,
+    c_ptr, s_ptr, bias_ptr, y_ptr, M, N: tl.constexpr, J,
     HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     tiles_n = tl.cdiv(N, BLOCK_N)
@@ -144,7 +155,10 @@ def _combine_kernel(
 
 
 @triton.jit
-def _route_dot_kernel(b_ptr, a_ptr, dot_ptr, R, N, DIV, stride_am, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def _route_dot_kernel(
+    b_ptr, a_ptr, dot_ptr, R, N: tl.constexpr, DIV: tl.constexpr, stride_am: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     offs_r = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_r = offs_r < R
     acc = tl.zeros((BLOCK_M,), tl.float32)
@@ -160,9 +174,10 @@ def _route_dot_kernel(b_ptr, a_ptr, dot_ptr, R, N, DIV, stride_am, BLOCK_M: tl.c
 @triton.jit
 def _grouped_dw_kernel(
     a_ptr, b_ptr, s_ptr, dw_ptr, dbias_ptr, order_ptr, offsets_ptr,
-    I, J, DIV_A, DIV_B, stride_am, stride_bm,
+    I: tl.constexpr, J: tl.constexpr, DIV_A: tl.constexpr, DIV_B: tl.constexpr,
+    stride_am: tl.constexpr, stride_bm: tl.constexpr,
     HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_R: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     tiles_i, tiles_j = tl.cdiv(I, BLOCK_I), tl.cdiv(J, BLOCK_J)
     pid = tl.program_id(0)
@@ -176,19 +191,23 @@ def _grouped_dw_kernel(
 
     acc = tl.zeros((BLOCK_I, BLOCK_J), tl.float32)
     dbias = tl.zeros((BLOCK_J,), tl.float32)
-    for r in range(start, end, BLOCK_R):
-        offs_r = r + tl.arange(0, BLOCK_R)
-        mask_r = offs_r < end
-        route = tl.load(order_ptr + offs_r, mask=mask_r, other=0)
-        row_a, row_b = (route // DIV_A).to(tl.int64), (route // DIV_B).to(tl.int64)
-        a = tl.load(a_ptr + row_a[None, :] * stride_am + offs_i[:, None], mask=mask_i[:, None] & mask_r[None, :], other=0.0)
-        b = tl.load(b_ptr + row_b[:, None] * stride_bm + offs_j[None, :], mask=mask_r[:, None] & mask_j[None, :], other=0.0)
-        if HAS_SCALE:
-            s = tl.load(s_ptr + route, mask=mask_r, other=0.0)
-            b = (b.to(tl.float32) * s[:, None]).to(b.dtype)
-        if HAS_BIAS:
-            dbias += tl.sum(b.to(tl.float32), axis=0)
-        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    for first in range(start, end, PARTS * BLOCK_R):
+        part = tl.zeros((BLOCK_I, BLOCK_J), tl.float32)
+        for i in tl.static_range(PARTS):
+            offs_r = first + i * BLOCK_R + tl.arange(0, BLOCK_R)
+            mask_r = offs_r < end
+            route = tl.load(order_ptr + offs_r, mask=mask_r, other=0)
+            a_ptrs = a_ptr + (route // DIV_A).to(tl.int64)[None, :] * stride_am + offs_i[:, None]
+            b_ptrs = b_ptr + (route // DIV_B).to(tl.int64)[:, None] * stride_bm + offs_j[None, :]
+            a = tl.load(a_ptrs, mask=mask_i[:, None] & mask_r[None, :], other=0.0)
+            b = tl.load(b_ptrs, mask=mask_r[:, None] & mask_j[None, :], other=0.0)
+            if HAS_SCALE:
+                s = tl.load(s_ptr + route, mask=mask_r, other=0.0)
+                b = (b.to(tl.float32) * s[:, None]).to(b.dtype)
+            if HAS_BIAS:
+                dbias += tl.sum(b.to(tl.float32), axis=0)
+            part = tl.dot(a, b, part, input_precision=PRECISION)
+        acc += part
 
     dw_ptrs = dw_ptr + group.to(tl.int64) * I * J + offs_i.to(tl.int64)[:, None] * J + offs_j[None, :]
     tl.store(dw_ptrs, acc.to(dw_ptr.dtype.element_ty), mask=mask_i[:, None] & mask_j[None, :])
@@ -198,7 +217,7 @@ def _grouped_dw_kernel(
 
 @triton.jit
 def _activation_fwd_kernel(
-    z_ptr, u_ptr, experts_ptr, seed_ptr, R, G, TOP_K, dropout,
+    z_ptr, u_ptr, experts_ptr, seed_ptr, R, G: tl.constexpr, TOP_K, dropout,
     ACTIVATION: tl.constexpr, GATED: tl.constexpr, HAS_DROPOUT: tl.constexpr, STREAM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -223,7 +242,7 @@ def _activation_fwd_kernel(
 
 @triton.jit
 def _activation_bwd_kernel(
-    z_ptr, b_ptr, weights_ptr, u_ptr, dz_ptr, dweights_ptr, experts_ptr, seed_ptr, R, G, TOP_K, dropout,
+    z_ptr, b_ptr, weights_ptr, u_ptr, dz_ptr, dweights_ptr, experts_ptr, seed_ptr, R, G: tl.constexpr, TOP_K, dropout,
     ACTIVATION: tl.constexpr, GATED: tl.constexpr, HAS_DROPOUT: tl.constexpr, STREAM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -265,7 +284,7 @@ def _activation_bwd_kernel(
 
 @triton.jit
 def _dropout_kernel(
-    x_ptr, y_ptr, seed_ptr, M, N, dropout,
+    x_ptr, y_ptr, seed_ptr, M, N: tl.constexpr, dropout,
     STREAM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     tiles_n = tl.cdiv(N, BLOCK_N)
@@ -296,8 +315,8 @@ def _grouped_gemm(a, w, bias, order, offsets, div, precision):
     launch(
         _grouped_gemm_kernel, (grid,),
         a, w, c if bias is None else bias, c, order, offsets,
-        N, K, groups, div, a.stride(0), w.stride(0), w.stride(1), w.stride(2), c.stride(0),
-        HAS_BIAS=bias is not None, PRECISION=precision, BLOCK_G=next_power_of_2(groups, 1), **config,
+        groups, N=N, K=K, DIV=div, stride_am=a.stride(0),
+        stride_wg=w.stride(0), stride_wk=w.stride(1), stride_wn=w.stride(2), HAS_BIAS=bias is not None, PRECISION=precision, BLOCK_G=next_power_of_2(groups, 1), **config,
     )  # fmt: skip
     return c
 
