@@ -50,7 +50,9 @@ def test_golden_values_of_the_public_modules(path, device):
         assert error < 3e-6, (name, float(error))
 
 
-def check_switchhead(B, T, D, H, E, K, P, dtype, device, *, S=None, shared=False, xl=False, repeats=1, v_src=False, **options):
+def check_switchhead(
+    B, T, D, H, E, K, P, dtype, device, *, S=None, shared=False, xl=False, repeats=1, at_size=False, v_src=False, **options
+):
     """Outputs, returned logits and every gradient; the reference follows the kernel's own choice of experts."""
     weights = head_weights(D, H, E, P, device=device, dtype=dtype, shared=shared, xl=xl)
     tensors = {"x": randn(B, T, D, device=device, dtype=dtype)}
@@ -66,6 +68,7 @@ def check_switchhead(B, T, D, H, E, K, P, dtype, device, *, S=None, shared=False
         lambda **t: reference.switchhead(**t, **options, experts=experts),
         tensors | {"weights": weights},
         repeats=repeats,
+        at_size=at_size,
     )
 
 
@@ -107,7 +110,7 @@ def test_switchhead(case, dtype, device):
 )
 def test_switchhead_at_size(case, dtype, device):
     case = dict(case)
-    check_switchhead(*case.pop("shape"), dtype, device, repeats=3, **case)
+    check_switchhead(*case.pop("shape"), dtype, device, repeats=3, at_size=True, **case)
 
 
 def test_switchhead_dropouts_follow_the_reference(device):
@@ -138,7 +141,7 @@ def test_forward_and_backward_pair_equals_autograd(source, device):
     assert len(ours) == len(expected) and all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
 
 
-def check_switchall(B, T, D, H, E, K, P, moe_E, moe_K, G, dtype, device, repeats=1, bias=False, **options):
+def check_switchall(B, T, D, H, E, K, P, moe_E, moe_K, G, dtype, device, repeats=1, at_size=False, bias=False, **options):
     weights = block_weights(
         D, H, E, P, moe_E, G, device=device, dtype=dtype, bias=bias, gated=options.get("activation") == "swiglu"
     )
@@ -151,6 +154,7 @@ def check_switchall(B, T, D, H, E, K, P, moe_E, moe_K, G, dtype, device, repeats
         lambda **t: reference.switchall(**t, **options, experts=experts),
         {"x": x, "weights": weights},
         repeats=repeats,
+        at_size=at_size,
     )
 
 
@@ -168,7 +172,7 @@ def test_switchall_dropouts_follow_the_reference(device):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
 def test_switchall_at_size(dtype, device):
-    check_switchall(2, 512, 1024, 4, 4, 2, 100, 32, 4, 128, dtype, device, repeats=3)
+    check_switchall(2, 512, 1024, 4, 4, 2, 100, 32, 4, 128, dtype, device, repeats=3, at_size=True)
 
 
 def test_switchall_pair_equals_autograd(device):

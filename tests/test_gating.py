@@ -15,7 +15,7 @@ def choice(x, sel, **kwargs):
     return F.gating(x.detach(), sel.detach(), **kwargs).experts
 
 
-def check_gating(N, D, H, E, K, mode, dtype, device, repeats=1):
+def check_gating(N, D, H, E, K, mode, dtype, device, **options):
     x, sel = randn(N, D, device=device, dtype=dtype), randn(H * E, D, device=device, dtype=dtype, scale=D**-0.5)
     experts = choice(x, sel, n_heads=H, top_k=K, mode=mode)
 
@@ -27,7 +27,7 @@ def check_gating(N, D, H, E, K, mode, dtype, device, repeats=1):
         r = reference.gating(x, sel, n_heads=H, top_k=K, mode=mode, experts=experts)
         return r.weights, r.logits
 
-    check(kernel, twin, {"x": x, "sel": sel}, repeats=repeats)
+    check(kernel, twin, {"x": x, "sel": sel}, **options)
     logits = F.gating(x, sel, n_heads=H, top_k=K).logits
     assert torch.equal(experts.long(), reference.select(logits, K))
 
@@ -39,7 +39,7 @@ def check_gating(N, D, H, E, K, mode, dtype, device, repeats=1):
     "N, D, H, E, K", [(1, 41, 1, 5, 2), (37, 19, 2, 5, 3), (20, 24, 3, 13, 4), (9, 7, 2, 1, 1), (5, 8, 1, 33, 33)]
 )
 def test_values_and_gradients(N, D, H, E, K, mode, dtype, device):
-    check_gating(N, D, H, E, K, mode, dtype, device)
+    check_gating(N, D, H, E, K, mode, dtype, device, repeats=1)
 
 
 @pytest.mark.gpu
@@ -50,7 +50,7 @@ def test_values_and_gradients(N, D, H, E, K, mode, dtype, device):
     [(8192, 1024, 4, 4, 2), (5000, 412, 2, 5, 3), (4097, 1024, 1, 387, 16), (2048, 512, 32, 8, 4), (777, 1024, 1, 1024, 32)],
 )
 def test_values_and_gradients_at_size(N, D, H, E, K, mode, dtype, device):
-    check_gating(N, D, H, E, K, mode, dtype, device, repeats=3)
+    check_gating(N, D, H, E, K, mode, dtype, device, repeats=3, at_size=True)
 
 
 def of_logits(logits, **kwargs):

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from cases import ALL_DTYPES, CPU_DTYPES, check, choices, moe_weights, randn
+from cases import ALL_DTYPES, CPU_DTYPES, check, choices, moe_weights, on_a_grid, randn
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -31,24 +31,24 @@ def output(a, w, weights, experts):
     return F.output_projection(a, w, F.Routing(weights, experts))
 
 
-def check_value(N, D, H, E, K, P, dtype, device, used=None, repeats=1):
+def check_value(N, D, H, E, K, P, dtype, device, used=None, **options):
     inputs = {
         "x": randn(N, D, device=device, dtype=dtype),
         "w": randn(H * E, D, P, device=device, dtype=dtype, scale=D**-0.5),
         "weights": randn(N, H, K, device=device).detach().sigmoid().requires_grad_(),
         "experts": choices(N, H, E, K, device=device, used=used),
     }
-    check(value, reference.value_projection, inputs, repeats=repeats)
+    check(value, reference.value_projection, inputs, **options)
 
 
-def check_output(N, D, H, E, K, P, dtype, device, used=None, repeats=1):
+def check_output(N, D, H, E, K, P, dtype, device, used=None, **options):
     inputs = {
         "a": randn(N, H, P, device=device, dtype=dtype),
         "w": randn(H * E, P, D, device=device, dtype=dtype, scale=P**-0.5),
         "weights": randn(N, H, K, device=device).detach().sigmoid().requires_grad_(),
         "experts": choices(N, H, E, K, device=device, used=used),
     }
-    check(output, reference.output_projection, inputs, repeats=repeats)
+    check(output, reference.output_projection, inputs, **options)
 
 
 CHECKS = pytest.mark.parametrize("side", [check_value, check_output])
@@ -59,7 +59,7 @@ CHECKS = pytest.mark.parametrize("side", [check_value, check_output])
 @pytest.mark.parametrize("dtype", CPU_DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_values_and_gradients(side, shape, dtype, device):
-    side(*shape, dtype, device)
+    side(*shape, dtype, device, repeats=1)
 
 
 @CHECKS
@@ -78,8 +78,8 @@ def test_bfloat16_through_the_interpreter(side, device):
 @pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
 @pytest.mark.parametrize("shape", LARGE, ids=str)
 def test_values_and_gradients_at_size(side, shape, dtype, device):
-    side(*shape, dtype, device, repeats=3)
-    side(*shape, dtype, device, used=shape[4])
+    side(*shape, dtype, device, repeats=3, at_size=True)
+    side(*shape, dtype, device, used=shape[4], at_size=True)
 
 
 @given(data=st.data(), shape=testing.layer_shapes(max_tokens=20, max_width=20))
@@ -152,10 +152,13 @@ def test_autocast_casts_and_returns_gradients_in_the_parameters_dtype(device):
 ACTIVATIONS = pytest.mark.parametrize("activation", F.ACTIVATIONS)
 
 
-def check_moe(N, D, E, K, G, activation, dtype, device, *, bias=True, repeats=1, mode="sigmoid", d_out=None):
+def check_moe(N, D, E, K, G, activation, dtype, device, *, bias=True, mode="sigmoid", d_out=None, **options):
     gated = activation in ("swiglu", "geglu")
     weights = moe_weights(D, E, G, device=device, dtype=dtype, gated=gated, bias=bias, d_out=d_out)
     x = randn(N, D, device=device, dtype=dtype)
+    if activation == "relu":
+        x, keys = on_a_grid(x, 1 / 4), on_a_grid(weights.keys, 1 / 128)
+        weights = weights._replace(keys=keys, bias=None if weights.bias is None else on_a_grid(weights.bias, 1 / 4))
     experts = F.gating(x.detach(), weights.expert_sel.detach(), top_k=K).experts
 
     def kernel(x, weights):
@@ -164,14 +167,14 @@ def check_moe(N, D, E, K, G, activation, dtype, device, *, bias=True, repeats=1,
     def twin(x, weights):
         return reference.sigma_moe(x, weights, top_k=K, activation=activation, mode=mode, experts=experts)
 
-    check(kernel, twin, {"x": x, "weights": weights}, repeats=repeats)
+    check(kernel, twin, {"x": x, "weights": weights}, **options)
 
 
 @pytest.mark.smoke
 @ACTIVATIONS
 @pytest.mark.parametrize("dtype", CPU_DTYPES, ids=str)
 def test_mlp_values_and_gradients(activation, dtype, device):
-    check_moe(23, 19, 7, 3, 12, activation, dtype, device)
+    check_moe(23, 19, 7, 3, 12, activation, dtype, device, repeats=1)
 
 
 @pytest.mark.parametrize(
@@ -186,7 +189,7 @@ def test_mlp_other_sizes(N, E, K, bias, mode, device):
 @pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(4096, 1024, 32, 4, 128), (3001, 412, 16, 4, 128), (2048, 1024, 387, 16, 64)], ids=str)
 def test_mlp_at_size(shape, activation, dtype, device):
-    check_moe(*shape, activation, dtype, device, repeats=2)
+    check_moe(*shape, activation, dtype, device, repeats=2, at_size=True)
 
 
 def test_mlp_gate_input_and_dropouts_follow_the_reference(device):
@@ -228,17 +231,20 @@ def routing(N=3, H=2, K=2, E=3):
     return F.Routing(torch.ones(N, H, K), choices(N, H, E, K, device="cpu"))
 
 
+X, W, A, WO = torch.zeros(3, 5), torch.zeros(6, 5, 8), torch.zeros(3, 2, 8), torch.zeros(6, 8, 5)
+
+
 @pytest.mark.parametrize(
     "call, error, message",
     [
-        (lambda: F.value_projection(torch.zeros(3, 5), torch.zeros(6, 4, 8), routing()), ValueError, r"w must have shape \[\*, 5, \*\]"),
-        (lambda: F.value_projection(torch.zeros(4, 5), torch.zeros(6, 5, 8), routing()), ValueError, r"routing.weights must have shape \[4"),
-        (lambda: F.value_projection(torch.zeros(3, 5), torch.zeros(5, 5, 8), routing()), ValueError, r"w must have H \* E experts"),
-        (lambda: F.value_projection(torch.zeros(3, 5), torch.zeros(6, 5, 8), (1, 2)), TypeError, "routing must be a Routing, got tuple"),
-        (lambda: F.output_projection(torch.zeros(3, 3, 8), torch.zeros(6, 8, 5), routing()), ValueError, r"a must have shape \[\.\.\., 2, 8\]"),
-        (lambda: F.output_projection(torch.zeros(3, 2, 8), torch.zeros(6, 8, 5).half(), routing()), TypeError, "w has dtype torch.float16"),
+        (lambda: F.value_projection(X, W[:, :4], routing()), ValueError, r"w must have shape \[\*, 5, \*\]"),
+        (lambda: F.value_projection(X[:2], W, routing()), ValueError, r"routing.weights must have shape \[2"),
+        (lambda: F.value_projection(X, W[:5], routing()), ValueError, r"w must have H \* E experts"),
+        (lambda: F.value_projection(X, W, (1, 2)), TypeError, "routing must be a Routing, got tuple"),
+        (lambda: F.output_projection(A[:, [0, 1, 1]], WO, routing()), ValueError, r"a must have shape \[\.\.\., 2, 8\]"),
+        (lambda: F.output_projection(A, WO.half(), routing()), TypeError, "w has dtype torch.float16"),
     ],
-)  # fmt: skip
+)
 def test_bad_projections(call, error, message, device):
     if device == "cuda":
         pytest.skip("the arguments are on the CPU")

@@ -38,7 +38,7 @@ def same(reference: torch.Tensor, tensors: dict, *, autocast: bool) -> None:
             )
 
 
-def integer(name: str, value, low: int, high: int | None = None, why: str = "") -> int:
+def integer(name: str, value, low: int, high: int | None = None, why: str = ""):
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
     if value < low or (high is not None and value > high):

@@ -4,9 +4,9 @@ Letters: B sequences, T queries, S keys, N = B*T tokens, D model width, H heads,
 width, G width of one MLP expert. Formulas: kernels/gating.py, projection.py, attention.py, position.py.
 
 NOTE [Composition]
-    Every layer is two plain functions, `*_forward` -> (outputs, saved) and `*_backward`(gradients, saved), which call launchers and
-    torch's GEMMs and know nothing of autograd. The differentiable function wraps that pair in one autograd.Function, so both are
-    the same computation. Tensors a backward needs are in `Saved.tensors`, everything else in `Saved.config`.
+    Every layer is two plain functions, `*_forward` -> (outputs, saved) and `*_backward`(gradients, saved), which call launchers
+    and torch's GEMMs and know nothing of autograd. The differentiable function wraps that pair in one autograd.Function, so both
+    are the same computation. Tensors a backward needs are in `Saved.tensors`, everything else in `Saved.config`.
 
 NOTE [Compute dtype]
     Under torch.autocast every floating input is cast to the autocast dtype first; otherwise all share one dtype. Gradients come
@@ -97,8 +97,8 @@ class RoPE(NamedTuple):
 class XL(NamedTuple):
     """Transformer-XL positions (arXiv 1901.02860): score = scale * ((q + u).k + (q + v).(W_pos R)), sinusoidal R.
 
-    weight: W_pos [H*P, D]; content_bias: u [H, P]; position_bias: v [H, P]; the biases are optional. `switchhead` takes the weight
-    from its own `pos_to_pk`.
+    weight: W_pos [H*P, D]; content_bias: u [H, P]; position_bias: v [H, P]; the biases are optional. `switchhead` takes the
+    weight from its own `pos_to_pk`.
     """
 
     weight: Tensor | None = None
@@ -107,8 +107,8 @@ class XL(NamedTuple):
 
 
 class SigmaMoEWeights(NamedTuple):
-    """keys [E, D, G] ([E, D, 2G] for gated pairs, the gate first), values [E, G, D_out], expert_sel [E, D], bias [E, G or 2G], o_bias
-    [D_out]."""
+    """keys [E, D, G] ([E, D, 2G] for gated pairs, the gate first), values [E, G, D_out], expert_sel [E, D], bias [E, G or 2G],
+    o_bias [D_out]."""
 
     keys: Tensor
     values: Tensor
@@ -187,6 +187,13 @@ def _to(tensors, dtypes) -> tuple[Any, ...]:
     return tuple(None if t is None else t.to(d) for t, d in zip(tensors, dtypes, strict=True))
 
 
+def _saved_input(saved: Saved) -> Tensor:
+    """x as the forward saw it, the first tensor it saved."""
+    x = saved.tensors[0]
+    assert x is not None
+    return x
+
+
 def _seed(seed, device: torch.device, needed: bool) -> Tensor | None:
     if not needed:
         return None
@@ -243,8 +250,8 @@ def gating(
 ) -> Routing:
     """The experts each (token, head) uses and their gates (sigma-MoE, arXiv 2310.10837, equation 10 and section 5).
 
-    x: [..., D]; sel: [H*E, D], row h*E + e. mode: "sigmoid"; "softmax" over all E; "softmax_topk" over the chosen. Equal logits: the
-    lower expert id wins; NaN ranks below -inf. expert_dropout strikes (token, head, expert) from selection in training, as a
+    x: [..., D]; sel: [H*E, D], row h*E + e. mode: "sigmoid"; "softmax" over all E; "softmax_topk" over the chosen. Equal logits:
+    the lower expert id wins; NaN ranks below -inf. expert_dropout strikes (token, head, expert) from selection in training, as a
     function of (seed, token, head, expert) alone; seed: int, int64 scalar tensor, or None (drawn on x's device).
     Returns a Routing of N = x.numel() / D tokens. Raises ValueError or TypeError for shapes, dtypes, devices or top_k > E.
     """
@@ -445,10 +452,10 @@ def attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """softmax(scale * (q k^T + position) + mask) v, fused: memory linear in T.
 
-    q: [B, T, H, P]; k: [B, S, Hkv, P]; v: [B, S, Hkv, Pv], query head h reads key head h // (H // Hkv). The queries are the last T
-    positions: S >= T, and any S with causal=False and position=None. scale defaults to P**-0.5. window=w: a query sees the last w keys
-    up to itself (causal) or the keys at distance < w. key_padding_mask: bool [B, S], True = removed. cu_seqlens: int32 [n+1],
-    n sequences packed along T, with B = 1 and S = T; max_seqlen is accepted for compatibility and not needed.
+    q: [B, T, H, P]; k: [B, S, Hkv, P]; v: [B, S, Hkv, Pv], query head h reads key head h // (H // Hkv). The queries are the last
+    T positions: S >= T, and any S with causal=False and position=None. scale defaults to P**-0.5. window=w: a query sees the
+    last w keys up to itself (causal) or the keys at distance < w. key_padding_mask: bool [B, S], True = removed. cu_seqlens:
+    int32 [n+1], n sequences packed along T, with B = 1 and S = T; max_seqlen is accepted for compatibility and not needed.
     Returns [B, T, H, Pv], and with return_lse also the log-sum-exp [B, H, T], float32, natural log. A row with every key masked
     gives 0, log-sum-exp -inf and no gradient. Raises ValueError or TypeError for anything that does not fit.
     """
@@ -461,7 +468,7 @@ def attention(
     _check.integer("the head width of v", v.shape[-1], 1, MAX_HEAD_WIDTH)
     if Hkv == 0 or H % Hkv:
         raise ValueError(f"the {H} heads of q must be a multiple of the {Hkv} heads of k")
-    tensors = {"q": q, "k": k, "v": v}
+    tensors: dict[str, Tensor | None] = {"q": q, "k": k, "v": v}
     kind, pos, fraction, base = "none", None, 0.0, 0.0
     content_bias = position_bias = None
     if isinstance(position, RoPE):
@@ -612,8 +619,9 @@ def sigma_moe(
 ) -> tuple[Tensor, Tensor]:
     """y = sum_j gate_j * (phi(x W_up[e_j] + b_up[e_j]) W_down[e_j]) + b_down (sigma-MoE, arXiv 2310.10837, equation 11).
 
-    x: [..., D]; weights: SigmaMoEWeights; gate_input: [..., D], computes the gate instead of x (MoEUT). activation: "relu", "gelu"
-    (exact), "silu", "swiglu", "geglu". dropout acts on the activated experts, expert_dropout on the selection, both in training only.
+    x: [..., D]; weights: SigmaMoEWeights; gate_input: [..., D], computes the gate instead of x (MoEUT). activation: "relu",
+    "gelu" (exact), "silu", "swiglu", "geglu". dropout acts on the activated experts, expert_dropout on the selection, both in
+    training only.
     Returns y [..., D_out] in the compute dtype and the gate's logits [..., E], float32, for `entropy_regularizer`.
     """
     config = _check_moe(x, weights, top_k, gate_input, activation, mode, dropout, expert_dropout, training, seed)
@@ -699,8 +707,8 @@ def _expert_out(o: Tensor, H: int) -> Tensor:
 def _head_forward(x, k_src, v_src, q, k, v, o, sel_v, sel_o, pos, mask, cu_seqlens, seed, c: _HeadConfig):
     """x [B, T, D], k_src and v_src [B, S, D] or None -> y [B, T, D], logits_v, logits_o, and what `_head_backward` takes.
 
-    The tensors kept are: the 13 inputs, the output side's (weights, experts, logits, order, offsets), the value side's same five and
-    u (None where it has none of its own), then those of the attention.
+    The tensors kept are: the 13 inputs, the output side's (weights, experts, logits, order, offsets), the value side's same five
+    and u (None where it has none of its own), then those of the attention.
     """
     B, T, D = x.shape
     H, P = c.n_heads, q.shape[0] // c.n_heads
@@ -906,7 +914,7 @@ def switchhead(
     weights: SwitchHeadWeights,
     *,
     top_k: int,
-    position: RoPE | XL | None = RoPE(),  # noqa: B008 (an immutable NamedTuple)
+    position: RoPE | XL | None = RoPE(),
     k_src: Tensor | None = None,
     v_src: Tensor | None = None,
     causal: bool = True,
@@ -922,9 +930,9 @@ def switchhead(
 ):
     """SwitchHead attention (arXiv 2312.07987, equations 7 to 10): few heads whose values and outputs are mixtures of experts.
 
-    x: [B, T, D], the queries' source; k_src: [B, S, D], the keys' and the value gate's (default x); v_src: [B, S, D], what the value
-    experts see (default k_src). S > T means memory or a prefix in front of x. H, E and P follow from the weights' shapes. position:
-    RoPE(), XL() (which takes weights.pos_to_pk) or None. dropout acts on q. Masks as in `attention`.
+    x: [B, T, D], the queries' source; k_src: [B, S, D], the keys' and the value gate's (default x); v_src: [B, S, D], what the
+    value experts see (default k_src). S > T means memory or a prefix in front of x. H, E and P follow from the weights' shapes.
+    position: RoPE(), XL() (which takes weights.pos_to_pk) or None. dropout acts on q. Masks as in `attention`.
     Returns y [B, T, D], no residual and no norm; with return_logits also (logits_v [B*S, H, E] or None with one expert,
     logits_o [B*T, H, E]), float32 and differentiable. Raises ValueError or TypeError for anything that does not fit.
     """
@@ -956,12 +964,12 @@ def switchhead_forward(x: Tensor, weights: SwitchHeadWeights, *, return_logits: 
 def switchhead_backward(
     grad_y: Tensor, saved: Saved, grad_logits: tuple[Tensor | None, Tensor | None] | None = None
 ) -> SwitchHeadGradients:
-    """The gradients of `switchhead_forward`. grad_y: [B, T, D]; grad_logits: those of (logits_v, logits_o), either may be None."""
-    _check.instance("saved", saved, Saved)
-    config, dtypes = saved.config
+    """The gradients of `switchhead_forward`. grad_y: [B, T, D]; grad_logits: those of (logits_v, logits_o), or None."""
+    config, dtypes = _check.instance("saved", saved, Saved).config
     dlogits_v, dlogits_o = grad_logits if grad_logits is not None else (None, None)
     with torch.no_grad():
-        dy = _check.tensor("grad_y", grad_y, *saved.tensors[0].shape[:2], None).to(saved.tensors[0].dtype)
+        x = _saved_input(saved)
+        dy = _check.tensor("grad_y", grad_y, *x.shape[:2], None).to(x.dtype)
         grads = _like(_head_backward(dy, dlogits_v, dlogits_o, saved.tensors, config), saved.tensors[:10])
         grads = _to(grads, dtypes)
     return SwitchHeadGradients(*grads[:3], SwitchHeadWeights(*grads[3:]))
@@ -1116,7 +1124,7 @@ def switchall(
     moe_top_k: int,
     eps: float = 1e-5,
     dropout: float = 0.0,
-    position: RoPE | XL | None = RoPE(),  # noqa: B008 (an immutable NamedTuple)
+    position: RoPE | XL | None = RoPE(),
     causal: bool = True,
     window: int | None = None,
     key_padding_mask: Tensor | None = None,
@@ -1163,10 +1171,9 @@ def switchall_forward(x: Tensor, weights: SwitchAllWeights, **options) -> tuple[
 
 def switchall_backward(grad_y: Tensor, saved: Saved, grad_logits: Tensor | None = None) -> SwitchAllGradients:
     """The gradients of `switchall_forward`. grad_y: [B, T, D]; grad_logits: [B, T, E] or None."""
-    _check.instance("saved", saved, Saved)
-    config, dtypes = saved.config
+    config, dtypes = _check.instance("saved", saved, Saved).config
     with torch.no_grad():
-        _check.tensor("grad_y", grad_y, *saved.tensors[0].shape)
+        _check.tensor("grad_y", grad_y, *_saved_input(saved).shape)
         grads = _like(_block_backward(grad_y, grad_logits, saved.tensors, config), _block_inputs(saved.tensors))
         g = _to(grads, dtypes)
     weights = SwitchAllWeights(g[1:3], SwitchHeadWeights(*g[3:10]), g[10:12], SigmaMoEWeights(*g[12:]))

@@ -108,9 +108,9 @@ class SwitchHead(nn.Module):
     """SwitchHead attention (arXiv 2312.07987): `forward(x [B, T, D], k_src=None, v_src=None, ...) -> y [B, T, D]`.
 
     d_model: D; n_heads: H attention matrices; n_experts: E per head; d_head: P (default d_model // n_heads); top_k: experts per
-    token and head; position: "rope", "xl" or None. shared_selection: one gate weight for values and outputs. Parameters: q.weight,
-    k.weight [H*P, D], v [H*E, D, P], o [H*E, P, D], sel_v, sel_o [H*E, D], pos_to_pk [H*P, D] ("xl"); with one expert v [H*P, D],
-    o [D, H*P], sel_o [H, D].
+    token and head; position: "rope", "xl" or None. shared_selection: one gate weight for values and outputs. Parameters:
+    q.weight, k.weight [H*P, D], v [H*E, D, P], o [H*E, P, D], sel_v, sel_o [H*E, D], pos_to_pk [H*P, D] ("xl"); with one expert
+    v [H*P, D], o [D, H*P], sel_o [H, D].
     """
 
     def __init__(

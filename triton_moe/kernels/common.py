@@ -3,12 +3,12 @@
 NOTE [Interpreter]
     With TRITON_INTERPRET=1 kernels run on CPU tensors through NumPy, which has no bfloat16: the interpreter computes on the raw
     bits. So `launch` hands the kernel float32 copies of bfloat16 tensors and writes the results back, rounding to nearest.
-    Kernels therefore need no flag for it; in exchange, casts to bfloat16 inside a kernel are only seen by a compiler, which is why
-    tests/test_compile.py compiles every kernel in bfloat16.
+    Kernels therefore need no flag for it; in exchange, casts to bfloat16 inside a kernel are only seen by a compiler, which is
+    why tests/test_compile.py compiles every kernel in bfloat16.
 
 NOTE [Meta tensors]
-    A launcher called on `meta` tensors runs nothing: `launch` hands the kernel and its arguments to `on_meta`. compiler.py compiles
-    them there, just as the launch would have.
+    A launcher called on `meta` tensors runs nothing: `launch` hands the kernel and its arguments to `on_meta`. compiler.py
+    compiles them there, just as the launch would have.
 """
 
 import functools
@@ -87,8 +87,12 @@ def opaque(fake: Callable) -> Callable:
     return decorate
 
 
+@torch.compiler.assume_constant_result
 def input_precision(dtype: torch.dtype) -> str:
-    """How `tl.dot` multiplies float32 operands: "ieee", or "tf32" where the user allowed torch the same."""
+    """How `tl.dot` multiplies float32 operands: "ieee", or "tf32" where the user allowed torch the same.
+
+    Read at every forward; under torch.compile when the graph is traced, as Dynamo cannot trace torch's getters.
+    """
     if dtype != torch.float32 or not torch.cuda.is_available() or torch.version.hip:
         return "ieee"
     matmul = torch.backends.cuda.matmul

@@ -26,8 +26,8 @@ NOTE [Constant widths]
 
 NOTE [Tiles of routes]
     `routing_plan` (gating.py) gives the routes sorted by expert and each expert's range. A tile never straddles two experts. The
-    number of tiles is only known on the device, so the grid has its upper bound, cdiv(R, BLOCK_M) + groups, and each program finds
-    its tile from the ranges (`_find_tile`); programs past the last tile stop.
+    number of tiles is only known on the device, so the grid has its upper bound, cdiv(R, BLOCK_M) + groups, and each program
+    finds its tile from the ranges (`_find_tile`); programs past the last tile stop.
 """
 
 import torch
@@ -316,7 +316,8 @@ def _grouped_gemm(a, w, bias, order, offsets, div, precision):
         _grouped_gemm_kernel, (grid,),
         a, w, c if bias is None else bias, c, order, offsets,
         groups, N=N, K=K, DIV=div, stride_am=a.stride(0),
-        stride_wg=w.stride(0), stride_wk=w.stride(1), stride_wn=w.stride(2), HAS_BIAS=bias is not None, PRECISION=precision, BLOCK_G=next_power_of_2(groups, 1), **config,
+        stride_wg=w.stride(0), stride_wk=w.stride(1), stride_wn=w.stride(2),
+        HAS_BIAS=bias is not None, PRECISION=precision, BLOCK_G=next_power_of_2(groups, 1), **config,
     )  # fmt: skip
     return c
 
