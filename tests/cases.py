@@ -14,9 +14,9 @@ def check(kernel, twin, inputs, *, at_size=False, **options):
     """`testing.check`, exactly as it is for tensors of realistic size.
 
     In a small float32 tensor the twin's largest error is a matter of luck, and in the interpreter the matrix products are
-    NumPy's, which are not fused: up to three times as wrong as torch's. There a few units in the last place are granted.
+    NumPy's, which are not fused: up to three times as wrong as torch's. There float32 is granted a few units in the last place.
     """
-    ulps = 1.0 if at_size else 4.0 if torch.cuda.is_available() else 8.0
+    ulps = 1.0 if at_size else 4.0 if torch.cuda.is_available() else 16.0
     testing.check(kernel, twin, inputs, ulps=ulps, **options)
 
 

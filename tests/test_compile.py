@@ -11,8 +11,29 @@ import pytest
 from triton_moe import compiler
 from triton_moe.kernels import common
 
-# Kernels whose defaults may spill: (kernel, dtype): (bytes a thread may spill on any target, why).
-SPILLS: dict[tuple[str, str], tuple[int, str]] = {}
+# Kernels whose defaults may spill: (kernel, dtype, target): bytes of a thread, "half" being float16 and bfloat16. Tiles are
+# chosen by dtype and widths, not by device, and the 16-bit ones are those that sm_90 runs fastest without spilling.
+SPILLS: dict[tuple[str, str, str], int] = {
+    # sm_80 copies rows whose length is no multiple of 16 bytes in more and smaller pieces, with a pointer for each.
+    ("_attention_fwd_kernel", "half", "sm_80"): 144,
+    ("_attention_bwd_dkdv_kernel", "half", "sm_80"): 8,
+    ("_attention_bwd_dq_kernel", "half", "sm_80"): 24,
+    ("_grouped_gemm_kernel", "half", "sm_80"): 8,
+    # The Transformer-XL term at full width: fewer keys a tile would spill on gfx942 instead.
+    ("_attention_fwd_kernel", "half", "sm_100"): 56,
+    # Eight of gfx942's wider warps leave each thread 256 registers; four would spill on NVIDIA.
+    ("_attention_bwd_dkdv_kernel", "half", "gfx942"): 252,
+    ("_attention_bwd_dq_kernel", "half", "gfx942"): 236,
+    ("_attention_bwd_dkdv_kernel", "float32", "gfx942"): 160,
+    # Without tensor cores a float32 product keeps whole rows of both factors in registers: 256 channels are too many, with
+    # tiles of 8 rows or 4 to 16 warps too.
+    ("_attention_bwd_dq_kernel", "float32", "sm_80"): 208,
+    ("_attention_bwd_dq_kernel", "float32", "sm_90"): 184,
+    ("_attention_bwd_dq_kernel", "float32", "sm_100"): 216,
+    ("_attention_bwd_dq_kernel", "float32", "gfx942"): 112,
+    # A few bytes below 128 registers, by the assembler's own choice.
+    ("_grouped_dw_kernel", "float32", "sm_100"): 24,
+}
 
 # A kernel for each thing compile_case has to notice, and one that it must leave alone.
 SAMPLES = """
@@ -96,14 +117,13 @@ def test_shared_memory_fits(rows):
 
 
 def test_defaults_do_not_spill(rows):
-    spilling = [
-        (row["kernel"], row["dtype"], row["target"], row["shape"], row["spill_bytes"])
-        for row in rows
-        if row["spill_bytes"] > SPILLS.get((row["kernel"], row["dtype"]), (0, ""))[0]
-    ]
-    assert spilling == []
-    needed = {(row["kernel"], row["dtype"]) for row in rows if row["spill_bytes"]}
-    assert set(SPILLS) <= needed, "an exception nobody needs any more"
+    most: dict[tuple[str, str, str], int] = {}
+    for row in rows:
+        if row["spill_bytes"]:
+            key = row["kernel"], "float32" if row["dtype"] == "float32" else "half", row["target"]
+            most[key] = max(most.get(key, 0), row["spill_bytes"])
+    assert {key: spilled for key, spilled in most.items() if spilled > SPILLS.get(key, 0)} == {}
+    assert set(SPILLS) <= set(most), "an exception nobody needs any more"
 
 
 def test_no_float_atomics(rows):

@@ -287,29 +287,29 @@ def _check_gate(name: str, sel: Tensor, n_heads: int, top_k: int, what: str = "t
 
 class _ValueProjection(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, w, weights, order, offsets):
+    def forward(ctx, x, w, weights, experts, order, offsets):
         ctx.precision = input_precision(x.dtype)
-        v, u = value_forward(x, w, weights, order, offsets, ctx.precision)
-        ctx.save_for_backward(x, w, weights, order, offsets, u)
+        v, u = value_forward(x, w, weights, experts, order, offsets, ctx.precision)
+        ctx.save_for_backward(x, w, weights, experts, order, offsets, u)
         return v
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dv):
-        return *value_backward(dv, *ctx.saved_tensors, ctx.precision), None, None
+        return *value_backward(dv, *ctx.saved_tensors, ctx.precision), None, None, None
 
 
 class _OutputProjection(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, a, w, weights, order, offsets):
+    def forward(ctx, a, w, weights, experts, order, offsets):
         ctx.precision = input_precision(a.dtype)
-        ctx.save_for_backward(a, w, weights, order, offsets)
-        return output_forward(a, w, weights, order, offsets, ctx.precision)
+        ctx.save_for_backward(a, w, weights, experts, order, offsets)
+        return output_forward(a, w, weights, experts, order, offsets, ctx.precision)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        return *output_backward(dy, *ctx.saved_tensors, ctx.precision), None, None
+        return *output_backward(dy, *ctx.saved_tensors, ctx.precision), None, None, None
 
 
 def value_projection(x: Tensor, w: Tensor, routing: Routing) -> Tensor:
@@ -321,7 +321,7 @@ def value_projection(x: Tensor, w: Tensor, routing: Routing) -> Tensor:
     _check.tensor("x", x, ndim=1)
     _check.tensor("w", w, None, x.shape[-1], None)
     routing, (x2, w2) = _routed(x, x[..., 0].numel(), w, routing, {"x": x, "w": w})
-    v = _ValueProjection.apply(x2.reshape(-1, x.shape[-1]), w2, routing.weights, routing.order, routing.offsets)
+    v = _ValueProjection.apply(x2.reshape(-1, x.shape[-1]), w2, *routing[:2], routing.order, routing.offsets)
     return v.view(*x.shape[:-1], *v.shape[1:])
 
 
@@ -337,7 +337,7 @@ def output_projection(a: Tensor, w: Tensor, routing: Routing) -> Tensor:
     H = routing.weights.shape[1]
     if a.shape[-2] != H:
         raise ValueError(f"a must have shape [..., {H}, {w.shape[1]}] for a routing of {H} heads, got {list(a.shape)}")
-    y = _OutputProjection.apply(a2.reshape(-1, H, a.shape[-1]), w2, routing.weights, routing.order, routing.offsets)
+    y = _OutputProjection.apply(a2.reshape(-1, H, a.shape[-1]), w2, *routing[:2], routing.order, routing.offsets)
     return y.view(*a.shape[:-2], w.shape[2])
 
 
@@ -731,8 +731,8 @@ def _head_forward(x, k_src, v_src, q, k, v, o, sel_v, sel_o, pos, mask, cu_seqle
             route_v = route(k2, sel_v, STREAM_GATE_V)
         elif k_src is not None:
             route_v = route(k2, sel_o, STREAM_GATE_V)
-        weights_v, _, _, order_v, offsets_v = route_o if route_v[0] is None else route_v
-        values, u = value_forward(v2, v, weights_v, order_v, offsets_v, c.precision)
+        weights_v, experts_v, _, order_v, offsets_v = route_o if route_v[0] is None else route_v
+        values, u = value_forward(v2, v, weights_v, experts_v, order_v, offsets_v, c.precision)
 
     queries = x2 @ q.t()
     if c.dropout > 0:
@@ -741,8 +741,9 @@ def _head_forward(x, k_src, v_src, q, k, v, o, sel_v, sel_o, pos, mask, cu_seqle
         queries.view(B, T, H, P), (k2 @ k.t()).view(B, S, H, P), values.view(B, S, H, P),
         pos, None, None, mask, cu_seqlens, _attention_config(c, P),
     )  # fmt: skip
-    weights_o, _, logits_o, order_o, offsets_o = route_o
-    y = output_forward(a.view(-1, H, P), _expert_out(o, H), weights_o, order_o, offsets_o, c.precision).view(B, T, -1)
+    weights_o, experts_o, logits_o, order_o, offsets_o = route_o
+    y = output_forward(a.view(-1, H, P), _expert_out(o, H), weights_o, experts_o, order_o, offsets_o, c.precision)
+    y = y.view(B, T, -1)
     logits_v = None if v.ndim == 2 else logits_o if route_v[2] is None else route_v[2]
     inputs = (x, k_src, v_src, q, k, v, o, sel_v, sel_o, pos, mask, cu_seqlens, seed)
     return y, logits_v, logits_o, (*inputs, *route_o, *route_v, u, *attention_saved)
@@ -762,7 +763,7 @@ def _head_backward(dy, dlogits_v, dlogits_o, saved, c: _HeadConfig):
     x2, k2, v2 = x.reshape(-1, D), ks.reshape(-1, D), vs.reshape(-1, D)
 
     da, do, dweights_o = output_backward(
-        dy.reshape(B * T, -1), a.view(-1, H, P), _expert_out(o, H), weights_o, order_o, offsets_o, c.precision
+        dy.reshape(B * T, -1), a.view(-1, H, P), _expert_out(o, H), weights_o, experts_o, order_o, offsets_o, c.precision
     )
     if o.ndim == 2:
         do = do.permute(2, 0, 1).reshape(o.shape)
@@ -781,11 +782,15 @@ def _head_backward(dy, dlogits_v, dlogits_o, saved, c: _HeadConfig):
         dvalues = dvalues.view(-1, H * P)
         dv2, dv = dvalues @ v, dvalues.t() @ v2
     elif weights_v is None:  # both sides share the output side's routing
-        dv2, dv, dweights = value_backward(dvalues, v2, v, weights_o, order_o, offsets_o, u, c.precision)
+        dv2, dv, dweights = value_backward(
+            dvalues, v2, v, weights_o, experts_o, order_o, offsets_o, u, c.precision
+        )
         dweights_o = dweights_o + dweights
         dlogits_o = _add(dlogits_o, dlogits_v)
     else:
-        dv2, dv, dweights_v = value_backward(dvalues, v2, v, weights_v, order_v, offsets_v, u, c.precision)
+        dv2, dv, dweights_v = value_backward(
+            dvalues, v2, v, weights_v, experts_v, order_v, offsets_v, u, c.precision
+        )
         sel = sel_o if sel_v is None else sel_v
         dgate, dsel_v = gating_backward(dweights_v, dlogits_v, k2, sel, weights_v, experts_v, logits_v, "sigmoid")
         dk2 = dk2 + dgate

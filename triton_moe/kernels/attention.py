@@ -34,28 +34,28 @@ from .common import INTERPRET, cdiv, launch, next_power_of_2, opaque, rows
 # BLOCK_M queries by BLOCK_N keys; BLOCK_F position channels at a time (attention_dq_pos accumulates BLOCK_FO of them).
 CONFIGS = {
     "attention_forward": {
-        "half": dict(BLOCK_M=128, BLOCK_N=64, BLOCK_F=64, num_warps=8, num_stages=2),
+        "half": dict(BLOCK_M=128, BLOCK_N=64, BLOCK_F=32, num_warps=8, num_stages=2),
         "float32": dict(BLOCK_M=32, BLOCK_N=32, BLOCK_F=32, num_warps=8, num_stages=1),
         "interpret": dict(BLOCK_M=256, BLOCK_N=256, BLOCK_F=256, num_warps=1, num_stages=1),
     },
     "attention_dkdv": {
-        "half": dict(BLOCK_M=32, BLOCK_N=64, BLOCK_F=64, num_warps=4, num_stages=2),
-        "float32": dict(BLOCK_M=16, BLOCK_N=32, BLOCK_F=32, num_warps=4, num_stages=1),
+        "half": dict(BLOCK_M=32, BLOCK_N=64, BLOCK_F=32, num_warps=4, num_stages=2),
+        "float32": dict(BLOCK_M=16, BLOCK_N=32, BLOCK_F=32, num_warps=8, num_stages=1),
         "interpret": dict(BLOCK_M=256, BLOCK_N=256, BLOCK_F=256, num_warps=1, num_stages=1),
     },
     "attention_dq": {
-        "half": dict(BLOCK_M=64, BLOCK_N=64, BLOCK_F=64, num_warps=4, num_stages=2),
+        "half": dict(BLOCK_M=64, BLOCK_N=64, BLOCK_F=32, num_warps=4, num_stages=2),
         "float32": dict(BLOCK_M=16, BLOCK_N=16, BLOCK_F=32, num_warps=8, num_stages=1),
         "interpret": dict(BLOCK_M=256, BLOCK_N=256, BLOCK_F=256, num_warps=1, num_stages=1),
     },
     "attention_dq_pos": {
-        "half": dict(BLOCK_M=64, BLOCK_N=32, BLOCK_F=64, BLOCK_FO=256, num_warps=4, num_stages=1),
+        "half": dict(BLOCK_M=64, BLOCK_N=32, BLOCK_F=32, BLOCK_FO=256, num_warps=8, num_stages=1),
         "float32": dict(BLOCK_M=16, BLOCK_N=16, BLOCK_F=32, BLOCK_FO=128, num_warps=8, num_stages=1),
         "interpret": dict(BLOCK_M=256, BLOCK_N=256, BLOCK_F=256, BLOCK_FO=512, num_warps=1, num_stages=1),
     },
     "attention_delta": {
-        "half": dict(BLOCK_M=32, num_warps=4),
-        "float32": dict(BLOCK_M=32, num_warps=4),
+        "half": dict(BLOCK_M=16, num_warps=4),
+        "float32": dict(BLOCK_M=16, num_warps=4),
         "interpret": dict(BLOCK_M=512, num_warps=1),
     },
 }
@@ -424,9 +424,12 @@ def _padding(key_padding_mask: Tensor | None) -> Tensor | None:
 
 
 def _config(kernel: str, q: Tensor, k: Tensor, v: Tensor, q_pos: Tensor | None) -> dict[str, int]:
-    """The kernel's tiles, no larger than the problem; wide heads take half the rows and no prefetch."""
+    """The kernel's tiles, no larger than the problem; wide heads take half the rows and no prefetch, and where padding
+    or position channels need registers too, the threads of 8 warps share them."""
     config = dict(tuning.lookup(CONFIGS[kernel], q.dtype, INTERPRET))
     width = max(next_power_of_2(q.shape[-1]), next_power_of_2(v.shape[-1]))
+    if q_pos is not None or min(q.shape[-1], v.shape[-1]) < width:
+        config["num_warps"] = 8
     if width > 128 and not INTERPRET:
         config["BLOCK_M"] = max(16, config["BLOCK_M"] // 2)
         config["BLOCK_N"] = max(16, config["BLOCK_N"] // 2)

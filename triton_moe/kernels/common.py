@@ -32,6 +32,20 @@ def uniform(seed, row, col, stream):
     return (word >> 8).to(tl.int32).to(tl.float32) * 5.9604644775390625e-08  # 2**-24
 
 
+@triton.jit
+def find_tile(offsets_ptr, pid, GROUPS, BLOCK_M: tl.constexpr, BLOCK_G: tl.constexpr):
+    """(group, first row, end of the group's rows) of tile `pid`; first >= end for a program without a tile."""
+    offs_g = tl.arange(0, BLOCK_G)
+    start = tl.load(offsets_ptr + offs_g, mask=offs_g < GROUPS, other=0)
+    end = tl.load(offsets_ptr + offs_g + 1, mask=offs_g < GROUPS, other=0)
+    tiles = (end - start + BLOCK_M - 1) // BLOCK_M
+    last = tl.cumsum(tiles, 0)
+    group = tl.sum((last <= pid).to(tl.int32), 0)
+    here = offs_g == group
+    first = tl.sum(tl.where(here, start + (pid - last + tiles) * BLOCK_M, 0), 0)
+    return group, first, tl.sum(tl.where(here, end, 0), 0)
+
+
 # Both Triton's own functions and ours were decorated for the interpreter: TRITON_INTERPRET was set in time.
 INTERPRET = not any(isinstance(f, triton.runtime.JITFunction) for f in (uniform, tl.cdiv))
 

@@ -170,7 +170,7 @@ def gating_forward(
     config = dict(tuning.lookup(CONFIGS["gating_fwd"], x.dtype, INTERPRET))
     BLOCK_E = next_power_of_2(E)
     if BLOCK_E > 64 and not INTERPRET:  # a tile of logits stays within the registers, one of sel within shared memory
-        config["BLOCK_N"] = max(16, min(config["BLOCK_N"], 4096 // BLOCK_E))
+        config["BLOCK_N"] = max(8 if x.dtype == torch.float32 else 16, min(config["BLOCK_N"], 4096 // BLOCK_E))
         config["BLOCK_D"] = max(16, min(config["BLOCK_D"], 8192 // BLOCK_E))
         config["num_warps"], config["num_stages"] = 8, 1
     launch(

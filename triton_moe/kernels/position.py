@@ -118,7 +118,7 @@ def _xl_keys_kernel(y_ptr, S, D: tl.constexpr, LOG2_BASE: tl.constexpr, BLOCK_T:
 
 def _tiles(T: int, channels: int) -> dict[str, int]:
     block_c = min(next_power_of_2(channels), 512 if INTERPRET else 64)
-    block_t = 256 if INTERPRET else 1024 // block_c
+    block_t = 256 if INTERPRET else 512 // block_c
     return dict(BLOCK_T=min(block_t, next_power_of_2(T)), BLOCK_C=block_c, num_warps=4)
 
 

@@ -4,12 +4,13 @@
     output   y[n]   = sum_h sum_j g[n,h,j] a[n,h] W[h,e_j]        a [N, H, P]  W [H*E, P, D]   y [N, D]
     mlp      y[n]   = sum_j g[n,j] (phi(x[n] W_up[e_j] + b_up[e_j]) W_down[e_j]) + b_down
 
-A route r = (n*H + h)*TOP_K + j is one (token, head, choice). Everything is built of the same four steps over routes:
+A route r = (n*H + h)*TOP_K + j is one (token, head, choice). Everything is built of the same few steps over routes:
 
     grouped_gemm    c[r] = a[r // DIV] W[expert of r]             routes taken in the order of their experts, rows gathered
     combine         y[m] = sum_j s[m*J + j] c[m*J + j]            the gates and the sum over choices (and heads)
     route_dot       d g[r] = b[r] . a[r // TOP_K]
-    grouped_dw      d W[e] = sum_{r of e} s[r] a[r // DIV_A]^T b[r // DIV_B]
+    gate_rows       c[m*J + j] = s[m*J + j] a[m]
+    grouped_dw      d W[e] = sum_{r of e} a[r // DIV_A]^T b[r // DIV_B]
 
 The backward pass of the value projection is the output projection with W transposed, and the other way round:
 
@@ -27,7 +28,7 @@ NOTE [Constant widths]
 NOTE [Tiles of routes]
     `routing_plan` (gating.py) gives the routes sorted by expert and each expert's range. A tile never straddles two experts. The
     number of tiles is only known on the device, so the grid has its upper bound, cdiv(R, BLOCK_M) + groups, and each program
-    finds its tile from the ranges (`_find_tile`); programs past the last tile stop.
+    finds its tile from the ranges (`find_tile`); programs past the last tile stop.
 """
 
 import torch
@@ -35,37 +36,28 @@ import triton
 import triton.language as tl
 
 from .. import tuning
-from .common import INTERPRET, cdiv, launch, next_power_of_2, opaque, rows, uniform
+from . import sets
+from .common import INTERPRET, cdiv, find_tile, launch, next_power_of_2, opaque, rows, uniform
 
 CONFIGS = {
     "grouped_gemm": {
         "half": {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "PARTS": 1, "num_warps": 8, "num_stages": 3},
-        "float32": {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "PARTS": 4, "num_warps": 4, "num_stages": 2},
+        "float32": {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "PARTS": 4, "num_warps": 8, "num_stages": 2},
         "interpret": {"BLOCK_M": 256, "BLOCK_N": 256, "BLOCK_K": 256, "PARTS": 1, "num_warps": 1, "num_stages": 1},
     },
     "grouped_dw": {
         "half": {"BLOCK_I": 128, "BLOCK_J": 128, "BLOCK_R": 64, "PARTS": 1, "num_warps": 8, "num_stages": 3},
-        "float32": {"BLOCK_I": 64, "BLOCK_J": 64, "BLOCK_R": 16, "PARTS": 4, "num_warps": 8, "num_stages": 1},
+        "float32": {"BLOCK_I": 32, "BLOCK_J": 64, "BLOCK_R": 16, "PARTS": 4, "num_warps": 4, "num_stages": 1},
         "interpret": {"BLOCK_I": 256, "BLOCK_J": 256, "BLOCK_R": 256, "PARTS": 1, "num_warps": 1, "num_stages": 1},
     },
 }
 
 
+CHUNK = 8192  # routes of an expert summed apart for dw, where there would be fewer than MANY_PROGRAMS otherwise
+MANY_PROGRAMS = 264  # two for each multiprocessor of an H200
+
+
 # ---- jit helpers
-
-
-@triton.jit
-def _find_tile(offsets_ptr, pid, GROUPS, BLOCK_M: tl.constexpr, BLOCK_G: tl.constexpr):
-    """(group, first row, end of the group's rows) of tile `pid`; first >= end for a program without a tile."""
-    offs_g = tl.arange(0, BLOCK_G)
-    start = tl.load(offsets_ptr + offs_g, mask=offs_g < GROUPS, other=0)
-    end = tl.load(offsets_ptr + offs_g + 1, mask=offs_g < GROUPS, other=0)
-    tiles = (end - start + BLOCK_M - 1) // BLOCK_M
-    last = tl.cumsum(tiles, 0)
-    group = tl.sum((last <= pid).to(tl.int32), 0)
-    here = offs_g == group
-    first = tl.sum(tl.where(here, start + (pid - last + tiles) * BLOCK_M, 0), 0)
-    return group, first, tl.sum(tl.where(here, end, 0), 0)
 
 
 @triton.jit
@@ -103,7 +95,7 @@ def _grouped_gemm_kernel(
 ):  # fmt: skip
     tiles_n: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     pid = tl.program_id(0)
-    group, first, end = _find_tile(offsets_ptr, pid // tiles_n, GROUPS, BLOCK_M, BLOCK_G)
+    group, first, end = find_tile(offsets_ptr, pid // tiles_n, GROUPS, BLOCK_M, BLOCK_G)
     if first >= end:
         return
     offs_m = first + tl.arange(0, BLOCK_M)
@@ -173,21 +165,29 @@ def _route_dot_kernel(
 
 @triton.jit
 def _grouped_dw_kernel(
-    a_ptr, b_ptr, s_ptr, dw_ptr, dbias_ptr, order_ptr, offsets_ptr,
+    a_ptr, b_ptr, dw_ptr, dbias_ptr, order_ptr, offsets_ptr, GROUPS,
     I: tl.constexpr, J: tl.constexpr, DIV_A: tl.constexpr, DIV_B: tl.constexpr,
-    stride_am: tl.constexpr, stride_bm: tl.constexpr,
-    HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    stride_am: tl.constexpr, stride_bm: tl.constexpr, CHUNK: tl.constexpr,
+    HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_G: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_R: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    tiles_i, tiles_j = tl.cdiv(I, BLOCK_I), tl.cdiv(J, BLOCK_J)
+    """dw of a whole group, or, with CHUNK > 0, float32 dw of each CHUNK of its routes (see NOTE [Chunks])."""
+    tiles_i: tl.constexpr = (I + BLOCK_I - 1) // BLOCK_I
+    tiles_j: tl.constexpr = (J + BLOCK_J - 1) // BLOCK_J
     pid = tl.program_id(0)
     group = pid // (tiles_i * tiles_j)
     pid_i = pid // tiles_j % tiles_i
     offs_i = pid_i * BLOCK_I + tl.arange(0, BLOCK_I)
     offs_j = (pid % tiles_j) * BLOCK_J + tl.arange(0, BLOCK_J)
     mask_i, mask_j = offs_i < I, offs_j < J
-    start = tl.load(offsets_ptr + group)
-    end = tl.load(offsets_ptr + group + 1)
+    if CHUNK > 0:
+        _, start, end = find_tile(offsets_ptr, group, GROUPS, CHUNK, BLOCK_G)
+        if start >= end:
+            return
+        end = tl.minimum(end, start + CHUNK)
+    else:
+        start = tl.load(offsets_ptr + group)
+        end = tl.load(offsets_ptr + group + 1)
 
     acc = tl.zeros((BLOCK_I, BLOCK_J), tl.float32)
     dbias = tl.zeros((BLOCK_J,), tl.float32)
@@ -201,9 +201,6 @@ def _grouped_dw_kernel(
             b_ptrs = b_ptr + (route // DIV_B).to(tl.int64)[:, None] * stride_bm + offs_j[None, :]
             a = tl.load(a_ptrs, mask=mask_i[:, None] & mask_r[None, :], other=0.0)
             b = tl.load(b_ptrs, mask=mask_r[:, None] & mask_j[None, :], other=0.0)
-            if HAS_SCALE:
-                s = tl.load(s_ptr + route, mask=mask_r, other=0.0)
-                b = (b.to(tl.float32) * s[:, None]).to(b.dtype)
             if HAS_BIAS:
                 dbias += tl.sum(b.to(tl.float32), axis=0)
             part = tl.dot(a, b, part, input_precision=PRECISION)
@@ -213,6 +210,47 @@ def _grouped_dw_kernel(
     tl.store(dw_ptrs, acc.to(dw_ptr.dtype.element_ty), mask=mask_i[:, None] & mask_j[None, :])
     if HAS_BIAS:
         tl.store(dbias_ptr + group * J + offs_j, dbias.to(dbias_ptr.dtype.element_ty), mask=mask_j & (pid_i == 0))
+
+
+@triton.jit
+def _sum_chunks_kernel(
+    part_ptr, dw_ptr, offsets_ptr, GROUPS,
+    SIZE: tl.constexpr, CHUNK: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """dw[g] = the sum of the group's chunks, in their order; zero without any."""
+    blocks: tl.constexpr = (SIZE + BLOCK - 1) // BLOCK
+    pid = tl.program_id(0)
+    group = pid // blocks
+    offs_g = tl.arange(0, BLOCK_G)
+    count = tl.load(offsets_ptr + offs_g + 1, mask=offs_g < GROUPS, other=0)
+    chunks = (count - tl.load(offsets_ptr + offs_g, mask=offs_g < GROUPS, other=0) + CHUNK - 1) // CHUNK
+    first = tl.sum(tl.where(offs_g < group, chunks, 0), 0)
+    own = tl.sum(tl.where(offs_g == group, chunks, 0), 0)
+    offs = pid % blocks * BLOCK + tl.arange(0, BLOCK)
+    part_ptrs = part_ptr + first.to(tl.int64) * SIZE + offs
+    acc = tl.zeros((BLOCK,), tl.float32)
+    for _ in range(own):
+        acc += tl.load(part_ptrs, mask=offs < SIZE, other=0.0)
+        part_ptrs += SIZE
+    tl.store(dw_ptr + group.to(tl.int64) * SIZE + offs, acc.to(dw_ptr.dtype.element_ty), mask=offs < SIZE)
+
+
+@triton.jit
+def _gate_rows_kernel(
+    a_ptr, s_ptr, out_ptr, M, TOP_K, P: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):  # fmt: skip
+    """out[m, j] = s[m, j] a[m]."""
+    tiles_p: tl.constexpr = (P + BLOCK_N - 1) // BLOCK_N
+    pid = tl.program_id(0)
+    offs_m = (pid // tiles_p).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_p = pid % tiles_p * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_m = offs_m < M
+    mask = mask_m[:, None] & (offs_p < P)[None, :]
+    a = tl.load(a_ptr + offs_m[:, None] * P + offs_p[None, :], mask=mask, other=0.0).to(tl.float32)
+    for j in range(TOP_K):
+        s = tl.load(s_ptr + offs_m * TOP_K + j, mask=mask_m, other=0.0)
+        out_ptrs = out_ptr + (offs_m * TOP_K + j)[:, None] * P + offs_p[None, :]
+        tl.store(out_ptrs, (a * s[:, None]).to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -246,7 +284,7 @@ def _activation_bwd_kernel(
     ACTIVATION: tl.constexpr, GATED: tl.constexpr, HAS_DROPOUT: tl.constexpr, STREAM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """From b = d y W_down^T: d weight[r] = b . u, d z = weight * b * du/dz, and u once more for d W_down."""
+    """From b = d y W_down^T: d weight[r] = b . u, d z = weight * b * du/dz, and u = weight * u for d W_down."""
     offs_r = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_r = offs_r < R
     weight = tl.load(weights_ptr + offs_r, mask=mask_r, other=0.0)
@@ -275,7 +313,8 @@ def _activation_bwd_kernel(
             b_kept = b
         dweight += tl.sum(b * u, axis=1)
         db = weight[:, None] * b_kept
-        tl.store(u_ptr + offs_r[:, None] * G + offs_g[None, :], u.to(u_ptr.dtype.element_ty), mask=mask)
+        gated = (weight[:, None] * u).to(u_ptr.dtype.element_ty)
+        tl.store(u_ptr + offs_r[:, None] * G + offs_g[None, :], gated, mask=mask)
         tl.store(dz_ptr + z_offs, (db * du).to(dz_ptr.dtype.element_ty), mask=mask)
         if GATED:
             tl.store(dz_ptr + z_offs + G, (db * dsecond).to(dz_ptr.dtype.element_ty), mask=mask)
@@ -351,95 +390,129 @@ def _route_dot(b, a, div):
     return dot
 
 
-def _grouped_dw(a, b, s, order, offsets, div_a, div_b, precision, with_bias=False):
-    """a [R // div_a, I], b [R // div_b, J], s [R] float32 or None -> dw [groups, I, J] (and, of b, the bias gradient)."""
-    groups, I, J = offsets.shape[0] - 1, a.shape[1], b.shape[1]
+def _grouped_dw(a, b, order, offsets, div_a, div_b, precision, with_bias=False):
+    """a [R // div_a, I], b [R // div_b, J] -> dw [groups, I, J] (and, of b, the bias gradient [groups, J]).
+
+    NOTE [Chunks]
+        Few experts make few programs, and skewed routing makes one of them long. So the routes of an expert are cut into chunks,
+        each summed on its own in float32, and the chunks are added in order: balanced, and the same bits every time.
+    """
+    groups, I, J, R = offsets.shape[0] - 1, a.shape[1], b.shape[1], order.shape[0]
     dw = a.new_empty(groups, I, J)
     dbias = a.new_empty(groups, J) if with_bias else None
     config = dict(tuning.lookup(CONFIGS["grouped_dw"], a.dtype, INTERPRET))
     config["BLOCK_I"] = min(config["BLOCK_I"], next_power_of_2(I))
     config["BLOCK_J"] = min(config["BLOCK_J"], next_power_of_2(J))
     if INTERPRET:
-        config["BLOCK_R"] = min(config["BLOCK_R"], next_power_of_2(order.shape[0]))
+        config["BLOCK_R"] = min(config["BLOCK_R"], next_power_of_2(R))
+    tiles = cdiv(I, config["BLOCK_I"]) * cdiv(J, config["BLOCK_J"])
+    chunk = CHUNK if groups * tiles < MANY_PROGRAMS and R > CHUNK and not with_bias else 0
+    parts = a.new_empty(cdiv(R, chunk) + groups, I, J, dtype=torch.float32) if chunk else dw
+    BLOCK_G = next_power_of_2(groups, 1)
     launch(
-        _grouped_dw_kernel, (groups * cdiv(I, config["BLOCK_I"]) * cdiv(J, config["BLOCK_J"]),),
-        a, b, order if s is None else s, dw, dw if dbias is None else dbias, order, offsets,
-        I, J, div_a, div_b, a.stride(0), b.stride(0),
-        HAS_SCALE=s is not None, HAS_BIAS=with_bias, PRECISION=precision, **config,
+        _grouped_dw_kernel, (parts.shape[0] * tiles,),
+        a, b, parts, dw if dbias is None else dbias, order, offsets, groups,
+        I=I, J=J, DIV_A=div_a, DIV_B=div_b, stride_am=a.stride(0), stride_bm=b.stride(0), CHUNK=chunk,
+        HAS_BIAS=with_bias, PRECISION=precision, BLOCK_G=BLOCK_G, **config,
     )  # fmt: skip
+    if chunk:
+        block = min(next_power_of_2(I * J), 1024)
+        meta = {"SIZE": I * J, "CHUNK": chunk, "BLOCK_G": BLOCK_G, "BLOCK": block}
+        launch(_sum_chunks_kernel, (groups * cdiv(I * J, block),), parts, dw, offsets, groups, **meta, num_warps=4)
     return (dw, dbias) if with_bias else dw
+
+
+def _gate_rows(a, s):
+    """a [M, P], s [M * TOP_K] float32 -> s a [M * TOP_K, P], the narrow operand gated."""
+    (M, P), TOP_K = a.shape, s.numel() // a.shape[0] if a.shape[0] else 1
+    out = a.new_empty(M * TOP_K, P)
+    tiles_m, tiles_p, tile = _tile(M, P)
+    launch(_gate_rows_kernel, (tiles_m * tiles_p,), a, s, out, M, TOP_K, P=P, **tile)
+    return out
 
 
 # ---- value projection
 
 
-def _value_forward_fake(x, w, weights, order, offsets, precision):
+def _value_forward_fake(x, w, weights, experts, order, offsets, precision):
     N, H, _ = weights.shape
     return x.new_empty(N, H, w.shape[2]), x.new_empty(weights.numel(), w.shape[2])
 
 
 @opaque(_value_forward_fake)
 def value_forward(
-    x: torch.Tensor, w: torch.Tensor, weights: torch.Tensor, order: torch.Tensor, offsets: torch.Tensor, precision: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """x [N, D], w [H*E, D, P], weights [N, H, TOP_K] -> v [N, H, P] and each route's product u [N*H*TOP_K, P]."""
+    x: torch.Tensor, w: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor, order: torch.Tensor,
+    offsets: torch.Tensor, precision: str,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """x [N, D], w [H*E, D, P], weights and experts [N, H, TOP_K] -> v [N, H, P] and each route's product u [N*H*TOP_K, P]."""
     N, H, TOP_K = weights.shape
+    if sets.fits(N, H, w.shape[0] // H, TOP_K, w.shape[2], x.dtype):
+        return sets.gather(x, w, weights.contiguous(), experts.contiguous())
     u = _grouped_gemm(rows(x), w, None, order, offsets, H * TOP_K, precision)
     return _combine(u, weights.reshape(-1), TOP_K).view(N, H, -1), u
 
 
-def _value_backward_fake(dv, x, w, weights, order, offsets, u, precision):
-    return x.new_empty(x.shape), w.new_empty(w.shape), torch.empty_like(weights)
+def _value_backward_fake(dv, x, w, weights, experts, order, offsets, u, precision):
+    return x.new_empty(x.shape), w.new_empty(w.shape), weights.new_empty(weights.shape)
 
 
 @opaque(_value_backward_fake)
 def value_backward(
-    dv: torch.Tensor, x: torch.Tensor, w: torch.Tensor, weights: torch.Tensor, order: torch.Tensor, offsets: torch.Tensor,
-    u: torch.Tensor, precision: str,
+    dv: torch.Tensor, x: torch.Tensor, w: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor, order: torch.Tensor,
+    offsets: torch.Tensor, u: torch.Tensor, precision: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """-> dx [N, D], dw [H*E, D, P], d weights [N, H, TOP_K]."""
     N, H, TOP_K = weights.shape
-    x, dv, s = rows(x), rows(dv.reshape(N * H, -1)), weights.reshape(-1)
+    x, dv = rows(x), dv.contiguous().view(N * H, -1)
     dweights = _route_dot(u, dv, TOP_K).view(N, H, TOP_K)
-    dx = _combine(_grouped_gemm(dv, w.transpose(1, 2), None, order, offsets, TOP_K, precision), s, H * TOP_K)
-    dw = _grouped_dw(x, dv, s, order, offsets, H * TOP_K, TOP_K, precision)
+    gated = _gate_rows(dv, weights.reshape(-1))
+    if sets.fits(N, H, w.shape[0] // H, TOP_K, w.shape[2], x.dtype):
+        dx = sets.spread(gated, w.transpose(1, 2), experts.contiguous())
+    else:
+        dx = _combine(_grouped_gemm(gated, w.transpose(1, 2), None, order, offsets, 1, precision), None, H * TOP_K)
+    dw = _grouped_dw(x, gated, order, offsets, H * TOP_K, 1, precision)
     return dx, dw, dweights
 
 
 # ---- output projection
 
 
-def _output_forward_fake(a, w, weights, order, offsets, precision):
+def _output_forward_fake(a, w, weights, experts, order, offsets, precision):
     return a.new_empty(a.shape[0], w.shape[2])
 
 
 @opaque(_output_forward_fake)
 def output_forward(
-    a: torch.Tensor, w: torch.Tensor, weights: torch.Tensor, order: torch.Tensor, offsets: torch.Tensor, precision: str
-) -> torch.Tensor:
-    """a [N, H, P], w [H*E, P, D], weights [N, H, TOP_K] -> y [N, D]."""
+    a: torch.Tensor, w: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor, order: torch.Tensor,
+    offsets: torch.Tensor, precision: str,
+) -> torch.Tensor:  # fmt: skip
+    """a [N, H, P], w [H*E, P, D], weights and experts [N, H, TOP_K] -> y [N, D]."""
     N, H, TOP_K = weights.shape
-    a = rows(a.reshape(N * H, -1))
-    return _combine(_grouped_gemm(a, w, None, order, offsets, TOP_K, precision), weights.reshape(-1), H * TOP_K)
+    gated = _gate_rows(a.contiguous().view(N * H, -1), weights.reshape(-1))
+    if sets.fits(N, H, w.shape[0] // H, TOP_K, w.shape[1], a.dtype):
+        return sets.spread(gated, w, experts.contiguous())
+    return _combine(_grouped_gemm(gated, w, None, order, offsets, 1, precision), None, H * TOP_K)
 
 
-def _output_backward_fake(dy, a, w, weights, order, offsets, precision):
-    return a.new_empty(a.shape), w.new_empty(w.shape), torch.empty_like(weights)
+def _output_backward_fake(dy, a, w, weights, experts, order, offsets, precision):
+    return a.new_empty(a.shape), w.new_empty(w.shape), weights.new_empty(weights.shape)
 
 
 @opaque(_output_backward_fake)
 def output_backward(
-    dy: torch.Tensor, a: torch.Tensor, w: torch.Tensor, weights: torch.Tensor, order: torch.Tensor, offsets: torch.Tensor,
-    precision: str,
+    dy: torch.Tensor, a: torch.Tensor, w: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor, order: torch.Tensor,
+    offsets: torch.Tensor, precision: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """-> da [N, H, P], dw [H*E, P, D], d weights [N, H, TOP_K]."""
     N, H, TOP_K = weights.shape
-    dy, a, s = rows(dy), rows(a.reshape(N * H, -1)), weights.reshape(-1)
-    b = _grouped_gemm(dy, w.transpose(1, 2), None, order, offsets, H * TOP_K, precision)
-    da = _combine(b, s, TOP_K).view(N, H, -1)
-    dweights = _route_dot(b, a, TOP_K).view(N, H, TOP_K)
-    dw = _grouped_dw(a, dy, s, order, offsets, TOP_K, H * TOP_K, precision)
-    return da, dw, dweights
+    dy, a, s = rows(dy), a.contiguous().view(N * H, -1), weights.reshape(-1)
+    if sets.fits(N, H, w.shape[0] // H, TOP_K, w.shape[1], a.dtype):
+        da, dweights = sets.gather(dy, w.transpose(1, 2), weights.contiguous(), experts.contiguous(), a.view(N, H, -1))
+    else:
+        b = _grouped_gemm(dy, w.transpose(1, 2), None, order, offsets, H * TOP_K, precision)
+        da, dweights = _combine(b, s, TOP_K).view(N, H, -1), _route_dot(b, a, TOP_K)
+    dw = _grouped_dw(_gate_rows(a, s), dy, order, offsets, 1, H * TOP_K, precision)
+    return da, dw, dweights.view(N, H, TOP_K)
 
 
 # ---- sigma-MoE MLP
@@ -500,8 +573,8 @@ def mlp_backward(
     tiles_m, _, tile = _tile(R, G)
     launch(_activation_bwd_kernel, (tiles_m,), z, b, weights, u, dz, dweights, *args, **meta, **tile)
     dx = _combine(_grouped_gemm(dz, keys.transpose(1, 2), None, order, offsets, 1, precision), None, TOP_K)
-    dkeys, dbias = _grouped_dw(x, dz, None, order, offsets, TOP_K, 1, precision, with_bias=True)
-    dvalues = _grouped_dw(u, dy, weights.reshape(-1), order, offsets, 1, TOP_K, precision)
+    dkeys, dbias = _grouped_dw(x, dz, order, offsets, TOP_K, 1, precision, with_bias=True)
+    dvalues = _grouped_dw(u, dy, order, offsets, 1, TOP_K, precision)
     return dx, dkeys, dvalues, dbias, dweights
 
 

@@ -1,0 +1,83 @@
+import pytest
+import torch
+from cases import check, choices, randn
+
+import reference
+from triton_moe.kernels import projection, sets
+from triton_moe.kernels.common import input_precision
+from triton_moe.kernels.gating import routing_plan
+
+
+class Value(torch.autograd.Function):
+    """The value projection as the launchers compute it, whatever the size."""
+
+    @staticmethod
+    def forward(ctx, x, w, weights, experts):
+        plan = routing_plan(experts, w.shape[0] // experts.shape[1])
+        v, u = projection.value_forward(x, w, weights, experts, *plan, input_precision(x.dtype))
+        ctx.save_for_backward(x, w, weights, experts, *plan, u)
+        return v
+
+    @staticmethod
+    def backward(ctx, dv):
+        return *projection.value_backward(dv, *ctx.saved_tensors, "ieee"), None
+
+
+class Output(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, a, w, weights, experts):
+        plan = routing_plan(experts, w.shape[0] // experts.shape[1])
+        ctx.save_for_backward(a, w, weights, experts, *plan)
+        return projection.output_forward(a, w, weights, experts, *plan, input_precision(a.dtype))
+
+    @staticmethod
+    def backward(ctx, dy):
+        return *projection.output_backward(dy, *ctx.saved_tensors, "ieee"), None
+
+
+@pytest.fixture
+def always(monkeypatch):
+    """These kernels at any size, and chunks of weight gradients that a small problem fills."""
+    monkeypatch.setattr(sets, "fits", lambda *_: True)
+    monkeypatch.setattr(projection, "CHUNK", 16)
+
+
+SHAPES = [(1, 41, 1, 5, 2, 19), (70, 24, 2, 4, 2, 20), (150, 19, 3, 3, 1, 8), (90, 32, 2, 5, 3, 33), (80, 16, 1, 7, 4, 16)]
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("used", [None, "few"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_values_and_gradients(shape, used, always, device):
+    N, D, H, E, K, P = shape
+    gates = {
+        "weights": randn(N, H, K, device=device).detach().sigmoid().requires_grad_(),
+        "experts": choices(N, H, E, K, device=device, used=K if used else None),
+    }
+    half = torch.float16
+    inputs = {"x": randn(N, D, device=device, dtype=half), "w": randn(H * E, D, P, device=device, dtype=half, scale=D**-0.5)}
+    check(lambda **t: Value.apply(*t.values()), reference.value_projection, inputs | gates, repeats=1)
+    inputs = {"a": randn(N, H, P, device=device, dtype=half), "w": randn(H * E, P, D, device=device, dtype=half, scale=P**-0.5)}
+    check(lambda **t: Output.apply(*t.values()), reference.output_projection, inputs | gates, repeats=1)
+
+
+def test_every_tile_visits_what_its_tokens_chose(always, device):
+    N, H, E, K = 150, 2, 4, 2
+    experts = choices(N, H, E, K, device=device)
+    keys, signature, groups = sets._keys(experts, E)
+    assert groups == 12
+    chosen = [frozenset(e) for e in experts.view(-1, K).tolist()]
+    by_key = {}
+    for key, members, row in zip(keys.tolist(), chosen, range(N * H), strict=True):
+        assert by_key.setdefault(key, members) == members and key // 6 == row % H
+    assert len(set(by_key)) == 12 and max(by_key) == 11
+    pairs = keys.view(N, H) - torch.arange(H, device=device) * 6
+    assert signature.tolist() == (pairs[:, 0] * 6 + pairs[:, 1]).tolist()
+
+
+def test_fits_where_sets_are_few_and_full():
+    assert sets.fits(32768, 4, 4, 2, 128, torch.bfloat16)
+    assert not sets.fits(32768, 4, 4, 2, 128, torch.float32)
+    assert not sets.fits(500, 4, 4, 2, 128, torch.bfloat16)
+    assert not sets.fits(32768, 4, 16, 2, 128, torch.bfloat16)
+    assert not sets.fits(1 << 20, 1, 32, 4, 128, torch.bfloat16)
