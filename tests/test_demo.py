@@ -49,7 +49,7 @@ def test_trains_saves_and_agrees_with_the_reference(tiny, tmp_path, capsys):
     names = {".".join(part for part in name.split(".") if not part.isdigit()) for name in parameters(tiny)}
     assert {row[0] for row in rows} == {"loss", *names}
     assert all(float(relative) < 2e-5 for _, _, relative in rows)
-    assert "agrees" in out and len(re.findall(r" \| ['\"]", out)) == 4  # the samples
+    assert out.count("  agrees: ") == 2 and len(re.findall(r" \| ['\"]", out)) == 4  # the samples
 
     with safetensors.safe_open(path, "pt") as file:
         assert set(file.keys()) == set(parameters(tiny))
@@ -69,7 +69,43 @@ def test_a_wrong_gradient_is_reported(tiny, capsys, monkeypatch):
     right = reference.entropy_regularizer
     monkeypatch.setattr(reference, "entropy_regularizer", lambda logits: 1.5 * right(logits))
     assert demo.run(parse("--steps", "1")) == 1
-    assert "DIFFERS" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "DIFFERS: the largest relative error" in out and "agrees: a gap" in out
+
+
+@interpreted
+def test_a_wrong_choice_of_experts_is_reported(tiny, capsys, monkeypatch):
+    from triton_moe import functional
+
+    right = functional.gating_forward
+
+    def rolled(*args):
+        _, experts, logits = right(*args)
+        experts = (experts + 1) % logits.shape[-1]
+        return logits.gather(-1, experts.long()).sigmoid(), experts, logits
+
+    monkeypatch.setattr(functional, "gating_forward", rolled)
+    assert demo.run(parse("--steps", "1")) == 1
+    out = capsys.readouterr().out
+    differ, total = map(int, re.search(r"expert choices: (\d+) of (\d+) tokens and heads differ", out).groups())
+    assert total == 24 * (2 * tiny.model.n_heads + 1) and differ > total / 2
+    assert "agrees: the largest relative error" in out and "DIFFERS: a gap" in out  # the gradients are right for that choice
+
+
+def test_the_gap_of_a_choice():
+    logits = torch.tensor([4.0, 3.0, 1.0, -8.0]).expand(5, 1, 4)
+    experts = torch.tensor([[0, 1], [1, 0], [0, 2], [3, 2], [0, 0]])[:, None]
+    differs, gaps = demo.choice_gaps(experts, logits)
+    assert differs.flatten().tolist() == [False, False, True, True, True]
+    assert gaps.flatten().tolist() == [0, 0, 2 / 8, 12 / 8, math.inf]
+
+
+@interpreted
+@pytest.mark.parametrize(("steps", "code"), [("2", 1), ("1", 0)])
+def test_a_full_training_must_learn(steps, code, tiny, capsys, monkeypatch):
+    monkeypatch.setattr(demo, "CPU", replace(tiny, steps=2, learning_rate=1e-9))
+    assert demo.run(parse("--steps", steps)) == code
+    assert ("NOT LEARNED" in capsys.readouterr().out) == bool(code)
 
 
 @interpreted

@@ -1,5 +1,7 @@
 """Argument checks of the public functions: each error names the argument, what came and what was expected."""
 
+import math
+
 import torch
 
 from .kernels.common import INTERPRET, interpreter_hint
@@ -61,6 +63,33 @@ def choice(name: str, value, allowed: tuple[str, ...]) -> str:
     return value
 
 
+def number(name: str, value) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a float, got {type(value).__name__}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
+    return float(value)
+
+
+def gradient(name: str, value, like: torch.Tensor | None) -> None:
+    """A gradient given to a `*_backward`: None, or a floating tensor of the output's shape and device."""
+    if value is None:
+        return
+    if like is None:
+        raise ValueError(f"{name} must be None: the forward returned no such output")
+    tensor(name, value, *like.shape)
+    if not value.is_floating_point():
+        raise TypeError(f"{name} must be a floating tensor, got {value.dtype}")
+    if value.device != like.device:
+        raise ValueError(f"{name} is on {value.device}, expected {like.device} like the output")
+
+
+def keywords(function: str, given: dict, allowed: frozenset[str]) -> None:
+    for name in given:
+        if name not in allowed:
+            raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
+
+
 def instance(name: str, value, kind: type):
     if not isinstance(value, kind):
         raise TypeError(f"{name} must be a {kind.__name__}, got {type(value).__name__}")
@@ -78,11 +107,13 @@ def mask(name: str, value, shape: tuple[int, ...], device: torch.device) -> None
 
 
 def seed(value, device: torch.device) -> None:
+    if isinstance(value, int) and not isinstance(value, bool):
+        integer("seed", value, -(2**63), 2**63 - 1)
     if value is None or (isinstance(value, int) and not isinstance(value, bool)):
         return
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"seed must be an int, an int64 scalar tensor or None, got {type(value).__name__}")
-    if value.dtype != torch.int64 or value.numel() != 1:
+    if value.dtype != torch.int64 or value.ndim != 0:
         raise TypeError(f"seed must be an int64 scalar tensor, got {value.dtype} of shape {list(value.shape)}")
     if value.device != device:
         raise ValueError(f"seed is on {value.device}, expected {device} like the other arguments")

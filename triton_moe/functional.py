@@ -16,10 +16,11 @@ NOTE [Streams]
     Random masks are a function of (seed, token, column, stream); the stream tells the masks of one layer apart.
 """
 
+import inspect
+import math
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -179,6 +180,11 @@ def _like(gradients, inputs) -> tuple[Any, ...]:
     return tuple(None if i is None or g is None else g.to(i).view(i.shape) for g, i in zip(gradients, inputs, strict=True))
 
 
+def _tokens(x: Tensor) -> int:
+    """How many tokens x [..., D] holds."""
+    return math.prod(x.shape[:-1])
+
+
 def _dtypes(tensors) -> tuple[torch.dtype | None, ...]:
     return tuple(None if t is None else t.dtype for t in tensors)
 
@@ -187,11 +193,12 @@ def _to(tensors, dtypes) -> tuple[Any, ...]:
     return tuple(None if t is None else t.to(d) for t, d in zip(tensors, dtypes, strict=True))
 
 
-def _saved_input(saved: Saved) -> Tensor:
-    """x as the forward saw it, the first tensor it saved."""
-    x = saved.tensors[0]
-    assert x is not None
-    return x
+def _saved_config(saved: Saved, layer: str):
+    """-> config, input dtypes, y and logits, from what this layer's forward saved."""
+    kind, config, dtypes, y, *logits = _check.instance("saved", saved, Saved).config
+    if kind != layer:
+        raise ValueError(f"saved must come from {layer}_forward, got what {kind}_forward saved")
+    return config, dtypes, y, logits
 
 
 def _seed(seed, device: torch.device, needed: bool) -> Tensor | None:
@@ -206,6 +213,11 @@ def _seed(seed, device: torch.device, needed: bool) -> Tensor | None:
 
 def _add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return b if a is None else a if b is None else a + b
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """total + a @ b in one pass, into `total`, which is a fresh tensor."""
+    return total.addmm_(a, b)
 
 
 def _sum_leading(x: Tensor, keep: int) -> Tensor:
@@ -233,8 +245,8 @@ class _Gating(torch.autograd.Function):
         x, sel, weights, experts, logits = ctx.saved_tensors
         if dweights is None:
             dweights = torch.zeros_like(weights)
-        dx, dsel = gating_backward(dweights, dlogits, x, sel, weights, experts, logits, ctx.mode)
-        return dx, dsel, None, None, None, None, None, None
+        dlogits, dsel = gating_backward(dweights, dlogits, x, sel, weights, experts, logits, ctx.mode)
+        return dlogits @ sel, dsel, None, None, None, None, None, None
 
 
 def gating(
@@ -256,17 +268,15 @@ def gating(
     Returns a Routing of N = x.numel() / D tokens. Raises ValueError or TypeError for shapes, dtypes, devices or top_k > E.
     """
     _check.tensor("x", x, ndim=1)
-    D = x.shape[-1]
+    D = _check.integer("the width of x", x.shape[-1], 1)
     _check.tensor("sel", sel, None, D)
     autocast = torch.is_autocast_enabled(x.device.type)
     _check.same(x, {"x": x, "sel": sel}, autocast=autocast)
     _check_gate("sel", sel, n_heads, top_k)
     _check.choice("mode", mode, MODES)
-    p = _check.probability("expert_dropout", expert_dropout) if training else 0.0
-    _check.probability("expert_dropout", expert_dropout)
+    p = _check.probability("expert_dropout", expert_dropout) * float(_check.instance("training", training, bool))
     _check.seed(seed, x.device)
-    dtype = _compute_dtype(x)
-    x, sel = _cast(dtype, x.reshape(-1, D), sel)
+    x, sel = _cast(_compute_dtype(x), x.reshape(_tokens(x), D), sel)
     seed = _seed(seed, x.device, p > 0)
     weights, experts, logits = _Gating.apply(x, sel, seed, n_heads, top_k, mode, p, STREAM_GATE)
     return Routing(weights, experts, logits, *routing_plan(experts, sel.shape[0] // n_heads))
@@ -319,9 +329,11 @@ def value_projection(x: Tensor, w: Tensor, routing: Routing) -> Tensor:
     routing.weights. Raises ValueError or TypeError for shapes, dtypes or devices that do not fit.
     """
     _check.tensor("x", x, ndim=1)
-    _check.tensor("w", w, None, x.shape[-1], None)
-    routing, (x2, w2) = _routed(x, x[..., 0].numel(), w, routing, {"x": x, "w": w})
-    v = _ValueProjection.apply(x2.reshape(-1, x.shape[-1]), w2, *routing[:2], routing.order, routing.offsets)
+    D = _check.integer("the width of x", x.shape[-1], 1)
+    _check.integer("the head width of w", _check.tensor("w", w, None, D, None).shape[2], 1)
+    N = _tokens(x)
+    routing, (x2, w2) = _routed(x, N, w, routing, {"x": x, "w": w})
+    v = _ValueProjection.apply(x2.reshape(N, D), w2, *routing[:2], routing.order, routing.offsets)
     return v.view(*x.shape[:-1], *v.shape[1:])
 
 
@@ -332,12 +344,14 @@ def output_projection(a: Tensor, w: Tensor, routing: Routing) -> Tensor:
     routing.weights. Raises ValueError or TypeError for shapes, dtypes or devices that do not fit.
     """
     _check.tensor("a", a, ndim=2)
-    _check.tensor("w", w, None, a.shape[-1], None)
-    routing, (a2, w2) = _routed(a, a[..., 0, 0].numel(), w, routing, {"a": a, "w": w})
+    P = _check.integer("the head width of a", a.shape[-1], 1)
+    _check.integer("the output width of w", _check.tensor("w", w, None, P, None).shape[2], 1)
+    N = math.prod(a.shape[:-2])
+    routing, (a2, w2) = _routed(a, N, w, routing, {"a": a, "w": w})
     H = routing.weights.shape[1]
     if a.shape[-2] != H:
         raise ValueError(f"a must have shape [..., {H}, {w.shape[1]}] for a routing of {H} heads, got {list(a.shape)}")
-    y = _OutputProjection.apply(a2.reshape(-1, H, a.shape[-1]), w2, *routing[:2], routing.order, routing.offsets)
+    y = _OutputProjection.apply(a2.reshape(N, H, P), w2, *routing[:2], routing.order, routing.offsets)
     return y.view(*a.shape[:-2], w.shape[2])
 
 
@@ -352,14 +366,19 @@ def _routed(x: Tensor, N: int, w: Tensor, routing: Routing, tensors: dict) -> tu
     for name, t in (("routing.weights", weights), ("routing.experts", experts)):
         if t.device != x.device:
             raise ValueError(f"{name} is on {t.device}, expected {x.device} like the other arguments")
-    H = weights.shape[1]
+    H = _check.integer("the number of heads of routing", weights.shape[1], 1)
     if w.shape[0] == 0 or w.shape[0] % H:
         raise ValueError(f"w must have H * E experts for a routing of H = {H} heads, got {w.shape[0]}")
+    _check.integer("TOP_K of routing", weights.shape[2], 1, w.shape[0] // H)
     if routing.order is None or routing.offsets is None:
+        experts = experts.clamp(0, w.shape[0] // H - 1)  # whatever it holds, no access leaves the tensors
         order, offsets = routing_plan(experts, w.shape[0] // H)
-        routing = routing._replace(order=order, offsets=offsets)
-    elif routing.offsets.shape[0] != w.shape[0] + 1:
-        raise ValueError(f"w must have {routing.offsets.shape[0] - 1} experts like the routing, got {w.shape[0]}")
+        routing = routing._replace(experts=experts, order=order, offsets=offsets)
+    else:
+        for name, plan, size in (("order", routing.order, experts.numel()), ("offsets", routing.offsets, w.shape[0] + 1)):
+            _check.tensor(f"routing.{name}", plan, size)
+            if plan.dtype != torch.int32 or plan.device != x.device:
+                raise TypeError(f"routing.{name} must be int32 on {x.device}, got {plan.dtype} on {plan.device}")
     return routing, _cast(_compute_dtype(x), *tensors.values())
 
 
@@ -388,7 +407,7 @@ def _attention_forward(q, k, v, pos, content_bias, position_bias, mask, cu_seqle
             q, k = rope_rotate(q, n, c.base, offset, False), rope_rotate(k, n, c.base, 0, False)
     elif c.kind == "xl":
         position_q = q if position_bias is None else q + position_bias
-        a = torch.einsum("bthp,hpd->bthd", position_q, pos.view(H, P, -1))
+        a = torch.einsum("bthp,hpd->bthd", position_q, pos.view(H, P, pos.shape[1]))
         q_pos, k_pos = xl_query(a, a.shape[-1], offset, False), xl_keys(q, S, a.shape[-1])
         q = q if content_bias is None else q + content_bias
     o, lse = attention_forward(q, k, v, q_pos, k_pos, mask, cu_seqlens, c.causal, c.window, c.scale, c.precision)
@@ -410,7 +429,7 @@ def _attention_backward(do, dlse, saved, c: _AttentionConfig):
             dq, dk = rope_rotate(dq, n, c.base, offset, True), rope_rotate(dk, n, c.base, 0, True)
     elif c.kind == "xl":
         da = xl_query(dq_pos, pos.shape[-1], offset, True)
-        dposition_q = torch.einsum("bthd,hpd->bthp", da, pos.view(H, P, -1))
+        dposition_q = torch.einsum("bthd,hpd->bthp", da, pos.view(H, P, pos.shape[1]))
         dpos = torch.einsum("bthp,bthd->hpd", position_q, da).reshape(pos.shape)
         dcontent = None if content_bias is None else _sum_leading(dq, 2)
         dposition = None if position_bias is None else _sum_leading(dposition_q, 2)
@@ -485,29 +504,21 @@ def attention(
         raise TypeError(f"position must be RoPE, XL or None, got {type(position).__name__}")
     _check.same(q, tensors, autocast=torch.is_autocast_enabled(q.device.type))
     _check_masks(B, T, S, causal, window, key_padding_mask, cu_seqlens, max_seqlen, position, q.device)
-    if scale is not None and (isinstance(scale, bool) or not isinstance(scale, (int, float))):
-        raise TypeError(f"scale must be a float or None, got {type(scale).__name__}")
-
+    scale = P**-0.5 if scale is None else _check.number("scale", scale)
     dtype = _compute_dtype(q)
     q, k, v, pos, content_bias, position_bias = _cast(dtype, q, k, v, pos, content_bias, position_bias)
-    config = _AttentionConfig(
-        kind, fraction, base, causal, window or 0, P**-0.5 if scale is None else float(scale), input_precision(dtype)
-    )
+    config = _AttentionConfig(kind, fraction, base, causal, window or 0, scale, input_precision(dtype))
     o, lse = _Attention.apply(q, k, v, pos, content_bias, position_bias, key_padding_mask, cu_seqlens, *config)
     return (o, lse) if return_lse else o
 
 
 def _check_rope(position: RoPE) -> tuple[float, float]:
-    fraction, base = position
-    if isinstance(fraction, bool) or not isinstance(fraction, (int, float)):
-        raise TypeError(f"position.fraction must be a float, got {type(fraction).__name__}")
+    fraction, base = _check.number("position.fraction", position.fraction), _check.number("position.base", position.base)
     if not 0.0 <= fraction <= 1.0:
         raise ValueError(f"position.fraction must be between 0 and 1, got {fraction}")
-    if isinstance(base, bool) or not isinstance(base, (int, float)):
-        raise TypeError(f"position.base must be a float, got {type(base).__name__}")
     if not base > 0.0:
         raise ValueError(f"position.base must be positive, got {base}")
-    return float(fraction), float(base)
+    return fraction, base
 
 
 def _check_xl(position: XL, H: int, P: int) -> None:
@@ -567,7 +578,7 @@ def _moe_forward(x, gate_input, keys, values, expert_sel, bias, o_bias, seed, c:
     saved = (
         x, gate_input, keys, values, expert_sel, bias, o_bias, seed, weights, experts, logits, order, offsets, z
     )  # fmt: skip
-    return y, logits.view(-1, logits.shape[-1]), saved
+    return y, logits.view(logits.shape[0], logits.shape[2]), saved
 
 
 def _moe_backward(dy, dlogits, saved, c: _MoEConfig):
@@ -579,9 +590,12 @@ def _moe_backward(dy, dlogits, saved, c: _MoEConfig):
     )  # fmt: skip
     dlogits = None if dlogits is None else dlogits.reshape(logits.shape)
     gate_x = x if gate_input is None else gate_input
-    dgate, dsel = gating_backward(dweights, dlogits, gate_x, expert_sel, weights, experts, logits, c.mode)
+    dlogits, dsel = gating_backward(dweights, dlogits, gate_x, expert_sel, weights, experts, logits, c.mode)
+    dgate = None
     if gate_input is None:
-        dx, dgate = dx + dgate, None
+        dx = _add_product(dx, dlogits, expert_sel)
+    else:
+        dgate = dlogits @ expert_sel
     do_bias = None if o_bias is None else _sum_leading(dy, 1)
     return dx, dgate, dkeys, dvalues, dsel, None if bias is None else dbias, do_bias
 
@@ -627,10 +641,11 @@ def sigma_moe(
     config = _check_moe(x, weights, top_k, gate_input, activation, mode, dropout, expert_dropout, training, seed)
     D = x.shape[-1]
     dtype = _compute_dtype(x)
-    tensors = _cast(dtype, x.reshape(-1, D), None if gate_input is None else gate_input.reshape(-1, D), *weights)
+    N = _tokens(x)
+    tensors = _cast(dtype, x.reshape(N, D), None if gate_input is None else gate_input.reshape(N, D), *weights)
     seed = _seed(seed, x.device, config.dropout > 0 or config.expert_dropout > 0)
     y, logits = _SigmaMoE.apply(*tensors, seed, *config)
-    return y.view(*x.shape[:-1], -1), logits.view(*x.shape[:-1], -1)
+    return y.view(*x.shape[:-1], y.shape[1]), logits.view(*x.shape[:-1], logits.shape[1])
 
 
 def _check_moe(x, weights, top_k, gate_input, activation, mode, dropout, expert_dropout, training, seed, what="") -> _MoEConfig:
@@ -638,14 +653,15 @@ def _check_moe(x, weights, top_k, gate_input, activation, mode, dropout, expert_
     _check.instance("weights", weights, SigmaMoEWeights)
     _check.choice("activation", activation, ACTIVATIONS)
     _check.choice("mode", mode, MODES)
-    D = x.shape[-1]
+    D = _check.integer("the width of x", x.shape[-1], 1)
     keys = _check.tensor("weights.keys", weights.keys, None, D, None)
     E, width = keys.shape[0], keys.shape[2]
     gated = activation in ("swiglu", "geglu")
     if width == 0 or (gated and width % 2):
         expected = "[E, D, 2G]" if gated else "[E, D, G]"
         raise ValueError(f"weights.keys must have shape {expected} for activation {activation!r}, got {list(keys.shape)}")
-    _check.tensor("weights.values", weights.values, E, width // 2 if gated else width, None)
+    values = _check.tensor("weights.values", weights.values, E, width // 2 if gated else width, None)
+    _check.integer("the output width of weights.values", values.shape[2], 1)
     _check.tensor("weights.expert_sel", weights.expert_sel, E, D)
     _check_gate("weights.expert_sel", weights.expert_sel, 1, top_k, f"{what}top_k")
     if weights.bias is not None:
@@ -674,9 +690,12 @@ def entropy_regularizer(logits: Tensor) -> Tensor:
     _check.tensor("logits", logits, ndim=1)
     if not logits.is_floating_point():
         raise TypeError(f"logits must be a floating tensor, got {logits.dtype}")
-    log_p = torch.log_softmax(logits.reshape(-1, logits.shape[-1]).float(), dim=-1)
-    log_mean = torch.logsumexp(log_p, dim=0) - torch.log(torch.full((), float(log_p.shape[0]), device=logits.device))
-    return torch.sum(log_mean.exp() * log_mean)
+    if logits.numel() == 0:
+        raise ValueError(f"logits must hold at least one token and one expert, got shape {list(logits.shape)}")
+    log_p = torch.log_softmax(logits.reshape(_tokens(logits), logits.shape[-1]).float(), dim=-1)
+    log_mean = torch.logsumexp(log_p, dim=0) - math.log(log_p.shape[0])
+    p = log_mean.exp()
+    return torch.sum(p * log_mean.masked_fill(p == 0, 0.0))  # 0 log 0 = 0
 
 
 # ---- SwitchHead
@@ -701,7 +720,7 @@ def _attention_config(c: _HeadConfig, P: int) -> _AttentionConfig:
 
 def _expert_out(o: Tensor, H: int) -> Tensor:
     """The output weight as experts [H*E, P, D]: for one expert per head, o is [D, H*P]."""
-    return o if o.ndim == 3 else o.view(o.shape[0], H, -1).permute(1, 2, 0)
+    return o if o.ndim == 3 else o.view(o.shape[0], H, o.shape[1] // H).permute(1, 2, 0)
 
 
 def _head_forward(x, k_src, v_src, q, k, v, o, sel_v, sel_o, pos, mask, cu_seqlens, seed, c: _HeadConfig):
@@ -715,7 +734,7 @@ def _head_forward(x, k_src, v_src, q, k, v, o, sel_v, sel_o, pos, mask, cu_seqle
     ks = x if k_src is None else k_src
     vs = ks if v_src is None else v_src
     S = ks.shape[1]
-    x2, k2, v2 = x.reshape(-1, D), ks.reshape(-1, D), vs.reshape(-1, D)
+    x2, k2, v2 = x.reshape(B * T, D), ks.reshape(B * S, D), vs.reshape(B * S, D)
 
     def route(tokens, sel, stream):
         weights, experts, logits = gating_forward(tokens, sel, seed, H, c.top_k, "sigmoid", c.expert_dropout, stream, c.precision)
@@ -742,8 +761,8 @@ def _head_forward(x, k_src, v_src, q, k, v, o, sel_v, sel_o, pos, mask, cu_seqle
         pos, None, None, mask, cu_seqlens, _attention_config(c, P),
     )  # fmt: skip
     weights_o, experts_o, logits_o, order_o, offsets_o = route_o
-    y = output_forward(a.view(-1, H, P), _expert_out(o, H), weights_o, experts_o, order_o, offsets_o, c.precision)
-    y = y.view(B, T, -1)
+    y = output_forward(a.view(B * T, H, P), _expert_out(o, H), weights_o, experts_o, order_o, offsets_o, c.precision)
+    y = y.view(B, T, y.shape[1])
     logits_v = None if v.ndim == 2 else logits_o if route_v[2] is None else route_v[2]
     inputs = (x, k_src, v_src, q, k, v, o, sel_v, sel_o, pos, mask, cu_seqlens, seed)
     return y, logits_v, logits_o, (*inputs, *route_o, *route_v, u, *attention_saved)
@@ -760,51 +779,54 @@ def _head_backward(dy, dlogits_v, dlogits_o, saved, c: _HeadConfig):
     H, P = c.n_heads, q.shape[0] // c.n_heads
     ks = x if k_src is None else k_src
     vs = ks if v_src is None else v_src
-    x2, k2, v2 = x.reshape(-1, D), ks.reshape(-1, D), vs.reshape(-1, D)
+    S = ks.shape[1]
+    x2, k2, v2 = x.reshape(B * T, D), ks.reshape(B * S, D), vs.reshape(B * S, D)
 
     da, do, dweights_o = output_backward(
-        dy.reshape(B * T, -1), a.view(-1, H, P), _expert_out(o, H), weights_o, experts_o, order_o, offsets_o, c.precision
+        dy.reshape(B * T, dy.shape[2]),
+        a.view(B * T, H, P),
+        _expert_out(o, H),
+        weights_o,
+        experts_o,
+        order_o,
+        offsets_o,
+        c.precision,
     )
     if o.ndim == 2:
         do = do.permute(2, 0, 1).reshape(o.shape)
     dqueries, dkeys, dvalues, dpos, _, _ = _attention_backward(
         da.view(B, T, H, P), None, attention_saved, _attention_config(c, P)
     )
-    dqueries, dkeys, dvalues = dqueries.reshape(B * T, -1), dkeys.reshape(-1, H * P), dvalues.reshape(-1, H, P)
+    dqueries, dkeys, dvalues = dqueries.view(B * T, H * P), dkeys.view(B * S, H * P), dvalues.view(B * S, H, P)
     if c.dropout > 0:
         dqueries = dropout_rows(dqueries, seed, c.dropout, STREAM_QUERY)
-    dx, dq = dqueries @ q, dqueries.t() @ x2
-    dk2, dk = dkeys @ k, dkeys.t() @ k2
+    dq, dk = dqueries.t() @ x2, dkeys.t() @ k2
 
-    dsel_v = None
-    dsel_shared = None
+    # each side's gradient is one tensor that the products are added to; a source that was left out is another one
+    dsel_v = dsel_shared = None
     if v.ndim == 2:
-        dvalues = dvalues.view(-1, H * P)
+        dvalues = dvalues.view(B * S, H * P)
         dv2, dv = dvalues @ v, dvalues.t() @ v2
     elif weights_v is None:  # both sides share the output side's routing
-        dv2, dv, dweights = value_backward(
-            dvalues, v2, v, weights_o, experts_o, order_o, offsets_o, u, c.precision
-        )
+        dv2, dv, dweights = value_backward(dvalues, v2, v, weights_o, experts_o, order_o, offsets_o, u, c.precision)
         dweights_o = dweights_o + dweights
         dlogits_o = _add(dlogits_o, dlogits_v)
     else:
-        dv2, dv, dweights_v = value_backward(
-            dvalues, v2, v, weights_v, experts_v, order_v, offsets_v, u, c.precision
-        )
+        dv2, dv, dweights_v = value_backward(dvalues, v2, v, weights_v, experts_v, order_v, offsets_v, u, c.precision)
+    dk2 = dkeys @ k if v_src is not None else _add_product(dv2, dkeys, k)
+    if weights_v is not None:
         sel = sel_o if sel_v is None else sel_v
-        dgate, dsel_v = gating_backward(dweights_v, dlogits_v, k2, sel, weights_v, experts_v, logits_v, "sigmoid")
-        dk2 = dk2 + dgate
-        if sel_v is None:
-            dsel_v, dsel_shared = None, dsel_v
-    dgate, dsel_o = gating_backward(dweights_o, dlogits_o, x2, sel_o, weights_o, experts_o, logits_o, "sigmoid")
-    dx = dx + dgate
+        dgate_v, dsel = gating_backward(dweights_v, dlogits_v, k2, sel, weights_v, experts_v, logits_v, "sigmoid")
+        dk2 = _add_product(dk2, dgate_v, sel)
+        dsel_v, dsel_shared = (None, dsel) if sel_v is None else (dsel, None)
+    dx = dqueries @ q if k_src is not None else _add_product(dk2, dqueries, q)
+    dgate_o, dsel_o = gating_backward(dweights_o, dlogits_o, x2, sel_o, weights_o, experts_o, logits_o, "sigmoid")
+    dx = _add_product(dx, dgate_o, sel_o)
     dsel_o = _add(dsel_o, dsel_shared)
-
-    # an input that was left out is another one: its gradient goes there
     if v_src is None:
-        dk2, dv2 = dk2 + dv2, None
+        dv2 = None
     if k_src is None:
-        dx, dk2 = dx + dk2, None
+        dk2 = None
     return dx, dk2, dv2, dq, dk, dv, do, dsel_v, dsel_o, dpos
 
 
@@ -818,6 +840,7 @@ class _SwitchHead(torch.autograd.Function):
         ctx.save_for_backward(*saved)
         if logits_v is logits_o:
             logits_v = logits_v.clone()
+        ctx.y_shape = y.shape
         return y, logits_v, logits_o
 
     @staticmethod
@@ -825,7 +848,7 @@ class _SwitchHead(torch.autograd.Function):
     def backward(ctx, dy, dlogits_v, dlogits_o):
         saved = ctx.saved_tensors
         if dy is None:
-            dy = torch.zeros_like(saved[0])
+            dy = saved[0].new_zeros(ctx.y_shape)
         grads = _head_backward(dy, dlogits_v, dlogits_o, saved, _HeadConfig(*ctx.config))
         inputs = saved[:10]
         return *_like(grads, inputs), None, None, None, *[None] * len(ctx.config)
@@ -838,6 +861,7 @@ def _check_head(
     """-> config, the sources that differ from x (and from each other), and the position weight."""
     _check.tensor("x", x, None, None, None)
     B, T, D = x.shape
+    _check.integer("the width of x", D, 1)
     _check.instance("weights", weights, SwitchHeadWeights)
     w = weights
     names = {f"weights.{name}": value for name, value in w._asdict().items()}
@@ -856,7 +880,7 @@ def _check_head(
             raise ValueError(f"weights.v must have H*E experts with H = {H} from weights.q, got {w.v.shape[0]}")
         rows = w.v.shape[0]
         _check.tensor("weights.v", w.v, rows, D, P)
-        _check.tensor("weights.o", w.o, rows, P, None)
+        _check.integer("the output width of weights.o", _check.tensor("weights.o", w.o, rows, P, None).shape[2], 1)
         _check.tensor("weights.sel_o", w.sel_o, rows, D)
         if w.sel_v is not None:
             _check.tensor("weights.sel_v", w.sel_v, rows, D)
@@ -867,7 +891,7 @@ def _check_head(
             raise ValueError(f"weights.q must have shape [H*P, D] with H = {H} from weights.sel_o, got {list(w.q.shape)}")
         P = w.q.shape[0] // H
         _check.tensor("weights.v", w.v, H * P, D)
-        _check.tensor("weights.o", w.o, None, H * P)
+        _check.integer("the output width of weights.o", _check.tensor("weights.o", w.o, None, H * P).shape[0], 1)
         if w.sel_v is not None:
             raise ValueError("weights.sel_v must be None with one expert per head (a dense value projection)")
     _check.tensor("weights.k", w.k, H * P, D)
@@ -954,6 +978,7 @@ def switchhead(
 
 def switchhead_forward(x: Tensor, weights: SwitchHeadWeights, *, return_logits: bool = False, **options):
     """`switchhead` without autograd, with the same keywords -> (outputs, saved), outputs as `switchhead` returns them."""
+    _check.keywords("switchhead_forward", options, HEAD_KEYWORDS)
     config, k_src, v_src, pos = _check_head(x, weights, **options)
     needed = config.dropout > 0 or config.expert_dropout > 0
     seed = _seed(options.get("seed"), x.device, needed)
@@ -963,19 +988,25 @@ def switchhead_forward(x: Tensor, weights: SwitchHeadWeights, *, return_logits: 
         tensors = _cast(_compute_dtype(x), *inputs)
         y, logits_v, logits_o, saved = _head_forward(*tensors, mask, cu_seqlens, seed, config)
     outputs = (y, (logits_v, logits_o)) if return_logits else y
-    return outputs, Saved(saved, (config, _dtypes(inputs)))
+    return outputs, Saved(saved, ("switchhead", config, _dtypes(inputs), y, logits_v, logits_o))
 
 
 def switchhead_backward(
     grad_y: Tensor, saved: Saved, grad_logits: tuple[Tensor | None, Tensor | None] | None = None
 ) -> SwitchHeadGradients:
-    """The gradients of `switchhead_forward`. grad_y: [B, T, D]; grad_logits: those of (logits_v, logits_o), or None."""
-    config, dtypes = _check.instance("saved", saved, Saved).config
-    dlogits_v, dlogits_o = grad_logits if grad_logits is not None else (None, None)
+    """The gradients of `switchhead_forward`. grad_y: [B, T, D]; grad_logits: those of (logits_v, logits_o), or None.
+
+    A source that was x itself, or v_src that was k_src itself, has its gradient added there and None of its own.
+    """
+    config, dtypes, y, logits = _saved_config(saved, "switchhead")
+    dlogits = (None, None) if grad_logits is None else grad_logits
+    if not isinstance(dlogits, (tuple, list)) or len(dlogits) != 2:
+        raise TypeError(f"grad_logits must be a pair or None, got {type(grad_logits).__name__}")
+    _check.gradient("grad_y", _check.tensor("grad_y", grad_y), y)
+    for i in (0, 1):
+        _check.gradient(f"grad_logits[{i}]", dlogits[i], logits[i])
     with torch.no_grad():
-        x = _saved_input(saved)
-        dy = _check.tensor("grad_y", grad_y, *x.shape[:2], None).to(x.dtype)
-        grads = _like(_head_backward(dy, dlogits_v, dlogits_o, saved.tensors, config), saved.tensors[:10])
+        grads = _like(_head_backward(grad_y.to(y.dtype), *dlogits, saved.tensors, config), saved.tensors[:10])
         grads = _to(grads, dtypes)
     return SwitchHeadGradients(*grads[:3], SwitchHeadWeights(*grads[3:]))
 
@@ -990,7 +1021,7 @@ class _BlockConfig(NamedTuple):
     moe: _MoEConfig
 
 
-HEAD_INPUTS, HEAD_SAVED, MOE_SAVED = 10, 37, 14  # lengths of the tuples above
+HEAD_INPUTS, HEAD_SAVED = 10, 37  # lengths of the tuples above
 
 
 def _norm_forward(x, weight, bias, eps):
@@ -1017,12 +1048,12 @@ def _block_forward(x, w1, b1, head, w2, b2, moe, mask, cu_seqlens, seed, dtype, 
 
     h, mean1, rstd1 = _norm_forward(x, w1, b1, c.eps)
     attended, _, _, head_saved = _head_forward(h.to(dtype), None, None, *head, mask, cu_seqlens, seed, c.head)
-    x1 = x + residual(attended, STREAM_RESIDUAL_ATTENTION)
+    x1 = x + residual(attended, STREAM_RESIDUAL_ATTENTION).to(x.dtype)
     h, mean2, rstd2 = _norm_forward(x1, w2, b2, c.eps)
     y, logits, moe_saved = _moe_forward(h.to(dtype).view(B * T, D), None, *moe, seed, c.moe)
-    y = x1 + residual(y.view(B, T, D), STREAM_RESIDUAL_MOE)
+    y = x1 + residual(y.view(B, T, D), STREAM_RESIDUAL_MOE).to(x.dtype)
     own = (x, w1, b1, mean1, rstd1, x1, w2, b2, mean2, rstd2, seed)
-    return y, logits.view(B, T, -1), (*own, *head_saved, *moe_saved)
+    return y, logits.view(B, T, logits.shape[1]), (*own, *head_saved, *moe_saved)
 
 
 def _block_backward(dy, dlogits, saved, c: _BlockConfig):
@@ -1081,7 +1112,7 @@ def _block_inputs(saved):
 
 def _check_block(
     x, weights, *, top_k, moe_top_k, eps=1e-5, dropout=0.0, attention_dropout=0.0, expert_dropout=0.0,
-    activation="relu", mode="sigmoid", moe_dropout=0.0, moe_expert_dropout=0.0, training=False, seed=None, **attention,
+    activation="relu", mode="sigmoid", moe_dropout=0.0, moe_expert_dropout=0.0, training=False, seed=None, **masks,
 ) -> tuple[_BlockConfig, Tensor | None]:  # fmt: skip
     _check.instance("weights", weights, SwitchAllWeights)
     _check.tensor("x", x, None, None, None)
@@ -1097,7 +1128,7 @@ def _check_block(
         raise ValueError(f"eps must be positive, got {eps}")
     head, _, _, pos = _check_head(
         x, weights.attention, top_k=top_k, dropout=attention_dropout, expert_dropout=expert_dropout,
-        training=training, seed=seed, what="attention_", **attention,
+        training=training, seed=seed, what="attention_", **masks,
     )  # fmt: skip
     moe = _check_moe(x, weights.moe, moe_top_k, None, activation, mode, moe_dropout, moe_expert_dropout, training, seed, "moe_")
     for name, t, axis in (("weights.attention.o", weights.attention.o, 2), ("weights.moe.values", weights.moe.values, 2)):
@@ -1113,7 +1144,8 @@ def _check_block(
 
 def _block_arguments(x, weights, pos, config, seed):
     """-> the 17 differentiable inputs (the experts' in the compute dtype), the seed and the compute dtype."""
-    needed = max(config.dropout, *config.head[7:9], *config.moe[3:5]) > 0
+    head, moe = config.head, config.moe
+    needed = max(config.dropout, head.dropout, head.expert_dropout, moe.dropout, moe.expert_dropout) > 0
     dtype = _compute_dtype(x)
     tensors = (
         x, *weights.norm1, *_cast(dtype, *weights.attention[:6], pos), *weights.norm2, *_cast(dtype, *weights.moe)
@@ -1164,6 +1196,7 @@ def switchall(
 
 def switchall_forward(x: Tensor, weights: SwitchAllWeights, **options) -> tuple[tuple[Tensor, Tensor], Saved]:
     """`switchall` without autograd, with the same keywords -> ((y, logits), saved)."""
+    _check.keywords("switchall_forward", options, BLOCK_KEYWORDS)
     config, pos = _check_block(x, weights, **options)
     mask, cu_seqlens = options.get("key_padding_mask"), options.get("cu_seqlens")
     with torch.no_grad():
@@ -1171,15 +1204,20 @@ def switchall_forward(x: Tensor, weights: SwitchAllWeights, **options) -> tuple[
         head, moe = t[3:10], t[12:]
         y, logits, saved = _block_forward(*t[:3], head, *t[10:12], moe, mask, cu_seqlens, seed, dtype, config)
     inputs = (x, *weights.norm1, *weights.attention[:6], pos, *weights.norm2, *weights.moe)
-    return (y, logits), Saved(saved, (config, _dtypes(inputs)))
+    return (y, logits), Saved(saved, ("switchall", config, _dtypes(inputs), y, logits))
 
 
 def switchall_backward(grad_y: Tensor, saved: Saved, grad_logits: Tensor | None = None) -> SwitchAllGradients:
     """The gradients of `switchall_forward`. grad_y: [B, T, D]; grad_logits: [B, T, E] or None."""
-    config, dtypes = _check.instance("saved", saved, Saved).config
+    config, dtypes, y, (logits,) = _saved_config(saved, "switchall")
+    _check.gradient("grad_y", _check.tensor("grad_y", grad_y), y)
+    _check.gradient("grad_logits", grad_logits, logits)
     with torch.no_grad():
-        _check.tensor("grad_y", grad_y, *_saved_input(saved).shape)
         grads = _like(_block_backward(grad_y, grad_logits, saved.tensors, config), _block_inputs(saved.tensors))
         g = _to(grads, dtypes)
     weights = SwitchAllWeights(g[1:3], SwitchHeadWeights(*g[3:10]), g[10:12], SigmaMoEWeights(*g[12:]))
     return SwitchAllGradients(g[0], weights)
+
+
+HEAD_KEYWORDS = frozenset(inspect.signature(switchhead).parameters) - {"x", "weights", "return_logits"}
+BLOCK_KEYWORDS = frozenset(inspect.signature(switchall).parameters) - {"x", "weights"}

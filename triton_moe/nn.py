@@ -19,9 +19,8 @@ def _selection(parameter: Tensor, std: float) -> None:
     """N(0, std^2), then every row is given the same norm, the overall standard deviation kept (sigma-MoE, appendix A)."""
     nn.init.normal_(parameter, 0.0, std)
     with torch.no_grad():
-        overall = parameter.std()
-        parameter.div_(parameter.norm(dim=-1, keepdim=True))
-        parameter.mul_(overall / parameter.std())
+        overall = parameter.square().mean().sqrt()  # the mean is 0
+        parameter.mul_(overall * parameter.shape[-1] ** 0.5 / parameter.norm(dim=-1, keepdim=True))
 
 
 class SigmaMoE(nn.Module):

@@ -63,11 +63,14 @@ CONFIGS = {
 
 @triton.jit
 def _exp(x, EXACT: tl.constexpr):
-    """exp(x) for x <= 0. `tl.exp` rounds x * log2(e), which for x = -10 alone is five ulp: EXACT puts that back."""
+    """exp(x) for x <= 0. `tl.exp` rounds x * log2(e) and is four ulp wrong at best; EXACT is within about one: exp(x) =
+    2^n exp(r), r = x - n ln 2 in two steps, |r| < 0.35, by Taylor."""
     if EXACT:
-        t = x * 1.4426950216293335  # log2(e) in float32, and below what it lacks
-        low = tl.fma(x, x * 0.0 + 1.4426950216293335, -t) + x * 1.9259629911266175e-08
-        return tl.where(t > -150.0, tl.exp2(t) * (1.0 + 0.6931471805599453 * low), 0.0)
+        n = tl.floor(x * 1.4426950408889634 + 0.5)
+        r = tl.fma(n, n * 0.0 - 0.693359375, x)  # ln 2 = 0.693359375 - 2.12194440e-4, the first exact times any n
+        r = tl.fma(n, n * 0.0 + 2.12194440e-4, r)
+        p = r * (0.5 + r * (1.0 / 6.0 + r * (1.0 / 24.0 + r * (1.0 / 120.0 + r * (1.0 / 720.0 + r * (1.0 / 5040.0))))))
+        return tl.where(n <= -150.0, 0.0, tl.exp2(n) * (1.0 + (r + r * p)))  # NaN stays
     else:
         return tl.exp(x)
 
@@ -120,10 +123,10 @@ def _kept_keys(padding_ptr, b, offs_n, S):
 
 
 @triton.jit
-def _load_rows(ptr, rows, stride, mask_rows, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def _load_rows(ptr, index, stride, mask_rows, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     """[rows, BLOCK]: the first WIDTH channels of each row, zero in the rest and in masked rows."""
     cols = tl.arange(0, BLOCK)
-    offs = rows.to(tl.int64)[:, None] * stride + cols[None, :]
+    offs = index.to(tl.int64)[:, None] * stride + cols[None, :]
     return tl.load(ptr + offs, mask=mask_rows[:, None] & (cols < WIDTH)[None, :], other=0.0)
 
 
@@ -229,7 +232,7 @@ def _attention_fwd_kernel(
         v = _load_rows(v_ptr, offs_n, stride_vt, keep, PV, BLOCK_PV)
         acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
 
-    empty = total == 0.0
+    empty = m == float("-inf")
     total = tl.where(empty, 1.0, total)
     if EXACT:
         o = tl.div_rn(acc, tl.broadcast_to(total[:, None], (BLOCK_M, BLOCK_PV)))
@@ -424,11 +427,11 @@ def _padding(key_padding_mask: Tensor | None) -> Tensor | None:
 
 
 def _config(kernel: str, q: Tensor, k: Tensor, v: Tensor, q_pos: Tensor | None) -> dict[str, int]:
-    """The kernel's tiles, no larger than the problem; wide heads take half the rows and no prefetch, and where padding
-    or position channels need registers too, the threads of 8 warps share them."""
+    """The kernel's tiles, no larger than the problem; wide heads take half the rows and no prefetch, and where position
+    channels need registers too, the threads of 8 warps share them."""
     config = dict(tuning.lookup(CONFIGS[kernel], q.dtype, INTERPRET))
     width = max(next_power_of_2(q.shape[-1]), next_power_of_2(v.shape[-1]))
-    if q_pos is not None or min(q.shape[-1], v.shape[-1]) < width:
+    if q_pos is not None:
         config["num_warps"] = 8
     if width > 128 and not INTERPRET:
         config["BLOCK_M"] = max(16, config["BLOCK_M"] // 2)

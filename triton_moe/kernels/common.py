@@ -74,11 +74,14 @@ def _interpret(kernel, grid, args, meta) -> None:
     copies: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # by identity: a tensor passed twice stays one tensor
     for a in args:
         if isinstance(a, torch.Tensor) and a.dtype == torch.bfloat16 and id(a) not in copies:
-            copy = torch.empty_strided(a.size(), a.stride(), dtype=torch.float32, device=a.device)
-            copies[id(a)] = (a, copy.copy_(a))
+            span = 1 + sum((n - 1) * stride for n, stride in zip(a.shape, a.stride(), strict=True)) if a.numel() else 0
+            storage = a.as_strided((span,), (1,)).float()  # all of a's memory: its strides, also 0, stay as they are
+            copies[id(a)] = (a, storage.as_strided(a.shape, a.stride(), 0))
+    before = [copy.clone() for _, copy in copies.values()]
     kernel[grid](*(copies[id(a)][1] if id(a) in copies else a for a in args), **meta)
-    for a, copy in copies.values():
-        a.copy_(copy)
+    for (a, copy), old in zip(copies.values(), before, strict=True):
+        if not torch.equal(copy.view(torch.int32), old.view(torch.int32)):  # outputs only: inputs may be saved for backward
+            a.copy_(copy)
 
 
 def opaque(fake: Callable) -> Callable:
@@ -121,8 +124,18 @@ def next_power_of_2(n: int, least: int = 16) -> int:
 
 
 def rows(x: torch.Tensor) -> torch.Tensor:
-    """x with unit stride along its last axis, as the kernels need it."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+    """x [N, D] or [B, T, H, P] as the kernels take it: unit stride along the last axis, and rows (and heads) a constant of the
+    model apart. A stride beyond 32 widths depends on the number of tokens, as in x[:, -1] or a transposed [B, H, T, P]: it
+    would compile the kernel anew for each length, so those tensors are copied.
+    """
+    width = x.shape[-1] if x.ndim == 2 else x.shape[-2] * x.shape[-1]
+    constant = x.stride(-1) == 1 and all(stride <= 32 * width for stride in x.stride()[x.ndim // 2 - 1 : -1])
+    return x if constant else x.contiguous()
+
+
+def key_dtype(count: int) -> torch.dtype:
+    """The narrowest integers that hold 0 ... count: a radix sort takes a pass for each byte."""
+    return torch.uint8 if count <= 255 else torch.int16 if count <= 32767 else torch.int32
 
 
 def cdiv(a: int, b: int) -> int:

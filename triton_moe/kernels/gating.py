@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 
 from .. import tuning
-from .common import INTERPRET, cdiv, launch, next_power_of_2, opaque, rows, uniform
+from .common import INTERPRET, cdiv, key_dtype, launch, next_power_of_2, opaque, rows, uniform
 
 MAX_EXPERTS = 1024  # per head: one tile holds all logits of a head
 
@@ -184,7 +184,7 @@ def gating_forward(
 
 
 def _gating_backward_fake(dweights, dlogits, x, sel, weights, experts, logits, mode):
-    return x.new_empty(x.shape), sel.new_empty(sel.shape)
+    return x.new_empty(x.shape[0], sel.shape[0]), sel.new_empty(sel.shape)
 
 
 @opaque(_gating_backward_fake)
@@ -192,7 +192,10 @@ def gating_backward(
     dweights: torch.Tensor, dlogits: torch.Tensor | None, x: torch.Tensor, sel: torch.Tensor, weights: torch.Tensor,
     experts: torch.Tensor, logits: torch.Tensor, mode: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """d weights [N, H, TOP_K], d logits [N, H, E] or None -> dx [N, D], d sel [H*E, D]."""
+    """d weights [N, H, TOP_K], d logits [N, H, E] or None -> all of d logits, [N, H*E] in x's dtype, and d sel [H*E, D].
+
+    d x = d logits sel is left to the caller, who mostly has something to add it to.
+    """
     N, H, TOP_K = experts.shape
     E = logits.shape[-1]
     total = torch.empty_like(logits)
@@ -205,7 +208,7 @@ def gating_backward(
         BLOCK_M=BLOCK_M, BLOCK_E=BLOCK_E, num_warps=4,
     )  # fmt: skip
     total = total.view(N, H * E).to(x.dtype)
-    return total @ sel, total.t() @ x
+    return total, total.t() @ x
 
 
 def _routing_plan_fake(experts, n_experts):
@@ -219,6 +222,7 @@ def routing_plan(experts: torch.Tensor, n_experts: int) -> tuple[torch.Tensor, t
     [N*H*TOP_K], and where each expert's routes begin and end in that order, int32 [H*E + 1]. Nothing visits the host."""
     H = experts.shape[1]
     heads = torch.arange(H, device=experts.device, dtype=torch.int32) * n_experts
-    expert, order = torch.sort((experts + heads[:, None]).view(-1), stable=True)
-    groups = torch.arange(H * n_experts + 1, device=experts.device, dtype=torch.int32)
+    dtype = key_dtype(H * n_experts)
+    expert, order = torch.sort((experts + heads[:, None]).reshape(-1).to(dtype), stable=True)
+    groups = torch.arange(H * n_experts + 1, device=experts.device, dtype=dtype)
     return order.to(torch.int32), torch.searchsorted(expert, groups, out_int32=True)

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import INTERPRET, cdiv, launch, next_power_of_2, opaque
+from .common import INTERPRET, cdiv, launch, next_power_of_2, opaque, rows
 
 XL_BASE = 10000.0
 
@@ -47,7 +47,7 @@ def _angles(position, c, N: tl.constexpr, LOG2_BASE: tl.constexpr):
 
 @triton.jit
 def _rope_rotate_kernel(
-    x_ptr, y_ptr, T, H, offset, stride_b, stride_t, stride_h, stride_p,
+    x_ptr, y_ptr, T, H, offset, stride_b, stride_t: tl.constexpr, stride_h: tl.constexpr,
     N: tl.constexpr, P: tl.constexpr, LOG2_BASE: tl.constexpr, CONJUGATE: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_REST: tl.constexpr,
 ):  # fmt: skip
@@ -64,14 +64,14 @@ def _rope_rotate_kernel(
     rest = N + tl.arange(0, BLOCK_REST)
     mask_rest = mask_t[:, None] & (rest < P)[None, :]
     for h in range(H):
-        x_rows = x_ptr + b * stride_b + offs_t[:, None] * stride_t + h * stride_h
+        x_rows = x_ptr + b * stride_b + offs_t[:, None] * stride_t + (tl.zeros((), tl.int64) + h) * stride_h
         y_rows = y_ptr + ((b * T + offs_t) * H + h)[:, None] * P
-        x1 = tl.load(x_rows + c[None, :] * stride_p, mask=mask, other=0.0).to(tl.float32)
-        x2 = tl.load(x_rows + (c + N // 2)[None, :] * stride_p, mask=mask, other=0.0).to(tl.float32)
+        x1 = tl.load(x_rows + c[None, :], mask=mask, other=0.0).to(tl.float32)
+        x2 = tl.load(x_rows + (c + N // 2)[None, :], mask=mask, other=0.0).to(tl.float32)
         tl.store(y_rows + c[None, :], (x1 * cos - x2 * sin), mask=mask)
         tl.store(y_rows + (c + N // 2)[None, :], (x2 * cos + x1 * sin), mask=mask)
         if N < P:
-            x = tl.load(x_rows + rest[None, :] * stride_p, mask=mask_rest, other=0.0)
+            x = tl.load(x_rows + rest[None, :], mask=mask_rest, other=0.0)
             tl.store(y_rows + rest[None, :], x, mask=mask_rest)
 
 
@@ -91,17 +91,17 @@ def _xl_query_kernel(
     mask = (offs_t < T)[:, None] & (c < HALF)[None, :]
     mask_odd = (offs_t < T)[:, None] & (2 * c + 1 < D)[None, :]  # an odd D lacks the last cosine
     for h in range(H):
-        rows = ((b * T + offs_t) * H + h)[:, None]
+        row = ((b * T + offs_t) * H + h)[:, None]
         if CONJUGATE:
-            first = tl.load(a_ptr + rows * (2 * HALF) + c[None, :], mask=mask, other=0.0).to(tl.float32)
-            second = tl.load(a_ptr + rows * (2 * HALF) + HALF + c[None, :], mask=mask, other=0.0).to(tl.float32)
-            tl.store(y_ptr + rows * D + 2 * c[None, :], (first * cos - second * sin), mask=mask)
-            tl.store(y_ptr + rows * D + 2 * c[None, :] + 1, (first * sin + second * cos), mask=mask_odd)
+            first = tl.load(a_ptr + row * (2 * HALF) + c[None, :], mask=mask, other=0.0).to(tl.float32)
+            second = tl.load(a_ptr + row * (2 * HALF) + HALF + c[None, :], mask=mask, other=0.0).to(tl.float32)
+            tl.store(y_ptr + row * D + 2 * c[None, :], (first * cos - second * sin), mask=mask)
+            tl.store(y_ptr + row * D + 2 * c[None, :] + 1, (first * sin + second * cos), mask=mask_odd)
         else:
-            a_sin = tl.load(a_ptr + rows * D + 2 * c[None, :], mask=mask, other=0.0).to(tl.float32)
-            a_cos = tl.load(a_ptr + rows * D + 2 * c[None, :] + 1, mask=mask_odd, other=0.0).to(tl.float32)
-            tl.store(y_ptr + rows * (2 * HALF) + c[None, :], (a_sin * cos + a_cos * sin), mask=mask)
-            tl.store(y_ptr + rows * (2 * HALF) + HALF + c[None, :], (a_cos * cos - a_sin * sin), mask=mask)
+            a_sin = tl.load(a_ptr + row * D + 2 * c[None, :], mask=mask, other=0.0).to(tl.float32)
+            a_cos = tl.load(a_ptr + row * D + 2 * c[None, :] + 1, mask=mask_odd, other=0.0).to(tl.float32)
+            tl.store(y_ptr + row * (2 * HALF) + c[None, :], (a_sin * cos + a_cos * sin), mask=mask)
+            tl.store(y_ptr + row * (2 * HALF) + HALF + c[None, :], (a_cos * cos - a_sin * sin), mask=mask)
 
 
 @triton.jit
@@ -127,12 +127,13 @@ def rope_rotate(x: Tensor, n: int, base: float, offset: int, conjugate: bool) ->
     """x [B, T, H, P] with its first n (even) channels rotated by position offset + t, or back when conjugate."""
     if n == 0:
         return x.clone(memory_format=torch.contiguous_format)
+    x = rows(x)
     B, T, H, P = x.shape
     y = x.new_empty(x.shape)
     block_c = next_power_of_2(n // 2)
     block_t = min(256 if INTERPRET else 1024 // block_c, next_power_of_2(T))
     launch(
-        _rope_rotate_kernel, (B * cdiv(T, block_t),), x, y, T, H, offset, *x.stride(),
+        _rope_rotate_kernel, (B * cdiv(T, block_t),), x, y, T, H, offset, *x.stride()[:3],
         N=n, P=P, LOG2_BASE=math.log2(base), CONJUGATE=conjugate,
         BLOCK_T=block_t, BLOCK_C=block_c, BLOCK_REST=next_power_of_2(P - n), num_warps=4,
     )  # fmt: skip

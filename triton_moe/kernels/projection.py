@@ -449,7 +449,7 @@ def value_forward(
     if sets.fits(N, H, w.shape[0] // H, TOP_K, w.shape[2], x.dtype):
         return sets.gather(x, w, weights.contiguous(), experts.contiguous())
     u = _grouped_gemm(rows(x), w, None, order, offsets, H * TOP_K, precision)
-    return _combine(u, weights.reshape(-1), TOP_K).view(N, H, -1), u
+    return _combine(u, weights.contiguous().view(-1), TOP_K).view(N, H, w.shape[2]), u
 
 
 def _value_backward_fake(dv, x, w, weights, experts, order, offsets, u, precision):
@@ -463,9 +463,9 @@ def value_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """-> dx [N, D], dw [H*E, D, P], d weights [N, H, TOP_K]."""
     N, H, TOP_K = weights.shape
-    x, dv = rows(x), dv.contiguous().view(N * H, -1)
+    x, dv = rows(x), dv.contiguous().view(N * H, dv.shape[2])
     dweights = _route_dot(u, dv, TOP_K).view(N, H, TOP_K)
-    gated = _gate_rows(dv, weights.reshape(-1))
+    gated = _gate_rows(dv, weights.contiguous().view(-1))
     if sets.fits(N, H, w.shape[0] // H, TOP_K, w.shape[2], x.dtype):
         dx = sets.spread(gated, w.transpose(1, 2), experts.contiguous())
     else:
@@ -488,7 +488,7 @@ def output_forward(
 ) -> torch.Tensor:  # fmt: skip
     """a [N, H, P], w [H*E, P, D], weights and experts [N, H, TOP_K] -> y [N, D]."""
     N, H, TOP_K = weights.shape
-    gated = _gate_rows(a.contiguous().view(N * H, -1), weights.reshape(-1))
+    gated = _gate_rows(a.contiguous().view(N * H, a.shape[2]), weights.contiguous().view(-1))
     if sets.fits(N, H, w.shape[0] // H, TOP_K, w.shape[1], a.dtype):
         return sets.spread(gated, w, experts.contiguous())
     return _combine(_grouped_gemm(gated, w, None, order, offsets, 1, precision), None, H * TOP_K)
@@ -505,12 +505,12 @@ def output_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """-> da [N, H, P], dw [H*E, P, D], d weights [N, H, TOP_K]."""
     N, H, TOP_K = weights.shape
-    dy, a, s = rows(dy), a.contiguous().view(N * H, -1), weights.reshape(-1)
+    dy, a, s = rows(dy), a.contiguous().view(N * H, a.shape[2]), weights.contiguous().view(-1)
     if sets.fits(N, H, w.shape[0] // H, TOP_K, w.shape[1], a.dtype):
-        da, dweights = sets.gather(dy, w.transpose(1, 2), weights.contiguous(), experts.contiguous(), a.view(N, H, -1))
+        da, dweights = sets.gather(dy, w.transpose(1, 2), weights.contiguous(), experts.contiguous(), a.view(N, H, a.shape[1]))
     else:
         b = _grouped_gemm(dy, w.transpose(1, 2), None, order, offsets, H * TOP_K, precision)
-        da, dweights = _combine(b, s, TOP_K).view(N, H, -1), _route_dot(b, a, TOP_K)
+        da, dweights = _combine(b, s, TOP_K).view(N, H, a.shape[1]), _route_dot(b, a, TOP_K)
     dw = _grouped_dw(_gate_rows(a, s), dy, order, offsets, 1, H * TOP_K, precision)
     return da, dw, dweights.view(N, H, TOP_K)
 
@@ -544,7 +544,7 @@ def mlp_forward(
     u = z.new_empty(R, G)
     tiles_m, tiles_n, tile = _tile(R, G)
     launch(_activation_fwd_kernel, (tiles_m * tiles_n,), z, u, *args, **meta, **tile)
-    return _combine(_grouped_gemm(u, values, None, order, offsets, 1, precision), weights.reshape(-1), TOP_K, o_bias), z
+    return _combine(_grouped_gemm(u, values, None, order, offsets, 1, precision), weights.contiguous().view(-1), TOP_K, o_bias), z
 
 
 def _mlp_backward_fake(
