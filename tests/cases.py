@@ -1,9 +1,13 @@
-"""Inputs that several test files share."""
+"""Inputs and checks that several test files share."""
 
+from contextlib import contextmanager
+
+import pytest
 import torch
 
 from triton_moe import functional as F
 from triton_moe import testing
+from triton_moe.kernels import attention, gating, position, projection, sets
 
 HALF = (torch.float16, torch.bfloat16)
 CPU_DTYPES = [torch.float32, torch.float16]  # the interpreter computes bfloat16 in float32: proven on the GPU
@@ -16,8 +20,37 @@ def check(kernel, twin, inputs, *, at_size=False, **options):
     In a small float32 tensor the twin's largest error is a matter of luck, and in the interpreter the matrix products are
     NumPy's, which are not fused: up to three times as wrong as torch's. There float32 is granted a few units in the last place.
     """
-    ulps = 1.0 if at_size else 4.0 if torch.cuda.is_available() else 16.0
+    ulps = 1.0 if at_size else 16.0
     testing.check(kernel, twin, inputs, ulps=ulps, **options)
+
+
+@contextmanager
+def refused(error, message):
+    """As pytest.raises; and no kernel may start before the error."""
+
+    def launch(kernel, *_, **__):
+        pytest.fail(f"{kernel} was launched before its arguments were checked")
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(error, match=message):
+        for module in (attention, gating, position, projection, sets):
+            patch.setattr(module, "launch", launch)
+        yield
+
+
+def run(function, tensors):
+    """-> the outputs of function(*tensors), then the gradients of the tensors."""
+    outputs = function(*tensors)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    loss = sum(o.float().square().sum() for o in outputs if o.is_floating_point())
+    return *outputs, *torch.autograd.grad(loss, tensors)
+
+
+def relaid(x):
+    """x with its axes in reverse order in memory, every other element of each, and NaN in between."""
+    filler = torch.nan if x.is_floating_point() else torch.iinfo(x.dtype).max
+    storage = torch.full([2 * n for n in reversed(x.shape)], filler, dtype=x.dtype, device=x.device)
+    view = storage.permute(*reversed(range(x.ndim)))[(slice(None, None, 2),) * x.ndim]
+    return view.copy_(x.detach()).requires_grad_(x.requires_grad)
 
 
 def randn(*shape, device, dtype=torch.float32, scale=1.0, seed=0, requires_grad=True):

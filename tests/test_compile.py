@@ -14,19 +14,24 @@ from triton_moe.kernels import common
 # Kernels whose defaults may spill: (kernel, dtype, target): bytes of a thread, "half" being float16 and bfloat16. Tiles are
 # chosen by dtype and widths, not by device, and the 16-bit ones are those that sm_90 runs fastest without spilling.
 SPILLS: dict[tuple[str, str, str], int] = {
-    # sm_80 copies rows whose length is no multiple of 16 bytes in more and smaller pieces, with a pointer for each.
+    # Rows whose length is no multiple of 16 bytes (P 100) are copied in more and smaller pieces, with a pointer for each. Eight
+    # warps clear it in the backward pass, and took twice the time on an H200.
     ("_attention_fwd_kernel", "half", "sm_80"): 144,
-    ("_attention_bwd_dkdv_kernel", "half", "sm_80"): 8,
-    ("_attention_bwd_dq_kernel", "half", "sm_80"): 24,
+    ("_attention_bwd_dkdv_kernel", "half", "sm_80"): 432,
+    ("_attention_bwd_dkdv_kernel", "half", "sm_90"): 32,
+    ("_attention_bwd_dkdv_kernel", "half", "sm_100"): 224,
+    ("_attention_bwd_dq_kernel", "half", "sm_80"): 32,
     ("_grouped_gemm_kernel", "half", "sm_80"): 8,
-    # The Transformer-XL term at full width: fewer keys a tile would spill on gfx942 instead.
+    # The Transformer-XL term at full width: fewer keys a tile spill on other targets instead.
     ("_attention_fwd_kernel", "half", "sm_100"): 56,
-    # Eight of gfx942's wider warps leave each thread 256 registers; four would spill on NVIDIA.
-    ("_attention_bwd_dkdv_kernel", "half", "gfx942"): 252,
-    ("_attention_bwd_dq_kernel", "half", "gfx942"): 236,
-    ("_attention_bwd_dkdv_kernel", "float32", "gfx942"): 160,
-    # Without tensor cores a float32 product keeps whole rows of both factors in registers: 256 channels are too many, with
-    # tiles of 8 rows or 4 to 16 warps too.
+    ("_attention_bwd_dq_kernel", "half", "gfx942"): 220,
+    # Two accumulators of 128 x 128 and the rows they are dotted with.
+    ("_gather_kernel", "half", "sm_90"): 8,
+    # Without tensor cores a float32 product keeps whole rows of both factors in registers: 100 padded or 256 channels are too
+    # many, with tiles of 8 rows and with 4 or 16 warps too.
+    ("_attention_fwd_kernel", "float32", "sm_80"): 16,
+    ("_attention_fwd_kernel", "float32", "sm_90"): 64,
+    ("_attention_bwd_dkdv_kernel", "float32", "gfx942"): 164,
     ("_attention_bwd_dq_kernel", "float32", "sm_80"): 208,
     ("_attention_bwd_dq_kernel", "float32", "sm_90"): 184,
     ("_attention_bwd_dq_kernel", "float32", "sm_100"): 216,
@@ -34,6 +39,8 @@ SPILLS: dict[tuple[str, str, str], int] = {
     # A few bytes below 128 registers, by the assembler's own choice.
     ("_grouped_dw_kernel", "float32", "sm_100"): 24,
 }
+
+HALF_ONLY = {"_keys_kernel", "_lists_kernel", "_gather_kernel", "_spread_kernel"}  # kernels/sets.py
 
 # A kernel for each thing compile_case has to notice, and one that it must leave alone.
 SAMPLES = """
@@ -98,7 +105,8 @@ def test_every_kernel_compiles(rows):
     kernels = {row["kernel"] for row in rows}
     assert len(kernels) >= 15
     compiled_for = {(row["kernel"], row["dtype"], row["target"]) for row in rows}
-    assert compiled_for == {(k, d, t) for k in kernels for d in compiler.DTYPES for t in compiler.targets()}
+    everything = {(k, d, t) for k in kernels for d in compiler.DTYPES for t in compiler.targets()}
+    assert compiled_for == {(k, d, t) for k, d, t in everything if d != "float32" or k not in HALF_ONLY}
 
 
 def test_every_kernel_of_the_package_has_a_case(rows):

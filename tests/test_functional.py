@@ -14,6 +14,9 @@ from cases import (
     head_weights,
     moe_weights,
     randn,
+    refused,
+    relaid,
+    run,
 )
 
 import reference
@@ -113,6 +116,72 @@ def test_switchhead_at_size(case, dtype, device):
     check_switchhead(*case.pop("shape"), dtype, device, repeats=3, at_size=True, **case)
 
 
+def check_switchhead_masks(T, D, H, E, K, P, dtype, device, **options):
+    mask = torch.zeros(2, T, dtype=torch.bool, device=device)
+    mask[0, : T // 3], mask[1, -T // 4 :] = True, True
+    check_switchhead(2, T, D, H, E, K, P, dtype, device, key_padding_mask=mask, **options)
+    cu_seqlens = torch.tensor([0, 1, T // 2, T // 2, T], dtype=torch.int32, device=device)
+    check_switchhead(1, T, D, H, E, K, P, dtype, device, cu_seqlens=cu_seqlens, **options)
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("dtype", CPU_DTYPES, ids=str)
+def test_switchhead_masks(dtype, device):
+    check_switchhead_masks(9, 16, 2, 3, 2, 8, dtype, device)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
+def test_switchhead_masks_at_size(dtype, device):
+    check_switchhead_masks(777, 512, 2, 5, 3, 76, dtype, device, at_size=True)
+
+
+@pytest.mark.parametrize("E", [1, 3])
+def test_switchhead_to_another_width(E, device):
+    weights = head_weights(12, 2, E, 8, device=device, dtype=torch.float32)
+    o = randn(*(20, 16) if E == 1 else (6, 8, 20), device=device)
+    weights, x = weights._replace(o=o), randn(2, 5, 12, device=device)
+
+    def head(*tensors):
+        weights = F.SwitchHeadWeights(*tensors[1:5], None if E == 1 else tensors[5], tensors[-1])
+        return F.switchhead(tensors[0], weights, top_k=min(E, 2), return_logits=True)
+
+    tensors = (x, *(w for w in weights if w is not None))
+    y, (_, logits) = head(*tensors)
+    assert y.shape == (2, 5, 20)
+    # the width of o is only a size: columns of zeros more, or fewer, change nothing
+    zeros = torch.zeros(8, 16, device=device) if E == 1 else torch.zeros(6, 8, 8, device=device)
+    narrow = o.detach()[:12] if E == 1 else o.detach()[..., :12]
+    wide = (*tensors[:4], torch.cat([narrow, zeros], 0 if E == 1 else 2).requires_grad_(), *tensors[5:])
+    narrow = (*tensors[:4], narrow.clone().requires_grad_(), *tensors[5:])
+    for i, (a, b) in enumerate(zip(*(run(lambda *t: head(*t)[0], t) for t in (wide, narrow)), strict=True)):
+        a = a[..., :12] if i == 0 or (i == 5 and E > 1) else a[:12] if i == 5 else a
+        torch.testing.assert_close(a, b)
+    gradients = torch.autograd.grad(logits.sum(), (x, weights.sel_o, o), allow_unused=True)
+    expected = torch.autograd.grad(F.gating(x, weights.sel_o, n_heads=2, top_k=1).logits.sum(), (x, weights.sel_o))
+    for a, b in zip(gradients, expected, strict=False):
+        torch.testing.assert_close(a, b)
+    assert gradients[2] is None or not gradients[2].any()
+
+
+@pytest.mark.smoke
+@pytest.mark.gpu
+def test_tf32_where_torch_allows_it(device):
+    """The twin's products are tf32 too then; gates stay float32."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "tf32"
+    try:
+        check_switchhead(2, 500, 512, 2, 5, 3, 64, torch.float32, device, at_size=True)
+        x, sel = randn(500, 512, device=device), randn(10, 512, device=device)
+        allowed = F.gating(x, sel, n_heads=2, top_k=2)
+        matmul.fp32_precision = "ieee"
+        for a, b in zip(allowed, F.gating(x, sel, n_heads=2, top_k=2), strict=True):
+            assert torch.equal(a, b)
+    finally:
+        matmul.fp32_precision = before
+
+
 def test_switchhead_dropouts_follow_the_reference(device):
     weights = head_weights(16, 2, 5, 8, device=device, dtype=torch.float32)
     options = {"top_k": 2, "position": F.RoPE(), "dropout": 0.3, "expert_dropout": 0.4, "training": True, "seed": 9}
@@ -139,6 +208,23 @@ def test_forward_and_backward_pair_equals_autograd(source, device):
     assert isinstance(g.weights, F.SwitchHeadWeights) and g.v_src is None
     ours = [t for t in (g.x, g.k_src, *g.weights) if t is not None]
     assert len(ours) == len(expected) and all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+    inputs = {"x": x, "weights": weights} | ({} if k_src is None else {"k_src": k_src})
+    close_to_the_reference(
+        (y2, logits2, g.x, g.weights, g.k_src),
+        lambda **t: reference.switchhead(**t, top_k=2, position=F.RoPE(), return_logits=True, experts=head_choice(saved)),
+        inputs,
+        cotangents,
+    )
+
+
+def close_to_the_reference(ours, twin, inputs, cotangents):
+    """(outputs, gradients of inputs), any nesting, against a twin in float64 and its gradients."""
+    exact = testing._prepare(inputs, torch.float64)
+    outputs = [t for _, t in testing._leaves(twin(**exact), "")]
+    leaves = [t for _, t in testing._leaves(exact, "")]
+    right = [*outputs, *torch.autograd.grad(outputs, leaves, [c.to(o.dtype) for c, o in zip(cotangents, outputs, strict=True)])]
+    for (name, a), b in zip(testing._leaves(ours, ""), right, strict=True):
+        torch.testing.assert_close(a.double(), b.double(), rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def check_switchall(B, T, D, H, E, K, P, moe_E, moe_K, G, dtype, device, repeats=1, at_size=False, bias=False, **options):
@@ -164,9 +250,17 @@ def test_switchall(dtype, device):
     check_switchall(2, 7, 19, 2, 3, 2, 9, 5, 3, 11, dtype, device, bias=True, activation="swiglu")
 
 
+DROPOUTS = {"attention_dropout": 0.2, "expert_dropout": 0.2, "moe_dropout": 0.2, "moe_expert_dropout": 0.2, "dropout": 0.3}
+
+
+@pytest.mark.smoke
 def test_switchall_dropouts_follow_the_reference(device):
-    options = {"attention_dropout": 0.2, "expert_dropout": 0.2, "moe_dropout": 0.2, "moe_expert_dropout": 0.2}
-    check_switchall(2, 6, 16, 2, 3, 2, 8, 5, 2, 8, torch.float32, device, dropout=0.3, training=True, seed=4, **options)
+    check_switchall(2, 6, 16, 2, 3, 2, 8, 5, 2, 8, torch.float32, device, training=True, seed=4, **DROPOUTS)
+
+
+@pytest.mark.gpu
+def test_switchall_dropouts_follow_the_reference_in_bfloat16(device):
+    check_switchall(2, 130, 128, 2, 5, 3, 41, 16, 4, 64, torch.bfloat16, device, training=True, seed=4, **DROPOUTS)
 
 
 @pytest.mark.gpu
@@ -187,6 +281,108 @@ def test_switchall_pair_equals_autograd(device):
     assert torch.equal(y, y2) and torch.equal(logits, logits2)
     ours = [t for _, t in testing._leaves((g.x, g.weights), "")]
     assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+    close_to_the_reference(
+        (y2, logits2, g.x, g.weights),
+        lambda **t: reference.switchall(**t, top_k=2, moe_top_k=2, position=F.RoPE(), experts=block_choice(saved)),
+        {"x": x, "weights": weights},
+        cotangents,
+    )
+
+
+def test_bad_backward(device):
+    x, moe = randn(1, 5, 12, device=device), {"top_k": 2, "moe_top_k": 2}
+    weights = block_weights(12, 2, 3, 8, 4, 8, device=device, dtype=torch.float32)
+    (h, (logits_v, logits_o)), head = F.switchhead_forward(x, weights.attention, top_k=2, return_logits=True)
+    (y, logits), block = F.switchall_forward(x, weights, **moe)
+    for backward, saved, other, grads in (
+        (F.switchhead_backward, head, block, ((logits_v[:4], None), (None, logits_o[..., :2]))),
+        (F.switchall_backward, block, head, (logits[:, :4], logits[..., :2])),
+    ):
+        for wrong in (h[:, :4], h[..., :11], h[0]):
+            with refused(ValueError, "grad_y must have shape"):
+                backward(wrong, saved)
+        for wrong in grads:
+            with refused(ValueError, "grad_logits.* must have shape"):
+                backward(y, saved, wrong)
+        with refused(TypeError, "saved must be a Saved, got tuple"):
+            backward(y, tuple(saved))
+        with refused(ValueError, "saved must come from"):
+            backward(y, other)
+    with refused(TypeError, "bogus"):
+        F.switchhead_forward(x, weights.attention, top_k=2, bogus=1)
+    for extra in ("bogus", "k_src", "return_logits"):
+        with refused(TypeError, extra):
+            F.switchall_forward(x, weights, **moe, **{extra: x})
+
+
+def test_bfloat16_composed(device):
+    """Several launches share a tensor, or its float32 copy under the interpreter: none may write to another's."""
+    x, sel = (randn(*shape, device=device, dtype=torch.bfloat16) for shape in ((9, 16), (6, 16)))
+    w = randn(6, 16, 8, device=device, dtype=torch.bfloat16, scale=0.25)
+    experts = F.gating(x.detach(), sel.detach(), n_heads=2, top_k=2).experts
+
+    def kernel(x, sel, w):
+        return F.value_projection(x, w, F.gating(x, sel, n_heads=2, top_k=2))
+
+    def twin(x, sel, w):
+        gate = reference.gating(x, sel, n_heads=2, top_k=2, experts=experts)
+        return reference.value_projection(x, w, gate.weights, experts)
+
+    check(kernel, twin, {"x": x, "sel": sel, "w": w})
+
+    weights = block_weights(16, 2, 3, 8, 5, 8, device=device, dtype=torch.bfloat16)
+    x, options = randn(1, 5, 16, device=device, dtype=torch.bfloat16), {"top_k": 2, "moe_top_k": 2}
+    leaves = [t for _, t in testing._leaves((x, weights), "")]
+    y = F.switchall(F.switchall(x, weights, **options)[0], weights, **options)[0]
+    first = torch.autograd.grad(y.float().sum(), leaves, retain_graph=True)
+    again = torch.autograd.grad(y.float().sum(), leaves, retain_graph=True)
+    (h, _), saved_1 = F.switchall_forward(x, weights, **options)
+    (y2, _), saved_2 = F.switchall_forward(h, weights, **options)
+    g2 = F.switchall_backward(torch.ones_like(y2), saved_2)
+    g1 = F.switchall_backward(g2.x, saved_1)
+    by_hand = [g1.x, *(a + b for (_, a), (_, b) in zip(*(testing._leaves(g.weights, "") for g in (g1, g2)), strict=True))]
+    assert torch.equal(y, y2)
+    for a, b, c in zip(first, again, by_hand, strict=True):
+        assert torch.equal(a, b) and torch.equal(a, c)
+
+
+def no_tokens(device):
+    """name: (call, the shapes it returns, weights that must get zero gradients)"""
+
+    def plain(*shape):
+        return randn(*shape, device=device)
+
+    head = head_weights(12, 2, 3, 8, device=device, dtype=torch.float32)
+    dense = head_weights(12, 2, 1, 8, device=device, dtype=torch.float32)
+    xl = head_weights(12, 2, 3, 8, device=device, dtype=torch.float32, xl=True)
+    block = block_weights(12, 2, 3, 8, 4, 8, device=device, dtype=torch.float32, bias=True)
+    w, sel = plain(6, 12, 8), plain(6, 12)
+    no_routes = F.gating(plain(0, 12), plain(6, 12), n_heads=2, top_k=2)
+    one, none = plain(2, 0, 12), plain(0, 4, 12)
+    return {
+        "gating": (lambda: F.gating(one, sel, n_heads=2, top_k=2)[:3], [(0, 2, 2), (0, 2, 2), (0, 2, 3)], sel),
+        "value": (lambda: F.value_projection(one, w, no_routes), [(2, 0, 2, 8)], w),
+        "output": (lambda: F.output_projection(plain(2, 0, 2, 12), w, no_routes), [(2, 0, 8)], w),
+        "sigma_moe": (lambda: F.sigma_moe(one, block.moe, top_k=2), [(2, 0, 12), (2, 0, 4)], block.moe),
+        "switchhead T": (lambda: F.switchhead(one, head, top_k=2), [(2, 0, 12)], head),
+        "switchhead B": (lambda: F.switchhead(none, head, top_k=2), [(0, 4, 12)], head),
+        "switchhead dense": (lambda: F.switchhead(one, dense, top_k=1), [(2, 0, 12)], dense),
+        "switchhead xl": (lambda: F.switchhead(none, xl, top_k=2, position=F.XL()), [(0, 4, 12)], xl),
+        "switchhead memory": (lambda: F.switchhead(one, head, top_k=2, k_src=plain(2, 3, 12)), [(2, 0, 12)], head),
+        "switchall T": (lambda: F.switchall(one, block, top_k=2, moe_top_k=2), [(2, 0, 12), (2, 0, 4)], block),
+        "switchall B": (lambda: F.switchall(none, block, top_k=2, moe_top_k=2), [(0, 4, 12), (0, 4, 4)], block),
+    }
+
+
+@pytest.mark.parametrize("name", no_tokens("cpu"))
+def test_no_tokens(name, device):
+    call, shapes, weights = no_tokens(device)[name]
+    outputs = call()
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    assert [tuple(o.shape) for o in outputs] == shapes
+    sum(o.sum() for o in outputs if o.requires_grad).backward()
+    for label, w in testing._leaves(weights, "weights"):
+        assert w.grad is not None and torch.equal(w.grad, torch.zeros_like(w)), label
 
 
 @pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16], ids=str)
@@ -225,19 +421,28 @@ def layers(device):
     }
 
 
-def run(function, tensors):
-    outputs = function(*tensors)
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    loss = sum(o.float().square().sum() for o in outputs if o.is_floating_point())
-    return *outputs, *torch.autograd.grad(loss, tensors)
-
-
 LAYERS = ["gating", "value_projection", "output_projection", "attention", "sigma_moe", "switchhead", "switchhead xl", "switchall"]
 
 
-# torch's own: Dynamo instantiates torch.autograd.Function while tracing one, Inductor imports torch.jit.
+@pytest.mark.parametrize("name", LAYERS)
+def test_strides_do_not_matter(name, device):
+    """Outputs and gradients, of the weights too."""
+    function, *tensors = layers(device)[name]
+    if name == "sigma_moe":
+        tensors += moe_weights(12, 4, 8, device=device, dtype=torch.float32, bias=True)
+        function = lambda x, *w: F.sigma_moe(x, F.SigmaMoEWeights(*w), top_k=2)  # noqa: E731
+    elif name == "switchhead":
+        tensors += head_weights(12, 2, 3, 8, device=device, dtype=torch.float32)[:6]
+        function = lambda x, *w: F.switchhead(x, F.SwitchHeadWeights(*w), top_k=2)  # noqa: E731
+    for a, b in zip(run(function, tensors), run(function, [relaid(t) for t in tensors]), strict=True):
+        assert torch.equal(a, b)
+
+
+# torch's own: Dynamo instantiates torch.autograd.Function while tracing one; Inductor imports torch.jit, deprecated under
+# Python 3.12, and advises TF32 on a GPU.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-@pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")
 @pytest.mark.parametrize("name", LAYERS)
 def test_compiles_as_one_graph(name, device):
     function, *tensors = layers(device)[name]
@@ -294,6 +499,11 @@ def test_runs_on_the_device_of_its_inputs(name):
         ({"seed": "1"}, TypeError, "seed must be an int"),
         ({"o": torch.zeros(6, 7, 12)}, ValueError, r"weights.o must have shape \[6, 8, \*\], got \[6, 7, 12\]"),
         ({"sel_o": None}, ValueError, "weights.sel_o must be a tensor"),
+        ({"x": torch.zeros(1, 5, 12, device="meta")}, ValueError, "x is on meta"),
+        ({"x": torch.zeros(1, 5, 0)}, ValueError, "x must be .*1"),
+        ({"k_src": torch.zeros(1, 5, 12, device="meta")}, ValueError, "k_src is on meta"),
+        ({"seed": torch.tensor([[3]])}, TypeError, "seed must be an int64 scalar tensor"),
+        ({"v": torch.zeros(6, 12, 0)}, ValueError, "weights.q must have shape"),
         ({"q": torch.zeros(15, 12)}, ValueError, r"weights.q must have shape \[H\*P, D\]"),
         ({"pos_to_pk": torch.zeros(16, 12)}, ValueError, r"weights.pos_to_pk is given but position is not XL\(\)"),
         ({"pos_to_pk": torch.zeros(16, 12), "position": F.XL(torch.zeros(16, 12))}, ValueError, "both given"),
@@ -301,12 +511,12 @@ def test_runs_on_the_device_of_its_inputs(name):
 )
 def test_bad_switchhead(change, error, message, device):
     weights = head_weights(12, 2, 3, 8, device=device, dtype=torch.float32)
-    change = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in change.items()}
+    change = {k: v.to(device) if isinstance(v, torch.Tensor) and not v.is_meta else v for k, v in change.items()}
     weights = weights._replace(**{k: change.pop(k) for k in list(change) if k in weights._fields})
     if isinstance(change.get("position"), F.XL):
         change["position"] = F.XL(*(None if t is None else t.to(device) for t in change["position"]))
     arguments = {"x": torch.zeros(1, 5, 12, device=device), "weights": weights, "top_k": 2} | change
-    with pytest.raises(error, match=message):
+    with refused(error, message):
         F.switchhead(arguments.pop("x"), arguments.pop("weights"), **arguments)
 
 
@@ -318,11 +528,14 @@ def test_bad_switchhead(change, error, message, device):
         ({"norm1": torch.ones(12)}, TypeError, "weights.norm1 must be a pair"),
         ({"moe_dropout": 1}, ValueError, "moe_dropout must be at least 0 and below 1"),
         ({"attention_dropout": -1}, ValueError, "attention_dropout must be"),
+        ({"x": torch.zeros(1, 5, 12, device="meta")}, ValueError, "x is on meta"),
+        ({"seed": 2**63}, ValueError, "seed must be"),
     ],
 )
 def test_bad_switchall(change, error, message, device):
     weights = block_weights(12, 2, 3, 8, 4, 8, device=device, dtype=torch.float32)
     weights = weights._replace(**{k: change[k] for k in change if k in weights._fields})
-    arguments = {"top_k": 2, "moe_top_k": 2} | {k: v for k, v in change.items() if k not in weights._fields}
-    with pytest.raises(error, match=message):
-        F.switchall(torch.zeros(1, 5, 12, device=device), weights, **arguments)
+    arguments = {"x": torch.zeros(1, 5, 12, device=device), "weights": weights, "top_k": 2, "moe_top_k": 2}
+    arguments |= {k: v for k, v in change.items() if k not in weights._fields}
+    with refused(error, message):
+        F.switchall(**arguments)

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from cases import ALL_DTYPES, CPU_DTYPES, check, randn
+from cases import ALL_DTYPES, CPU_DTYPES, check, randn, refused
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -72,6 +72,7 @@ def test_selection_survives_ties_nan_and_infinities(data, E, mode, device):
         torch.testing.assert_close(r.weights[0], logits.gather(1, r.experts[0].long()).sigmoid(), equal_nan=True)
 
 
+@pytest.mark.smoke
 @given(seed=st.integers(0, 2**63 - 1), delta=st.sampled_from([0.1, 0.5, 0.97]))
 def test_expert_dropout_is_the_documented_function_of_the_seed(seed, delta, device):
     x, sel = randn(17, 11, device=device), randn(10, 11, device=device)
@@ -127,11 +128,12 @@ def test_strides_do_not_matter(data, device):
         assert torch.equal(a, b)
 
 
-def test_no_tokens(device):
-    x, sel = randn(0, 12, device=device), randn(10, 12, device=device)
-    r = F.gating(x, sel, n_heads=2, top_k=2)
-    (r.weights.sum() + r.logits.sum()).backward()
-    assert r.experts.shape == (0, 2, 2) and not sel.grad.any()
+@pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
+def test_expanded_tokens(dtype, device):
+    row, sel = randn(12, device=device, dtype=dtype), randn(10, 12, device=device, dtype=dtype)
+    expanded, contiguous = (F.gating(x, sel, n_heads=2, top_k=2) for x in (row.expand(9, 12), row.repeat(9, 1)))
+    for a, b in zip(expanded, contiguous, strict=True):
+        assert torch.equal(a, b)
 
 
 def test_plan_sorts_the_routes_stably_by_expert(device):
@@ -162,11 +164,19 @@ def test_double_backward_is_refused(device):
         ({"x": torch.zeros(3, 12, dtype=torch.float64)}, TypeError, "x has dtype torch.float64"),
         ({"x": [1.0]}, TypeError, "x must be a torch.Tensor, got list"),
         ({"sel": torch.zeros(10, 12, device="meta")}, ValueError, "sel is on meta, expected"),
+        ({"x": torch.zeros(3, 12, device="meta")}, ValueError, "x is on meta"),
+        ({"x": torch.zeros(3, 0), "sel": torch.zeros(10, 0)}, ValueError, "x must be .*1"),
+        ({"sel": torch.zeros(0, 12)}, ValueError, "sel must have"),
+        ({"training": "no"}, TypeError, "training must be a bool, got str"),
         ({"seed": 1.5}, TypeError, "seed must be an int"),
+        ({"seed": 2**63}, ValueError, "seed must be"),
+        ({"seed": torch.tensor([[3]])}, TypeError, r"seed must be an int64 scalar tensor, got .* \[1, 1\]"),
+        ({"seed": torch.tensor(3, dtype=torch.int32)}, TypeError, "seed must be an int64 scalar tensor, got torch.int32"),
+        ({"seed": torch.tensor(3, device="meta")}, ValueError, "seed is on meta"),
     ],
 )
 def test_bad_input(change, error, message, device):
     arguments = {"x": torch.zeros(3, 12), "sel": torch.zeros(10, 12), "n_heads": 2, "top_k": 2} | change
     arguments = {k: v.to(device) if isinstance(v, torch.Tensor) and v.device.type != "meta" else v for k, v in arguments.items()}
-    with pytest.raises(error, match=message):
+    with refused(error, message):
         F.gating(arguments.pop("x"), arguments.pop("sel"), **arguments)

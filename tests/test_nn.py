@@ -60,6 +60,13 @@ def test_initialisation():
     assert not torch.equal(before, moe.keys)
 
 
+@pytest.mark.parametrize("n_experts", [1, 2])
+def test_a_model_width_of_one_initialises_to_finite_values(n_experts):
+    for seed in range(20):
+        torch.manual_seed(seed)
+        assert all(p.isfinite().all() for p in nn.SigmaMoE(1, n_experts, 4, 1).parameters())
+
+
 @pytest.mark.parametrize("position", ["rope", "xl", None])
 @pytest.mark.parametrize("n_experts", [1, 3])
 def test_module_is_one_functional_call(position, n_experts, device):

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from cases import ALL_DTYPES, CPU_DTYPES, check, choices, moe_weights, on_a_grid, randn
+from cases import ALL_DTYPES, CPU_DTYPES, check, choices, moe_weights, on_a_grid, randn, refused, relaid, run
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -122,6 +122,25 @@ def test_strides_do_not_matter(data, device):
     assert torch.equal(o, again)
 
 
+ROUTINGS = {  # the same weights [N, 2, 2] in other layouts
+    "part": lambda weights: torch.cat([weights, torch.full_like(weights, torch.nan)], -1)[:, :, :2],
+    "expanded": lambda weights: weights[:1, :1, :1].expand(weights.shape),
+    "relaid": lambda weights: relaid(weights),
+}
+
+
+@pytest.mark.parametrize("layout", ROUTINGS)
+@pytest.mark.parametrize("call", [value, output])
+def test_strides_of_the_routing_do_not_matter(call, layout, device):
+    x, w = randn(*((9, 10) if call is value else (9, 2, 10)), device=device), randn(6, 10, 7, device=device)
+    weights = ROUTINGS[layout](randn(9, 2, 2, device=device).detach()).requires_grad_()
+    experts = choices(9, 2, 3, 2, device=device)
+    expected = run(lambda *t: call(*t, experts), (x, w, weights.detach().contiguous().requires_grad_()))
+    again = run(lambda *t: call(*t, relaid(experts)), (relaid(x), relaid(w), weights))
+    for a, b in zip(expected, again, strict=True):
+        assert torch.equal(a, b)
+
+
 def test_unused_experts_may_hold_nan_and_get_zero_gradients(device):
     N, D, H, E, K, P = 9, 10, 1, 4, 2, 7
     experts = choices(N, H, E, K, device=device, used=2)
@@ -152,22 +171,25 @@ def test_autocast_casts_and_returns_gradients_in_the_parameters_dtype(device):
 ACTIVATIONS = pytest.mark.parametrize("activation", F.ACTIVATIONS)
 
 
-def check_moe(N, D, E, K, G, activation, dtype, device, *, bias=True, mode="sigmoid", d_out=None, **options):
+def check_moe(N, D, E, K, G, activation, dtype, device, *, bias=True, mode="sigmoid", d_out=None, gate_input=False, **options):
     gated = activation in ("swiglu", "geglu")
     weights = moe_weights(D, E, G, device=device, dtype=dtype, gated=gated, bias=bias, d_out=d_out)
     x = randn(N, D, device=device, dtype=dtype)
     if activation == "relu":
         x, keys = on_a_grid(x, 1 / 4), on_a_grid(weights.keys, 1 / 128)
         weights = weights._replace(keys=keys, bias=None if weights.bias is None else on_a_grid(weights.bias, 1 / 4))
-    experts = F.gating(x.detach(), weights.expert_sel.detach(), top_k=K).experts
+    inputs = {"x": x, "weights": weights}
+    if gate_input:
+        inputs["gate_input"] = randn(N, D, device=device, dtype=dtype, seed=5)
+    experts = F.gating(inputs.get("gate_input", x).detach(), weights.expert_sel.detach(), top_k=K).experts
 
-    def kernel(x, weights):
-        return F.sigma_moe(x, weights, top_k=K, activation=activation, mode=mode)
+    def kernel(**inputs):
+        return F.sigma_moe(**inputs, top_k=K, activation=activation, mode=mode)
 
-    def twin(x, weights):
-        return reference.sigma_moe(x, weights, top_k=K, activation=activation, mode=mode, experts=experts)
+    def twin(**inputs):
+        return reference.sigma_moe(**inputs, top_k=K, activation=activation, mode=mode, experts=experts)
 
-    check(kernel, twin, {"x": x, "weights": weights}, **options)
+    check(kernel, twin, inputs, **options)
 
 
 @pytest.mark.smoke
@@ -192,6 +214,29 @@ def test_mlp_at_size(shape, activation, dtype, device):
     check_moe(*shape, activation, dtype, device, repeats=2, at_size=True)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["softmax", "softmax_topk"])
+@pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
+def test_mlp_softmax_and_gate_input_at_size(dtype, mode, device):
+    check_moe(2049, 412, 16, 4, 128, "gelu", dtype, device, mode=mode, gate_input=True, d_out=500, repeats=1, at_size=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
+def test_strides_at_size(dtype, device):
+    N, D, H, E, K, P = 3001, 412, 2, 5, 3, 76
+    x, a = randn(D, N, device=device, dtype=dtype), randn(H, N, P, device=device, dtype=dtype)
+    w = randn(H * E, P, D, device=device, dtype=dtype, scale=D**-0.5)
+    gates = {
+        "weights": randn(K, H, N, device=device).detach().sigmoid().permute(2, 1, 0).requires_grad_(),
+        "experts": choices(N, H, E, K, device=device),
+    }
+    x, a, wide = (t.detach().transpose(*axes).requires_grad_() for t, axes in ((x, (0, 1)), (a, (0, 1)), (w, (1, 2))))
+    check(value, reference.value_projection, {"x": x, "w": wide} | gates, at_size=True)
+    check(output, reference.output_projection, {"a": a, "w": w} | gates, at_size=True)
+
+
+@pytest.mark.smoke
 def test_mlp_gate_input_and_dropouts_follow_the_reference(device):
     weights = moe_weights(12, 6, 8, device=device, dtype=torch.float32, gated=True, bias=True)
     options = {"activation": "swiglu", "top_k": 3, "dropout": 0.3, "expert_dropout": 0.4, "training": True, "seed": 11}
@@ -208,9 +253,9 @@ def test_mlp_gate_input_and_dropouts_follow_the_reference(device):
 
 def test_dropout_keeps_the_mean(device):
     weights = moe_weights(12, 6, 8, device=device, dtype=torch.float32)
-    x = randn(4, 12, device=device)
-    runs = [F.sigma_moe(x, weights, top_k=2, dropout=0.5, training=True, seed=s)[0] for s in range(60)]
-    mean, clean = torch.stack(runs).mean(0), F.sigma_moe(x, weights, top_k=2)[0]
+    x = randn(4, 12, device=device).expand(200, 4, 12)
+    mean = F.sigma_moe(x, weights, top_k=2, dropout=0.5, training=True, seed=1)[0].mean(0)
+    clean = F.sigma_moe(x[0], weights, top_k=2)[0]
     assert (mean - clean).abs().mean() < 0.25 * clean.abs().mean()
 
 
@@ -227,8 +272,20 @@ def test_entropy_regularizer(N, E, spread, device):
     assert loss <= 1e-6
 
 
-def routing(N=3, H=2, K=2, E=3):
-    return F.Routing(torch.ones(N, H, K), choices(N, H, E, K, device="cpu"))
+def test_entropy_regularizer_of_an_impossible_expert_is_that_of_the_others(device):
+    logits = randn(6, 5, device=device, requires_grad=False)
+    logits[:, 2] = -torch.inf
+    logits.requires_grad_()
+    others = logits.detach()[:, [0, 1, 3, 4]].requires_grad_()
+    loss, expected = F.entropy_regularizer(logits), F.entropy_regularizer(others)
+    torch.testing.assert_close(loss, expected)
+    (loss + expected).backward()
+    torch.testing.assert_close(logits.grad[:, [0, 1, 3, 4]], others.grad)
+    assert not logits.grad[:, 2].any()
+
+
+def routing(N=3, H=2, K=2, E=3, device="cpu"):
+    return F.Routing(torch.ones(N, H, K, device=device), choices(N, H, E, K, device=device) if H else torch.ones(N, H, K).int())
 
 
 X, W, A, WO = torch.zeros(3, 5), torch.zeros(6, 5, 8), torch.zeros(3, 2, 8), torch.zeros(6, 8, 5)
@@ -243,12 +300,22 @@ X, W, A, WO = torch.zeros(3, 5), torch.zeros(6, 5, 8), torch.zeros(3, 2, 8), tor
         (lambda: F.value_projection(X, W, (1, 2)), TypeError, "routing must be a Routing, got tuple"),
         (lambda: F.output_projection(A[:, [0, 1, 1]], WO, routing()), ValueError, r"a must have shape \[\.\.\., 2, 8\]"),
         (lambda: F.output_projection(A, WO.half(), routing()), TypeError, "w has dtype torch.float16"),
+        (lambda: F.value_projection(X[:, :0], W[:, :0], routing()), ValueError, "x must be .*1"),
+        (lambda: F.value_projection(X, W[..., :0], routing()), ValueError, "w must be .*1"),
+        (lambda: F.output_projection(A[..., :0], WO[:, :0], routing()), ValueError, "(a|w) must be .*1"),
+        (lambda: F.output_projection(A, WO[..., :0], routing()), ValueError, "w must be .*1"),
+        (lambda: F.value_projection(X, W, routing(H=0)), ValueError, "routing"),
+        (lambda: F.output_projection(A, WO, routing(H=0)), ValueError, "routing"),
+        (lambda: F.value_projection(X, W, routing(K=0)), ValueError, "routing"),
+        (lambda: F.value_projection(X.to("meta"), W, routing()), ValueError, "x is on meta"),
+        (lambda: F.output_projection(A.to("meta"), WO, routing()), ValueError, "a is on meta"),
+        (lambda: F.value_projection(X, W, routing(device="meta")), ValueError, "routing.weights is on meta"),
     ],
 )
 def test_bad_projections(call, error, message, device):
     if device == "cuda":
         pytest.skip("the arguments are on the CPU")
-    with pytest.raises(error, match=message):
+    with refused(error, message):
         call()
 
 
@@ -262,10 +329,13 @@ def test_bad_projections(call, error, message, device):
         ({"gate_input": torch.zeros(4, 11)}, ValueError, r"gate_input must have shape \[4, 12\]"),
         ({"activation": "swiglu"}, ValueError, r"weights.values must have shape \[6, 4, \*\], got \[6, 8, 12\]"),
         ({"training": 1}, TypeError, "training must be a bool"),
+        ({"x": torch.zeros(4, 12, device="meta")}, ValueError, "x is on meta"),
+        ({"x": torch.zeros(4, 0)}, ValueError, "x must be .*1"),
+        ({"seed": 2**63}, ValueError, "seed must be"),
     ],
 )
 def test_bad_mlp(change, error, message, device):
     weights = moe_weights(12, 6, 8, device=device, dtype=torch.float32)
-    arguments = {"weights": weights, "top_k": 2} | change
-    with pytest.raises(error, match=message):
-        F.sigma_moe(torch.zeros(4, 12, device=device), arguments.pop("weights"), **arguments)
+    arguments = {"x": torch.zeros(4, 12, device=device), "weights": weights, "top_k": 2} | change
+    with refused(error, message):
+        F.sigma_moe(**arguments)

@@ -161,20 +161,20 @@ def _seed():
 
 def _route(dtype, N, H, E, TOP_K, D):
     """weights, experts, order, offsets"""
-    from .kernels import common, gating
+    from .kernels import gating
 
     args = _empty(dtype, N, D), _empty(dtype, H * E, D), None, H, TOP_K, "sigmoid", 0.0, 0
-    weights, experts, _ = gating.gating_forward(*args, common.input_precision(dtype))
+    weights, experts, _ = gating.gating_forward(*args)
     return weights, experts, *gating.routing_plan(experts, E)
 
 
 def _gating(dtype, H, E, TOP_K, D, mode, dropout, N=4096):
     import torch
 
-    from .kernels import common, gating
+    from .kernels import gating
 
     x, sel, seed = _empty(dtype, N, D), _empty(dtype, H * E, D), _seed() if dropout else None
-    routing = gating.gating_forward(x, sel, seed, H, TOP_K, mode, dropout, 0, common.input_precision(dtype))
+    routing = gating.gating_forward(x, sel, seed, H, TOP_K, mode, dropout, 0)
     gating.routing_plan(routing[1], E)
     gating.gating_backward(torch.empty_like(routing[0]), torch.empty_like(routing[2]), x, sel, *routing, mode)
 

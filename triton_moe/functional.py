@@ -166,9 +166,13 @@ class SwitchAllGradients(NamedTuple):
 # ---- shared by the functions below
 
 
+def _autocast(x: Tensor) -> bool:
+    """Whether torch.autocast applies to x; on a device that has none `_check.same` then says what is wrong."""
+    return x.device.type in ("cuda", "cpu") and torch.is_autocast_enabled(x.device.type)
+
+
 def _compute_dtype(x: Tensor) -> torch.dtype:
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    return torch.get_autocast_dtype(x.device.type) if _autocast(x) else x.dtype
 
 
 def _cast(dtype: torch.dtype, *tensors: Tensor | None) -> tuple[Any, ...]:
@@ -231,8 +235,7 @@ def _sum_leading(x: Tensor, keep: int) -> Tensor:
 class _Gating(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, sel, seed, n_heads, top_k, mode, dropout, stream):
-        precision = input_precision(x.dtype)
-        weights, experts, logits = gating_forward(x, sel, seed, n_heads, top_k, mode, dropout, stream, precision)
+        weights, experts, logits = gating_forward(x, sel, seed, n_heads, top_k, mode, dropout, stream)
         ctx.mark_non_differentiable(experts)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, sel, weights, experts, logits)
@@ -270,7 +273,7 @@ def gating(
     _check.tensor("x", x, ndim=1)
     D = _check.integer("the width of x", x.shape[-1], 1)
     _check.tensor("sel", sel, None, D)
-    autocast = torch.is_autocast_enabled(x.device.type)
+    autocast = _autocast(x)
     _check.same(x, {"x": x, "sel": sel}, autocast=autocast)
     _check_gate("sel", sel, n_heads, top_k)
     _check.choice("mode", mode, MODES)
@@ -358,7 +361,7 @@ def output_projection(a: Tensor, w: Tensor, routing: Routing) -> Tensor:
 def _routed(x: Tensor, N: int, w: Tensor, routing: Routing, tensors: dict) -> tuple[Routing, tuple[Tensor, ...]]:
     """Check a routing against N tokens and the experts of w; complete its plan; cast the tensors."""
     _check.instance("routing", routing, Routing)
-    _check.same(x, tensors, autocast=torch.is_autocast_enabled(x.device.type))
+    _check.same(x, tensors, autocast=_autocast(x))
     weights = _check.tensor("routing.weights", routing.weights, N, None, None)
     experts = _check.tensor("routing.experts", routing.experts, *weights.shape)
     if weights.dtype != torch.float32 or experts.dtype != torch.int32:
@@ -502,7 +505,7 @@ def attention(
         }
     elif position is not None:
         raise TypeError(f"position must be RoPE, XL or None, got {type(position).__name__}")
-    _check.same(q, tensors, autocast=torch.is_autocast_enabled(q.device.type))
+    _check.same(q, tensors, autocast=_autocast(q))
     _check_masks(B, T, S, causal, window, key_padding_mask, cu_seqlens, max_seqlen, position, q.device)
     scale = P**-0.5 if scale is None else _check.number("scale", scale)
     dtype = _compute_dtype(q)
@@ -567,9 +570,7 @@ class _MoEConfig(NamedTuple):
 def _moe_forward(x, gate_input, keys, values, expert_sel, bias, o_bias, seed, c: _MoEConfig):
     """x [N, D], gate_input [N, D] or None -> y [N, D_out], logits [N, E], and the tensors `_moe_backward` takes."""
     gate_x = x if gate_input is None else gate_input
-    weights, experts, logits = gating_forward(
-        gate_x, expert_sel, seed, 1, c.top_k, c.mode, c.expert_dropout, STREAM_GATE, c.precision
-    )
+    weights, experts, logits = gating_forward(gate_x, expert_sel, seed, 1, c.top_k, c.mode, c.expert_dropout, STREAM_GATE)
     order, offsets = routing_plan(experts, expert_sel.shape[0])
     y, z = mlp_forward(
         x, keys, values, bias, o_bias, seed, weights, experts, order, offsets,
@@ -671,7 +672,7 @@ def _check_moe(x, weights, top_k, gate_input, activation, mode, dropout, expert_
     if gate_input is not None:
         _check.tensor("gate_input", gate_input, *x.shape)
     tensors = {"x": x, "gate_input": gate_input, **{f"weights.{k}": v for k, v in weights._asdict().items()}}
-    _check.same(x, tensors, autocast=torch.is_autocast_enabled(x.device.type))
+    _check.same(x, tensors, autocast=_autocast(x))
     p, delta = (
         _check.probability(f"{what}dropout", dropout),
         _check.probability(f"{what}expert_dropout", expert_dropout),
@@ -693,9 +694,9 @@ def entropy_regularizer(logits: Tensor) -> Tensor:
     if logits.numel() == 0:
         raise ValueError(f"logits must hold at least one token and one expert, got shape {list(logits.shape)}")
     log_p = torch.log_softmax(logits.reshape(_tokens(logits), logits.shape[-1]).float(), dim=-1)
+    log_p = log_p.clamp(min=-1e4)  # 0 log 0 = 0 for an expert that is impossible
     log_mean = torch.logsumexp(log_p, dim=0) - math.log(log_p.shape[0])
-    p = log_mean.exp()
-    return torch.sum(p * log_mean.masked_fill(p == 0, 0.0))  # 0 log 0 = 0
+    return torch.sum(log_mean.exp() * log_mean)
 
 
 # ---- SwitchHead
@@ -737,7 +738,7 @@ def _head_forward(x, k_src, v_src, q, k, v, o, sel_v, sel_o, pos, mask, cu_seqle
     x2, k2, v2 = x.reshape(B * T, D), ks.reshape(B * S, D), vs.reshape(B * S, D)
 
     def route(tokens, sel, stream):
-        weights, experts, logits = gating_forward(tokens, sel, seed, H, c.top_k, "sigmoid", c.expert_dropout, stream, c.precision)
+        weights, experts, logits = gating_forward(tokens, sel, seed, H, c.top_k, "sigmoid", c.expert_dropout, stream)
         return weights, experts, logits, *routing_plan(experts, sel.shape[0] // H)
 
     route_o = route(x2, sel_o, STREAM_GATE_O)
@@ -924,7 +925,7 @@ def _check_head(
     _check.same(
         x,
         {"x": x, "k_src": k_src, "v_src": v_src, **names, "position.weight": pos},
-        autocast=torch.is_autocast_enabled(x.device.type),
+        autocast=_autocast(x),
     )
     _check_masks(B, T, S, causal, window, key_padding_mask, cu_seqlens, max_seqlen, position, x.device)
     p = _check.probability(f"{what}dropout", dropout)
@@ -1137,7 +1138,7 @@ def _check_block(
             raise ValueError(f"{name} must produce width {D} like x, for the residual, got {width}")
     norms = {"weights.norm1": weights.norm1[0], "norm1 bias": weights.norm1[1], "weights.norm2": weights.norm2[0]}
     norms["norm2 bias"] = weights.norm2[1]
-    _check.same(x, {"x": x, **norms}, autocast=torch.is_autocast_enabled(x.device.type))
+    _check.same(x, {"x": x, **norms}, autocast=_autocast(x))
     p = _check.probability("dropout", dropout)
     return _BlockConfig(float(eps), float(training) * p, head, moe), pos
 

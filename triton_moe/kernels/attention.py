@@ -232,7 +232,7 @@ def _attention_fwd_kernel(
         v = _load_rows(v_ptr, offs_n, stride_vt, keep, PV, BLOCK_PV)
         acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
 
-    empty = m == float("-inf")
+    empty = total == 0.0  # not where a score was NaN
     total = tl.where(empty, 1.0, total)
     if EXACT:
         o = tl.div_rn(acc, tl.broadcast_to(total[:, None], (BLOCK_M, BLOCK_PV)))

@@ -57,7 +57,7 @@ def _gating_fwd_kernel(
     x_ptr, sel_ptr, seed_ptr, logits_ptr, weights_ptr, experts_ptr,
     N, D: tl.constexpr, stride_xn: tl.constexpr, stride_se: tl.constexpr, dropout,
     H: tl.constexpr, E: tl.constexpr, TOP_K: tl.constexpr, MODE: tl.constexpr, STREAM: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
@@ -76,7 +76,7 @@ def _gating_fwd_kernel(
             offs_d = d + i * BLOCK_D + tl.arange(0, BLOCK_D)
             x = tl.load(x_ptrs + offs_d[None, :], mask=mask_n[:, None] & (offs_d < D)[None, :], other=0.0)
             sel = tl.load(sel_ptrs + offs_d[:, None], mask=mask_e[None, :] & (offs_d < D)[:, None], other=0.0)
-            part = tl.dot(x, sel, part, input_precision=PRECISION)
+            part = tl.dot(x, sel, part, input_precision="ieee")  # logits are never rounded below float32
         logits += part
 
     mask = mask_n[:, None] & mask_e[None, :]
@@ -148,7 +148,7 @@ def _gating_bwd_kernel(
     tl.store(dlogits_ptr + offs, dlogits, mask=mask)
 
 
-def _gating_forward_fake(x, sel, seed, n_heads, top_k, mode, dropout, stream, precision):
+def _gating_forward_fake(x, sel, seed, n_heads, top_k, mode, dropout, stream):
     N, E = x.shape[0], sel.shape[0] // n_heads
     return (
         x.new_empty(N, n_heads, top_k, dtype=torch.float32),
@@ -160,13 +160,13 @@ def _gating_forward_fake(x, sel, seed, n_heads, top_k, mode, dropout, stream, pr
 @opaque(_gating_forward_fake)
 def gating_forward(
     x: torch.Tensor, sel: torch.Tensor, seed: torch.Tensor | None, n_heads: int, top_k: int, mode: str, dropout: float,
-    stream: int, precision: str,
+    stream: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """x [N, D], sel [H*E, D] -> weights [N, H, TOP_K], experts [N, H, TOP_K], logits [N, H, E]."""
     x, sel = rows(x), rows(sel)
     N, D = x.shape
     H, E = n_heads, sel.shape[0] // n_heads
-    weights, experts, logits = _gating_forward_fake(x, sel, seed, n_heads, top_k, mode, dropout, stream, precision)
+    weights, experts, logits = _gating_forward_fake(x, sel, seed, n_heads, top_k, mode, dropout, stream)
     config = dict(tuning.lookup(CONFIGS["gating_fwd"], x.dtype, INTERPRET))
     BLOCK_E = next_power_of_2(E)
     if BLOCK_E > 64 and not INTERPRET:  # a tile of logits stays within the registers, one of sel within shared memory
@@ -177,7 +177,7 @@ def gating_forward(
         _gating_fwd_kernel, (cdiv(N, config["BLOCK_N"]) * H,),
         x, sel, seed if seed is not None else experts, logits, weights, experts,
         N, D, x.stride(0), sel.stride(0), dropout,
-        H=H, E=E, TOP_K=top_k, MODE=mode, STREAM=stream, HAS_DROPOUT=dropout > 0, PRECISION=precision,
+        H=H, E=E, TOP_K=top_k, MODE=mode, STREAM=stream, HAS_DROPOUT=dropout > 0,
         BLOCK_E=BLOCK_E, **config,
     )  # fmt: skip
     return weights, experts, logits

@@ -209,7 +209,8 @@ def _grouped_dw_kernel(
     dw_ptrs = dw_ptr + group.to(tl.int64) * I * J + offs_i.to(tl.int64)[:, None] * J + offs_j[None, :]
     tl.store(dw_ptrs, acc.to(dw_ptr.dtype.element_ty), mask=mask_i[:, None] & mask_j[None, :])
     if HAS_BIAS:
-        tl.store(dbias_ptr + group * J + offs_j, dbias.to(dbias_ptr.dtype.element_ty), mask=mask_j & (pid_i == 0))
+        if pid_i == 0:
+            tl.store(dbias_ptr + group * J + offs_j, dbias.to(dbias_ptr.dtype.element_ty), mask=mask_j)
 
 
 @triton.jit
@@ -539,6 +540,7 @@ def mlp_forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """x [N, D], keys [E, D, G or 2G], values [E, G, D_out] -> y [N, D_out] and the pre-activation z [N*TOP_K, G or 2G]."""
     TOP_K = weights.shape[-1]
+    bias, o_bias = (None if b is None else b.contiguous() for b in (bias, o_bias))
     z = _grouped_gemm(rows(x), keys, bias, order, offsets, TOP_K, precision)
     R, G, args, meta = _activation_args(z, weights, experts, seed, activation, dropout, stream)
     u = z.new_empty(R, G)

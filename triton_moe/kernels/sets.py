@@ -34,7 +34,7 @@ from .common import INTERPRET, cdiv, find_tile, key_dtype, launch, next_power_of
 CONFIGS = {
     "gather": {
         "half": {"BLOCK_M": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 4},
-        "half_small": {"BLOCK_M": 64, "BLOCK_K": 32, "num_warps": 8, "num_stages": 2},
+        "half_small": {"BLOCK_M": 32, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2},
         "interpret": {"BLOCK_M": 64, "BLOCK_K": 128, "num_warps": 1, "num_stages": 1},
     },
     "spread": {
