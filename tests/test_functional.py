@@ -374,9 +374,15 @@ def no_tokens(device):
     }
 
 
-@pytest.mark.parametrize("name", no_tokens("cpu"))
+NO_TOKENS = ["gating", "value", "output", "sigma_moe", "switchall T", "switchall B"]
+NO_TOKENS += [f"switchhead {kind}" for kind in ("T", "B", "dense", "xl", "memory")]
+
+
+@pytest.mark.parametrize("name", NO_TOKENS)
 def test_no_tokens(name, device):
-    call, shapes, weights = no_tokens(device)[name]
+    cases = no_tokens(device)
+    assert set(cases) == set(NO_TOKENS)
+    call, shapes, weights = cases[name]
     outputs = call()
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     assert [tuple(o.shape) for o in outputs] == shapes

@@ -103,7 +103,7 @@ def check(
         # The gradient of the scores is a difference; where it vanishes (a single key) its terms set the scale.
         terms = None if t.abs().max() > 1e-6 else scale * math.sqrt(Pv)
         # Tiny float32 tensors of long sums; at realistic size test_attention.py grants nothing.
-        assert_close(actual, t.double(), w, name=name, scale=terms, ulps=64.0)
+        assert_close(actual, t.double(), w, name=name, scale=terms, ulps=128.0)
     return o, lse, *gradients
 
 

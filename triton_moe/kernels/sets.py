@@ -148,16 +148,17 @@ def _gather_kernel(
     mask_p = offs_p < P
     x_ptrs = x_ptr + (row // H)[:, None] * stride_xn
     w_ptrs = w_ptr + h * E * stride_wg + offs_p[None, :] * stride_wn
-    e0 = tl.load(experts_ptr + row0 * TOP_K)
+    experts = tl.load(experts_ptr + row0 * TOP_K + tl.arange(0, 4), mask=tl.arange(0, 4) < TOP_K, other=E)
+    e0 = tl.min(experts, 0).to(tl.int64)  # in ascending order: the sum's, whichever row is the tile's first
     acc0 = tl.zeros((BLOCK_M, BLOCK_P), tl.float32)
     if TOP_K > 1:
-        e1 = tl.load(experts_ptr + row0 * TOP_K + 1)
+        e1 = tl.min(tl.where(experts > e0, experts, E), 0).to(tl.int64)
         acc1 = tl.zeros((BLOCK_M, BLOCK_P), tl.float32)
     if TOP_K > 2:
-        e2 = tl.load(experts_ptr + row0 * TOP_K + 2)
+        e2 = tl.min(tl.where(experts > e1, experts, E), 0).to(tl.int64)
         acc2 = tl.zeros((BLOCK_M, BLOCK_P), tl.float32)
     if TOP_K > 3:
-        e3 = tl.load(experts_ptr + row0 * TOP_K + 3)
+        e3 = tl.min(tl.where(experts > e2, experts, E), 0).to(tl.int64)
         acc3 = tl.zeros((BLOCK_M, BLOCK_P), tl.float32)
     for k in range(0, D, BLOCK_K):
         offs_k = k + tl.arange(0, BLOCK_K)
