@@ -167,19 +167,23 @@ def test_switchhead_to_another_width(E, device):
 @pytest.mark.smoke
 @pytest.mark.gpu
 def test_tf32_where_torch_allows_it(device):
-    """The twin's products are tf32 too then; gates stay float32."""
+    """Products are tf32 then, about 2**-11 wrong; gates stay float32."""
     matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "tf32"
+    weights = detached(head_weights(512, 2, 5, 64, device=device, dtype=torch.float32))
+    x = randn(2, 500, 512, device=device).detach()
+    _, saved = F.switchhead_forward(x, weights, top_k=2)
+    exact = [t.double() for t in weights if t is not None]
+    truth = reference.switchhead(x.double(), F.SwitchHeadWeights(*exact), top_k=2, position=F.RoPE(), experts=head_choice(saved))
+    before, errors = matmul.fp32_precision, {}
     try:
-        check_switchhead(2, 500, 512, 2, 5, 3, 64, torch.float32, device, at_size=True)
-        x, sel = randn(500, 512, device=device), randn(10, 512, device=device)
-        allowed = F.gating(x, sel, n_heads=2, top_k=2)
-        matmul.fp32_precision = "ieee"
-        for a, b in zip(allowed, F.gating(x, sel, n_heads=2, top_k=2), strict=True):
-            assert torch.equal(a, b)
+        for precision in ("ieee", "tf32"):
+            matmul.fp32_precision = precision
+            y, logits = F.switchhead(x, weights, top_k=2, return_logits=True)
+            errors[precision] = float((y - truth).norm() / truth.norm()), logits
     finally:
         matmul.fp32_precision = before
+    assert errors["ieee"][0] < 2e-6 and 2e-5 < errors["tf32"][0] < 3e-3
+    assert all(torch.equal(a, b) for a, b in zip(errors["ieee"][1], errors["tf32"][1], strict=True))
 
 
 def test_switchhead_dropouts_follow_the_reference(device):
@@ -260,7 +264,9 @@ def test_switchall_dropouts_follow_the_reference(device):
 
 @pytest.mark.gpu
 def test_switchall_dropouts_follow_the_reference_in_bfloat16(device):
-    check_switchall(2, 130, 128, 2, 5, 3, 41, 16, 4, 64, torch.bfloat16, device, training=True, seed=4, **DROPOUTS)
+    check_switchall(
+        2, 130, 128, 2, 5, 3, 41, 16, 4, 64, torch.bfloat16, device, training=True, seed=4, activation="silu", **DROPOUTS
+    )
 
 
 @pytest.mark.gpu
@@ -441,7 +447,10 @@ def test_strides_do_not_matter(name, device):
         tensors += head_weights(12, 2, 3, 8, device=device, dtype=torch.float32)[:6]
         function = lambda x, *w: F.switchhead(x, F.SwitchHeadWeights(*w), top_k=2)  # noqa: E731
     for a, b in zip(run(function, tensors), run(function, [relaid(t) for t in tensors]), strict=True):
-        assert torch.equal(a, b)
+        if device == "cuda" and name.startswith("switch"):  # for q and k, cuBLAS takes another kernel in another layout
+            torch.testing.assert_close(a, b)
+        else:
+            assert torch.equal(a, b)
 
 
 # torch's own: Dynamo instantiates torch.autograd.Function while tracing one; Inductor imports torch.jit, deprecated under
@@ -456,7 +465,10 @@ def test_compiles_as_one_graph(name, device):
     eager = run(function, tensors)
     compiled = run(torch.compile(function, fullgraph=True, backend="inductor" if device == "cuda" else "aot_eager"), tensors)
     for a, b in zip(eager, compiled, strict=True):
-        assert torch.equal(a, b)
+        if device == "cuda" and name == "switchall":  # Inductor has its own LayerNorm
+            torch.testing.assert_close(a, b)
+        else:
+            assert torch.equal(a, b)
 
 
 @pytest.mark.gpu
