@@ -40,7 +40,8 @@ SPILLS: dict[tuple[str, str, str], int] = {
     ("_grouped_dw_kernel", "float32", "sm_100"): 24,
 }
 
-HALF_ONLY = {"_keys_kernel", "_lists_kernel", "_gather_kernel", "_spread_kernel"}  # kernels/sets.py
+# kernels/sets.py, and a kernel that float32 needs with tf32 only.
+HALF_ONLY = {"_keys_kernel", "_lists_kernel", "_gather_kernel", "_spread_kernel", "_attention_bwd_delta_kernel"}
 
 # A kernel for each thing compile_case has to notice, and one that it must leave alone.
 SAMPLES = """
