@@ -1,0 +1,44 @@
+"""Properties of the rotations; their values and gradients are held in test_kernels_attention.py."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from triton_moe import functional as F
+from triton_moe import testing
+from triton_moe.kernels.position import rope_rotate, xl_keys, xl_query
+
+
+@given(data=st.data(), P=st.integers(1, 24), offset=st.integers(0, 10**6))
+def test_a_rotation_keeps_lengths_and_turns_back(data, P, offset, device):
+    n = data.draw(st.integers(0, P // 2)) * 2
+    x = data.draw(testing.tensors((1, 5, 2, P), device=device))
+    y = rope_rotate(x, n, 10000.0, offset, False)
+    torch.testing.assert_close(y.norm(dim=-1), x.norm(dim=-1))
+    assert torch.equal(y[..., n:], x[..., n:])
+    torch.testing.assert_close(rope_rotate(y, n, 10000.0, offset, True), x)
+
+
+@given(data=st.data(), offset=st.integers(1, 10**5))
+def test_scores_depend_on_distance_alone(data, offset, device):
+    q, k = (data.draw(testing.tensors((1, 4, 1, 8), device=device)) for _ in range(2))
+
+    def scores(start):
+        return torch.einsum("bthp,bshp->ts", *(rope_rotate(x, 8, 10000.0, start, False) for x in (q, k)))
+
+    torch.testing.assert_close(scores(0), scores(offset), rtol=1e-4, atol=1e-5)
+
+
+@given(data=st.data(), D=st.integers(1, 20), shift=st.integers(0, 5))
+def test_the_transformer_xl_term_depends_on_distance_alone(data, D, shift, device):
+    a = data.draw(testing.tensors((1, 3, 1, D), device=device)).expand(1, 3, 1, D).contiguous()
+    near = torch.einsum("bthf,sf->ts", xl_query(a, D, 2, False), xl_keys(a, 8, D))
+    far = torch.einsum("bthf,sf->ts", xl_query(a, D, 2 + shift, False), xl_keys(a, 8 + shift, D))
+    torch.testing.assert_close(near, far[:, shift:], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("position", [None, F.RoPE(0.0)])
+def test_no_rotation_is_no_position(position, device):
+    q = torch.randn(1, 6, 2, 8, device=device)
+    assert torch.equal(F.attention(q, q, q, position=position), F.attention(q, q, q))
