@@ -20,8 +20,8 @@ NOTE [Batch invariance]
 
 NOTE [Partial sums]
     Tensor cores truncate when they add to their accumulator, and a long float32 sum loses digits however it is rounded. So a
-    few tiles of the sum over d are accumulated apart, and those partial sums are then added in float32. On an H200 this took
-    the error of bfloat16 logits at D = 1024 from three times that of a float32 product to less than it.
+    few tiles of the sum over d are accumulated apart, and those partial sums are then added in float32. On an H200 the largest
+    error of bfloat16 logits at D = 1024 was three times that of a float32 product without this, and is within twice with it.
 """
 
 import torch
