@@ -4,6 +4,7 @@ import argparse
 import importlib
 import os
 import sys
+import warnings
 
 from . import __version__
 
@@ -51,6 +52,8 @@ def _choose_interpreter(command: str) -> None:
 
         if not torch.cuda.is_available():
             os.environ["TRITON_INTERPRET"] = "1"
+            # NumPy's, where a kernel multiplies 0 by the infinity of a masked score before it selects.
+            warnings.filterwarnings("ignore", "invalid value encountered", RuntimeWarning)
 
 
 if __name__ == "__main__":

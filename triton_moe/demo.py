@@ -14,7 +14,6 @@ import os
 import sys
 import sysconfig
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -575,8 +574,6 @@ def run(args: argparse.Namespace) -> int:
         return fail("--device cuda, but torch sees no GPU")
     if device == "cpu":
         os.environ.setdefault("TRITON_INTERPRET", "1")
-        # NumPy, where a kernel multiplies 0 by the infinity of a masked score before it selects
-        warnings.filterwarnings("ignore", "invalid value encountered", RuntimeWarning)
 
     preset = CPU if device == "cpu" else GPU
     dtype = getattr(torch, args.dtype or ("float32" if device == "cpu" else "bfloat16"))
