@@ -40,7 +40,8 @@ class Output(torch.autograd.Function):
 def always(monkeypatch):
     """These kernels at any size, and chunks of weight gradients that a small problem fills."""
     monkeypatch.setattr(sets, "fits", lambda *_: True)
-    monkeypatch.setattr(projection, "CHUNK", 16)
+    monkeypatch.setattr(projection, "LEAST_CHUNK", 16)
+    monkeypatch.setattr(projection, "PROGRAMS", 1000)
 
 
 SHAPES = [(1, 41, 1, 5, 2, 19), (70, 24, 2, 4, 2, 20), (150, 19, 3, 3, 1, 8), (90, 32, 2, 5, 3, 33), (80, 16, 1, 7, 4, 16)]
