@@ -39,7 +39,8 @@ class Output(torch.autograd.Function):
 @pytest.fixture
 def always(monkeypatch):
     """These kernels at any size, and chunks of weight gradients that a small problem fills."""
-    monkeypatch.setattr(sets, "fits", lambda *_: True)
+    monkeypatch.setattr(sets, "gather_fits", lambda *_: True)
+    monkeypatch.setattr(sets, "spread_fits", lambda *_: True)
     monkeypatch.setattr(projection, "CHUNK", 16)
 
 
@@ -77,11 +78,11 @@ def test_every_tile_visits_what_its_tokens_chose(always, device):
 
 
 def test_fits_where_sets_are_few_and_full():
-    assert sets.fits(32768, 4, 4, 2, 128, torch.bfloat16)
-    assert not sets.fits(32768, 4, 4, 2, 128, torch.float32)
-    assert not sets.fits(500, 4, 4, 2, 128, torch.bfloat16)
-    assert not sets.fits(32768, 4, 16, 2, 128, torch.bfloat16)
-    assert not sets.fits(1 << 20, 1, 32, 4, 128, torch.bfloat16)
+    assert sets.spread_fits(32768, 4, 4, 2, torch.bfloat16)
+    assert not sets.gather_fits(32768, 4, 4, 2, torch.float32)
+    assert not sets.gather_fits(500, 4, 4, 2, torch.bfloat16)
+    assert sets.gather_fits(32768, 4, 16, 2, torch.bfloat16) and not sets.spread_fits(32768, 4, 16, 2, torch.bfloat16)
+    assert not sets.gather_fits(1 << 20, 1, 32, 4, torch.bfloat16)
 
 
 @pytest.mark.gpu
@@ -99,6 +100,6 @@ def test_a_token_does_not_depend_on_its_batch(dtype, device):
         return F.value_projection(x[rows], w_v, routing), F.output_projection(a[rows], w_o, routing)
 
     half = torch.arange(0, N, 2, device=device)
-    assert sets.fits(len(half), H, E, K, P, dtype)
+    assert sets.spread_fits(len(half), H, E, K, dtype)
     for whole, part in zip(run(slice(None)), run(half), strict=True):
         assert torch.equal(whole[half], part)

@@ -447,8 +447,9 @@ def value_forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """x [N, D], w [H*E, D, P], weights and experts [N, H, TOP_K] -> v [N, H, P] and each route's product u [N*H*TOP_K, P]."""
     N, H, TOP_K = weights.shape
-    if sets.fits(N, H, w.shape[0] // H, TOP_K, w.shape[2], x.dtype):
-        return sets.gather(x, w, weights.contiguous(), experts.contiguous())
+    E = w.shape[0] // H
+    if sets.gather_fits(N, H, E, TOP_K, x.dtype):
+        return sets.gather(x, w, False, weights.contiguous(), experts, *sets.set_order(experts, E))
     u = _grouped_gemm(rows(x), w, None, order, offsets, H * TOP_K, precision)
     return _combine(u, weights.contiguous().view(-1), TOP_K).view(N, H, w.shape[2]), u
 
@@ -467,8 +468,11 @@ def value_backward(
     x, dv = rows(x), dv.contiguous().view(N * H, dv.shape[2])
     dweights = _route_dot(u, dv, TOP_K).view(N, H, TOP_K)
     gated = _gate_rows(dv, weights.contiguous().view(-1))
-    if sets.fits(N, H, w.shape[0] // H, TOP_K, w.shape[2], x.dtype):
-        dx = sets.spread(gated, w.transpose(1, 2), experts.contiguous())
+    E = w.shape[0] // H
+    if sets.spread_fits(N, H, E, TOP_K, x.dtype):
+        tokens = sets.token_order(experts, E)
+        packed, visited, _ = sets.pack(dv.view(N, H, dv.shape[1]), weights.contiguous(), experts, tokens, E)
+        dx = sets.spread(packed, visited, w, True, tokens, N)
     else:
         dx = _combine(_grouped_gemm(gated, w.transpose(1, 2), None, order, offsets, 1, precision), None, H * TOP_K)
     dw = _grouped_dw(x, gated, order, offsets, H * TOP_K, 1, precision)
@@ -489,9 +493,12 @@ def output_forward(
 ) -> torch.Tensor:  # fmt: skip
     """a [N, H, P], w [H*E, P, D], weights and experts [N, H, TOP_K] -> y [N, D]."""
     N, H, TOP_K = weights.shape
+    E = w.shape[0] // H
+    if sets.spread_fits(N, H, E, TOP_K, a.dtype):
+        tokens = sets.token_order(experts, E)
+        packed, visited, _ = sets.pack(a, weights.contiguous(), experts, tokens, E)
+        return sets.spread(packed, visited, w, False, tokens, N)
     gated = _gate_rows(a.contiguous().view(N * H, a.shape[2]), weights.contiguous().view(-1))
-    if sets.fits(N, H, w.shape[0] // H, TOP_K, w.shape[1], a.dtype):
-        return sets.spread(gated, w, experts.contiguous())
     return _combine(_grouped_gemm(gated, w, None, order, offsets, 1, precision), None, H * TOP_K)
 
 
@@ -507,8 +514,10 @@ def output_backward(
     """-> da [N, H, P], dw [H*E, P, D], d weights [N, H, TOP_K]."""
     N, H, TOP_K = weights.shape
     dy, a, s = rows(dy), a.contiguous().view(N * H, a.shape[2]), weights.contiguous().view(-1)
-    if sets.fits(N, H, w.shape[0] // H, TOP_K, w.shape[1], a.dtype):
-        da, dweights = sets.gather(dy, w.transpose(1, 2), weights.contiguous(), experts.contiguous(), a.view(N, H, a.shape[1]))
+    E = w.shape[0] // H
+    if sets.gather_fits(N, H, E, TOP_K, a.dtype):
+        plan = sets.set_order(experts, E)
+        da, dweights = sets.gather(dy, w, True, weights.contiguous(), experts, *plan, a.view(N, H, a.shape[1]))
     else:
         b = _grouped_gemm(dy, w.transpose(1, 2), None, order, offsets, H * TOP_K, precision)
         da, dweights = _combine(b, s, TOP_K).view(N, H, a.shape[1]), _route_dot(b, a, TOP_K)
