@@ -197,7 +197,7 @@ def _projection(dtype, H, E, TOP_K, P, D, N=4096):
 def _mlp(dtype, E, G, TOP_K, D, activation, bias, dropout, N=4096):
     import torch
 
-    from .kernels import common, projection
+    from .kernels import common, mlp
 
     x, keys = _empty(dtype, N, D), _empty(dtype, E, D, 2 * G if activation in ("swiglu", "geglu") else G)
     values, biases = (
@@ -206,8 +206,8 @@ def _mlp(dtype, E, G, TOP_K, D, activation, bias, dropout, N=4096):
     )
     args = keys, values, *biases, _seed() if dropout else None, *_route(dtype, N, 1, E, TOP_K, D)
     options = activation, dropout, 0, common.input_precision(dtype)
-    y, z = projection.mlp_forward(x, *args, *options)
-    projection.mlp_backward(torch.empty_like(y), x, *args, z, *options)
+    y, z = mlp.mlp_forward(x, *args, *options)
+    mlp.mlp_backward(torch.empty_like(y), x, *args, z, *options)
 
 
 def _attention(dtype, P, H=4, Hkv=4, causal=True, window=0, padding=False, packed=False, xl=0, T=1024):

@@ -28,11 +28,10 @@ from . import _check
 from .kernels.attention import attention_backward, attention_forward
 from .kernels.common import input_precision
 from .kernels.gating import MAX_EXPERTS, gating_backward, gating_forward, routing_plan
+from .kernels.mlp import mlp_backward, mlp_forward
 from .kernels.position import rope_rotate, xl_keys, xl_query
 from .kernels.projection import (
     dropout_rows,
-    mlp_backward,
-    mlp_forward,
     output_backward,
     output_forward,
     value_backward,

@@ -1,8 +1,7 @@
-"""Expert-sparse projections: the value and output projection of SwitchHead, and both halves of the sigma-MoE MLP.
+"""Expert-sparse projections: the value and output projection of SwitchHead.
 
     value    v[n,h] = sum_j g[n,h,j] x[n] W[h,e_j]                x [N, D]     W [H*E, D, P]   v [N, H, P]
     output   y[n]   = sum_h sum_j g[n,h,j] a[n,h] W[h,e_j]        a [N, H, P]  W [H*E, P, D]   y [N, D]
-    mlp      y[n]   = sum_j g[n,j] (phi(x[n] W_up[e_j] + b_up[e_j]) W_down[e_j]) + b_down
 
 A route r = (n*H + h)*TOP_K + j is one (token, head, choice). Everything is built of the same few steps over routes:
 
@@ -16,7 +15,7 @@ The backward pass of the value projection is the output projection with W transp
 
     d x = output(g, d v, W^T)     d a = value(g, d y, W^T)     d g[r] = (x W)[r] . d v = (d y W^T)[r] . a
 
-SwitchHead (arXiv 2312.07987), equations 7 to 10; sigma-MoE (arXiv 2310.10837), equation 11.
+SwitchHead (arXiv 2312.07987), equations 7 to 10.
 
 Sums longer than PARTS tiles are taken in parts, as in gating.py, NOTE [Partial sums]; 16-bit results do not need it.
 
@@ -53,33 +52,56 @@ CONFIGS = {
 }
 
 
-CHUNK = 8192  # routes of an expert summed apart for dw, where there would be fewer than MANY_PROGRAMS otherwise
-MANY_PROGRAMS = 264  # two for each multiprocessor of an H200
+PROGRAMS = 264  # that run at a time: two on each multiprocessor of an H200
+LEAST_CHUNK = 512  # routes; see NOTE [Chunks]
 
 
 # ---- jit helpers
 
 
 @triton.jit
-def _phi(z, ACTIVATION: tl.constexpr):
-    """The activation of z (for a gated pair, of its first half)."""
-    if ACTIVATION == "relu":
-        return tl.maximum(z, 0.0)
-    elif ACTIVATION == "gelu" or ACTIVATION == "geglu":
-        return 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
-    else:  # silu, swiglu
-        return z * tl.sigmoid(z)
+def product(
+    a_ptrs, w_ptrs, offs_n, N: tl.constexpr, KA: tl.constexpr, K: tl.constexpr, stride_wk: tl.constexpr, PAIR: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """A tile of rows times a tile of w [K, N], and with PAIR the same for the columns PAIR elements further on.
+
+    Every row can be read; its columns from K to KA are zeros. Masks that are always true are left out: they cost time.
+    """
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    acc2 = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k in range(0, KA, PARTS * BLOCK_K):
+        part = acc if PARTS == 1 else tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        part2 = acc2 if PARTS == 1 else tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for i in tl.static_range(PARTS):
+            offs_k = (k + i * BLOCK_K + tl.arange(0, BLOCK_K)).to(tl.int64)
+            tile = w_ptrs + offs_k[:, None] * stride_wk
+            if KA % (PARTS * BLOCK_K) == 0:
+                a = tl.load(a_ptrs + offs_k[None, :])
+            else:
+                a = tl.load(a_ptrs + offs_k[None, :], mask=(offs_k < KA)[None, :], other=0.0)
+            if K % (PARTS * BLOCK_K) == 0 and N % BLOCK_N == 0:
+                part = tl.dot(a, tl.load(tile), part, input_precision=PRECISION)
+                if PAIR > 0:
+                    part2 = tl.dot(a, tl.load(tile + PAIR), part2, input_precision=PRECISION)
+            else:
+                mask = (offs_k < K)[:, None] & (offs_n < N)[None, :]
+                part = tl.dot(a, tl.load(tile, mask=mask, other=0.0), part, input_precision=PRECISION)
+                if PAIR > 0:
+                    part2 = tl.dot(a, tl.load(tile + PAIR, mask=mask, other=0.0), part2, input_precision=PRECISION)
+        acc = part if PARTS == 1 else acc + part
+        acc2 = part2 if PARTS == 1 else acc2 + part2
+    return acc, acc2
 
 
 @triton.jit
-def _dphi(z, ACTIVATION: tl.constexpr):
-    if ACTIVATION == "relu":
-        return (z > 0.0).to(tl.float32)
-    elif ACTIVATION == "gelu" or ACTIVATION == "geglu":
-        return 0.5 * (1.0 + tl.erf(z * 0.7071067811865476)) + z * tl.exp(-0.5 * z * z) * 0.3989422804014327
-    else:
-        s = tl.sigmoid(z)
-        return s * (1.0 + z * (1.0 - s))
+def _chunks(offsets_ptr, GROUPS, CHUNK, BLOCK_G: tl.constexpr):
+    """For each group: its first row, its rows, the chunks they make (see NOTE [Chunks]) and how many of those are kept apart."""
+    offs_g = tl.arange(0, BLOCK_G)
+    start = tl.load(offsets_ptr + offs_g, mask=offs_g < GROUPS, other=0)
+    count = tl.load(offsets_ptr + offs_g + 1, mask=offs_g < GROUPS, other=0) - start
+    chunks = tl.where(offs_g < GROUPS, tl.maximum((count + CHUNK - 1) // CHUNK, 1), 0)
+    return start, count, chunks, tl.where(chunks > 1, chunks, 0)
 
 
 # ---- kernels
@@ -87,10 +109,10 @@ def _dphi(z, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def _grouped_gemm_kernel(
-    a_ptr, w_ptr, bias_ptr, c_ptr, order_ptr, offsets_ptr, GROUPS,
+    a_ptr, w_ptr, c_ptr, order_ptr, offsets_ptr, GROUPS,
     N: tl.constexpr, K: tl.constexpr, DIV: tl.constexpr, stride_am: tl.constexpr,
     stride_wg: tl.constexpr, stride_wk: tl.constexpr, stride_wn: tl.constexpr,
-    HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_G: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_G: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     tiles_n: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
@@ -106,26 +128,14 @@ def _grouped_gemm_kernel(
 
     a_ptrs = a_ptr + (route // DIV).to(tl.int64)[:, None] * stride_am
     w_ptrs = w_ptr + group.to(tl.int64) * stride_wg + offs_n.to(tl.int64)[None, :] * stride_wn
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for k in range(0, K, PARTS * BLOCK_K):
-        part = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for i in tl.static_range(PARTS):
-            offs_k = (k + i * BLOCK_K + tl.arange(0, BLOCK_K)).to(tl.int64)
-            mask_k = offs_k < K
-            a = tl.load(a_ptrs + offs_k[None, :], mask=mask_m[:, None] & mask_k[None, :], other=0.0)
-            w = tl.load(w_ptrs + offs_k[:, None] * stride_wk, mask=mask_k[:, None] & mask_n[None, :], other=0.0)
-            part = tl.dot(a, w, part, input_precision=PRECISION)
-        acc += part
-    if HAS_BIAS:
-        acc += tl.load(bias_ptr + group * N + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
-
+    acc, _ = product(a_ptrs, w_ptrs, offs_n, N, K, K, stride_wk, 0, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, PARTS)
     c_ptrs = c_ptr + route.to(tl.int64)[:, None] * N + offs_n[None, :]
     tl.store(c_ptrs, acc.to(c_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
 
 
 @triton.jit
 def _combine_kernel(
-    c_ptr, s_ptr, bias_ptr, y_ptr, M, N: tl.constexpr, J,
+    c_ptr, s_ptr, bias_ptr, y_ptr, M, N: tl.constexpr, J: tl.constexpr, stride_cm: tl.constexpr, stride_ym: tl.constexpr,
     HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     tiles_n = tl.cdiv(N, BLOCK_N)
@@ -135,15 +145,15 @@ def _combine_kernel(
     mask_m, mask_n = offs_m < M, offs_n < N
     mask = mask_m[:, None] & mask_n[None, :]
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for j in range(J):
+    for j in tl.range(0, J, loop_unroll_factor=4):
         rows = offs_m * J + j
-        c = tl.load(c_ptr + rows[:, None] * N + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)
+        c = tl.load(c_ptr + rows[:, None] * stride_cm + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)
         if HAS_SCALE:
             c *= tl.load(s_ptr + rows, mask=mask_m, other=0.0)[:, None]
         acc += c
     if HAS_BIAS:
         acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
-    tl.store(y_ptr + offs_m[:, None] * N + offs_n[None, :], acc.to(y_ptr.dtype.element_ty), mask=mask)
+    tl.store(y_ptr + offs_m[:, None] * stride_ym + offs_n[None, :], acc.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -165,75 +175,87 @@ def _route_dot_kernel(
 
 @triton.jit
 def _grouped_dw_kernel(
-    a_ptr, b_ptr, dw_ptr, dbias_ptr, order_ptr, offsets_ptr, GROUPS,
-    I: tl.constexpr, J: tl.constexpr, DIV_A: tl.constexpr, DIV_B: tl.constexpr,
-    stride_am: tl.constexpr, stride_bm: tl.constexpr, CHUNK: tl.constexpr,
-    HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_G: tl.constexpr,
+    a_ptr, b_ptr, dw_ptr, parts_ptr, order_ptr, order_b_ptr, offsets_ptr, GROUPS, CHUNK,
+    I: tl.constexpr, J: tl.constexpr, WIDTH_A: tl.constexpr, WIDTH_B: tl.constexpr, DIV_A: tl.constexpr, DIV_B: tl.constexpr,
+    stride_am: tl.constexpr, stride_bm: tl.constexpr, PRECISION: tl.constexpr, BLOCK_G: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_R: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """dw of a whole group, or, with CHUNK > 0, float32 dw of each CHUNK of its routes (see NOTE [Chunks])."""
+    """dw of a group with one chunk, the float32 part of one chunk of another."""
     tiles_i: tl.constexpr = (I + BLOCK_I - 1) // BLOCK_I
     tiles_j: tl.constexpr = (J + BLOCK_J - 1) // BLOCK_J
     pid = tl.program_id(0)
-    group = pid // (tiles_i * tiles_j)
-    pid_i = pid // tiles_j % tiles_i
-    offs_i = pid_i * BLOCK_I + tl.arange(0, BLOCK_I)
-    offs_j = (pid % tiles_j) * BLOCK_J + tl.arange(0, BLOCK_J)
-    mask_i, mask_j = offs_i < I, offs_j < J
-    if CHUNK > 0:
-        _, start, end = find_tile(offsets_ptr, group, GROUPS, CHUNK, BLOCK_G)
-        if start >= end:
-            return
-        end = tl.minimum(end, start + CHUNK)
-    else:
-        start = tl.load(offsets_ptr + group)
-        end = tl.load(offsets_ptr + group + 1)
+    place = pid // (tiles_i * tiles_j)
+    start, count, chunks, apart = _chunks(offsets_ptr, GROUPS, CHUNK, BLOCK_G)
+    last = tl.cumsum(chunks, 0)
+    group = tl.sum((last <= place).to(tl.int32), 0)
+    if group >= GROUPS:
+        return
+    here = tl.arange(0, BLOCK_G) == group
+    own = tl.sum(tl.where(here, chunks, 0), 0)
+    chunk = place - tl.sum(tl.where(here, last, 0), 0) + own
+    part = tl.sum(tl.where(tl.arange(0, BLOCK_G) < group, apart, 0), 0) + chunk
+    count = tl.sum(tl.where(here, count, 0), 0)
+    end = tl.sum(tl.where(here, start, 0), 0)
+    length = tl.cdiv(tl.cdiv(count, own), BLOCK_R) * BLOCK_R
+    first = end + chunk * length
+    end = tl.minimum(first + length, end + count)
 
+    offs_i = pid // tiles_j % tiles_i * BLOCK_I + tl.arange(0, BLOCK_I)
+    offs_j = pid % tiles_j * BLOCK_J + tl.arange(0, BLOCK_J)
+    offs_r = tl.arange(0, BLOCK_R)
+    a_ptrs, b_ptrs = a_ptr + offs_i[:, None], b_ptr + offs_j[None, :]
     acc = tl.zeros((BLOCK_I, BLOCK_J), tl.float32)
-    dbias = tl.zeros((BLOCK_J,), tl.float32)
-    for first in range(start, end, PARTS * BLOCK_R):
-        part = tl.zeros((BLOCK_I, BLOCK_J), tl.float32)
+    route = tl.load(order_ptr + first + offs_r, mask=first + offs_r < end, other=0)
+    if order_b_ptr is not None:
+        next_b = tl.load(order_b_ptr + first + offs_r, mask=first + offs_r < end, other=0)
+    for row in range(first, end, PARTS * BLOCK_R):
+        sub = acc if PARTS == 1 else tl.zeros((BLOCK_I, BLOCK_J), tl.float32)
         for i in tl.static_range(PARTS):
-            offs_r = first + i * BLOCK_R + tl.arange(0, BLOCK_R)
-            mask_r = offs_r < end
-            route = tl.load(order_ptr + offs_r, mask=mask_r, other=0)
-            a_ptrs = a_ptr + (route // DIV_A).to(tl.int64)[None, :] * stride_am + offs_i[:, None]
-            b_ptrs = b_ptr + (route // DIV_B).to(tl.int64)[:, None] * stride_bm + offs_j[None, :]
-            a = tl.load(a_ptrs, mask=mask_i[:, None] & mask_r[None, :], other=0.0)
-            b = tl.load(b_ptrs, mask=mask_r[:, None] & mask_j[None, :], other=0.0)
-            if HAS_BIAS:
-                dbias += tl.sum(b.to(tl.float32), axis=0)
-            part = tl.dot(a, b, part, input_precision=PRECISION)
-        acc += part
+            offs = row + i * BLOCK_R + offs_r
+            mask_r = offs < end
+            row_a = offs if DIV_A == 0 else route // DIV_A
+            if order_b_ptr is None:
+                row_b = offs if DIV_B == 0 else route // DIV_B
+            else:
+                row_b = next_b
+                next_b = tl.load(order_b_ptr + offs + BLOCK_R, mask=offs + BLOCK_R < end, other=0)
+            # One step ahead: a load that waits for another load is not copied ahead of the product that needs it.
+            route = tl.load(order_ptr + offs + BLOCK_R, mask=offs + BLOCK_R < end, other=0)
+            mask_a = mask_r[None, :] if WIDTH_A % BLOCK_I == 0 else mask_r[None, :] & (offs_i < WIDTH_A)[:, None]
+            mask_b = mask_r[:, None] if WIDTH_B % BLOCK_J == 0 else mask_r[:, None] & (offs_j < WIDTH_B)[None, :]
+            a = tl.load(a_ptrs + row_a.to(tl.int64)[None, :] * stride_am, mask=mask_a, other=0.0)
+            b = tl.load(b_ptrs + row_b.to(tl.int64)[:, None] * stride_bm, mask=mask_b, other=0.0)
+            sub = tl.dot(a, b, sub, input_precision=PRECISION)
+        acc = sub if PARTS == 1 else acc + sub
 
-    dw_ptrs = dw_ptr + group.to(tl.int64) * I * J + offs_i.to(tl.int64)[:, None] * J + offs_j[None, :]
-    tl.store(dw_ptrs, acc.to(dw_ptr.dtype.element_ty), mask=mask_i[:, None] & mask_j[None, :])
-    if HAS_BIAS:
-        if pid_i == 0:
-            tl.store(dbias_ptr + group * J + offs_j, dbias.to(dbias_ptr.dtype.element_ty), mask=mask_j)
+    offs = offs_i[:, None] * J + offs_j[None, :]
+    mask = (offs_i < I)[:, None] & (offs_j < J)[None, :]
+    if own == 1:
+        tl.store(dw_ptr + group.to(tl.int64) * I * J + offs, acc.to(dw_ptr.dtype.element_ty), mask=mask)
+    else:
+        tl.store(parts_ptr + part.to(tl.int64) * I * J + offs, acc, mask=mask)
 
 
 @triton.jit
 def _sum_chunks_kernel(
-    part_ptr, dw_ptr, offsets_ptr, GROUPS,
-    SIZE: tl.constexpr, CHUNK: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK: tl.constexpr,
+    parts_ptr, dw_ptr, offsets_ptr, GROUPS, CHUNK, SIZE: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """dw[g] = the sum of the group's chunks, in their order; zero without any."""
+    """dw[g] = the sum of the group's chunks, in their order, where there is more than one."""
     blocks: tl.constexpr = (SIZE + BLOCK - 1) // BLOCK
     pid = tl.program_id(0)
     group = pid // blocks
+    _, _, _, apart = _chunks(offsets_ptr, GROUPS, CHUNK, BLOCK_G)
     offs_g = tl.arange(0, BLOCK_G)
-    count = tl.load(offsets_ptr + offs_g + 1, mask=offs_g < GROUPS, other=0)
-    chunks = (count - tl.load(offsets_ptr + offs_g, mask=offs_g < GROUPS, other=0) + CHUNK - 1) // CHUNK
-    first = tl.sum(tl.where(offs_g < group, chunks, 0), 0)
-    own = tl.sum(tl.where(offs_g == group, chunks, 0), 0)
-    offs = pid % blocks * BLOCK + tl.arange(0, BLOCK)
-    part_ptrs = part_ptr + first.to(tl.int64) * SIZE + offs
-    acc = tl.zeros((BLOCK,), tl.float32)
-    for _ in range(own):
-        acc += tl.load(part_ptrs, mask=offs < SIZE, other=0.0)
-        part_ptrs += SIZE
-    tl.store(dw_ptr + group.to(tl.int64) * SIZE + offs, acc.to(dw_ptr.dtype.element_ty), mask=offs < SIZE)
+    own = tl.sum(tl.where(offs_g == group, apart, 0), 0)
+    if own > 0:
+        first = tl.sum(tl.where(offs_g < group, apart, 0), 0)
+        offs = pid % blocks * BLOCK + tl.arange(0, BLOCK)
+        part_ptrs = parts_ptr + first.to(tl.int64) * SIZE + offs
+        acc = tl.zeros((BLOCK,), tl.float32)
+        for _ in range(own):
+            acc += tl.load(part_ptrs, mask=offs < SIZE, other=0.0)
+            part_ptrs += SIZE
+        tl.store(dw_ptr + group.to(tl.int64) * SIZE + offs, acc.to(dw_ptr.dtype.element_ty), mask=offs < SIZE)
 
 
 @triton.jit
@@ -255,74 +277,6 @@ def _gate_rows_kernel(
 
 
 @triton.jit
-def _activation_fwd_kernel(
-    z_ptr, u_ptr, experts_ptr, seed_ptr, R, G: tl.constexpr, TOP_K, dropout,
-    ACTIVATION: tl.constexpr, GATED: tl.constexpr, HAS_DROPOUT: tl.constexpr, STREAM: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """u[r] = phi(z[r]) or phi(first half) * second half, then dropout with counter (token, e*G + g)."""
-    tiles_n = tl.cdiv(G, BLOCK_N)
-    pid = tl.program_id(0)
-    offs_r = (pid // tiles_n).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_g = (pid % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask_r = offs_r < R
-    mask = mask_r[:, None] & (offs_g < G)[None, :]
-    width = 2 * G if GATED else G
-    z = tl.load(z_ptr + offs_r[:, None] * width + offs_g[None, :], mask=mask, other=0.0).to(tl.float32)
-    u = _phi(z, ACTIVATION)
-    if GATED:
-        u *= tl.load(z_ptr + offs_r[:, None] * width + G + offs_g[None, :], mask=mask, other=0.0).to(tl.float32)
-    if HAS_DROPOUT:
-        e = tl.load(experts_ptr + offs_r, mask=mask_r, other=0)
-        rnd = uniform(tl.load(seed_ptr), (offs_r // TOP_K).to(tl.int32)[:, None], e[:, None] * G + offs_g[None, :], STREAM)
-        u = tl.where(rnd < dropout, 0.0, u / (1.0 - dropout))
-    tl.store(u_ptr + offs_r[:, None] * G + offs_g[None, :], u.to(u_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _activation_bwd_kernel(
-    z_ptr, b_ptr, weights_ptr, u_ptr, dz_ptr, dweights_ptr, experts_ptr, seed_ptr, R, G: tl.constexpr, TOP_K, dropout,
-    ACTIVATION: tl.constexpr, GATED: tl.constexpr, HAS_DROPOUT: tl.constexpr, STREAM: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """From b = d y W_down^T: d weight[r] = b . u, d z = weight * b * du/dz, and u = weight * u for d W_down."""
-    offs_r = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    mask_r = offs_r < R
-    weight = tl.load(weights_ptr + offs_r, mask=mask_r, other=0.0)
-    width = 2 * G if GATED else G
-    dweight = tl.zeros((BLOCK_M,), tl.float32)
-    for g in range(0, G, BLOCK_N):
-        offs_g = g + tl.arange(0, BLOCK_N)
-        mask = mask_r[:, None] & (offs_g < G)[None, :]
-        z_offs = offs_r[:, None] * width + offs_g[None, :]
-        z = tl.load(z_ptr + z_offs, mask=mask, other=0.0).to(tl.float32)
-        b = tl.load(b_ptr + offs_r[:, None] * G + offs_g[None, :], mask=mask, other=0.0).to(tl.float32)
-        u = _phi(z, ACTIVATION)
-        du = _dphi(z, ACTIVATION)
-        if GATED:
-            second = tl.load(z_ptr + z_offs + G, mask=mask, other=0.0).to(tl.float32)
-            du *= second
-            dsecond = u
-            u *= second
-        if HAS_DROPOUT:
-            e = tl.load(experts_ptr + offs_r, mask=mask_r, other=0)
-            rnd = uniform(tl.load(seed_ptr), (offs_r // TOP_K).to(tl.int32)[:, None], e[:, None] * G + offs_g[None, :], STREAM)
-            keep = tl.where(rnd < dropout, 0.0, 1.0 / (1.0 - dropout))
-            u *= keep
-            b_kept = b * keep
-        else:
-            b_kept = b
-        dweight += tl.sum(b * u, axis=1)
-        db = weight[:, None] * b_kept
-        gated = (weight[:, None] * u).to(u_ptr.dtype.element_ty)
-        tl.store(u_ptr + offs_r[:, None] * G + offs_g[None, :], gated, mask=mask)
-        tl.store(dz_ptr + z_offs, (db * du).to(dz_ptr.dtype.element_ty), mask=mask)
-        if GATED:
-            tl.store(dz_ptr + z_offs + G, (db * dsecond).to(dz_ptr.dtype.element_ty), mask=mask)
-    tl.store(dweights_ptr + offs_r, dweight, mask=mask_r)
-
-
-@triton.jit
 def _dropout_kernel(
     x_ptr, y_ptr, seed_ptr, M, N: tl.constexpr, dropout,
     STREAM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -341,8 +295,8 @@ def _dropout_kernel(
 # ---- launchers of one step
 
 
-def _grouped_gemm(a, w, bias, order, offsets, div, precision):
-    """a [R // div, K], w [groups, K, N] of any strides -> c [R, N], c[r] = a[r // div] w[expert of r] (+ bias)."""
+def _grouped_gemm(a, w, order, offsets, div, precision):
+    """a [R // div, K], w [groups, K, N] of any strides -> c [R, N], c[r] = a[r // div] w[expert of r]."""
     groups, K, N = w.shape
     R = order.shape[0]
     c = a.new_empty(R, N)
@@ -354,10 +308,9 @@ def _grouped_gemm(a, w, bias, order, offsets, div, precision):
     grid = (cdiv(R, config["BLOCK_M"]) + groups) * cdiv(N, config["BLOCK_N"]) if R else 0
     launch(
         _grouped_gemm_kernel, (grid,),
-        a, w, c if bias is None else bias, c, order, offsets,
-        groups, N=N, K=K, DIV=div, stride_am=a.stride(0),
+        a, w, c, order, offsets, groups, N=N, K=K, DIV=div, stride_am=a.stride(0),
         stride_wg=w.stride(0), stride_wk=w.stride(1), stride_wn=w.stride(2),
-        HAS_BIAS=bias is not None, PRECISION=precision, BLOCK_G=next_power_of_2(groups, 1), **config,
+        PRECISION=precision, BLOCK_G=next_power_of_2(groups, 1), **config,
     )  # fmt: skip
     return c
 
@@ -369,14 +322,15 @@ def _tile(M, N):
     return cdiv(M, block_m), cdiv(N, block_n), {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": 4}
 
 
-def _combine(c, s, J, bias=None):
-    """c [M*J, N], s [M*J] float32 or None -> y [M, N]."""
-    M, N = c.shape[0] // J, c.shape[1]
-    y = c.new_empty(M, N)
+def _combine(c, s, J, bias=None, y=None):
+    """c [M*J, N], s [M*J] float32 or None -> y [M, N], into `y` if there is one."""
+    M = c.shape[0] // J
+    y = c.new_empty(M, c.shape[1]) if y is None else y
+    N = y.shape[1]
     tiles_m, tiles_n, tile = _tile(M, N)
     launch(
         _combine_kernel, (tiles_m * tiles_n,),
-        c, c if s is None else s, c if bias is None else bias, y, M, N, J,
+        c, c if s is None else s, c if bias is None else bias, y, M, N, J, c.stride(0), y.stride(0),
         HAS_SCALE=s is not None, HAS_BIAS=bias is not None, **tile,
     )  # fmt: skip
     return y
@@ -391,36 +345,40 @@ def _route_dot(b, a, div):
     return dot
 
 
-def _grouped_dw(a, b, order, offsets, div_a, div_b, precision, with_bias=False):
-    """a [R // div_a, I], b [R // div_b, J] -> dw [groups, I, J] (and, of b, the bias gradient [groups, J]).
+def _grouped_dw(a, b, order, offsets, div_a, div_b, precision, size=None, order_b=None):
+    """a [R // div_a, I], b [R // div_b, J] -> dw [groups, I, J], the sum of a[r // div_a]^T b[r // div_b] over a group's routes.
+
+    With div 0 a row is that of the route's place in `order`, and with order_b [R] it is the one that this names for that place.
+    size = (I, J) where a or b are padded with further columns.
 
     NOTE [Chunks]
-        Few experts make few programs, and skewed routing makes one of them long. So the routes of an expert are cut into chunks,
-        each summed on its own in float32, and the chunks are added in order: balanced, and the same bits every time.
+        Few groups make few programs, and skewed routing makes one of them long. So the routes of a group with more than `chunk`
+        are cut into equal parts, each summed on its own in float32, and the parts are added in their order: the same bits every
+        time. A group at most a quarter larger than the mean is not cut: writing and adding parts takes time too.
     """
-    groups, I, J, R = offsets.shape[0] - 1, a.shape[1], b.shape[1], order.shape[0]
+    groups, (I, J), R = offsets.shape[0] - 1, size or (a.shape[1], b.shape[1]), order.shape[0]
     dw = a.new_empty(groups, I, J)
-    dbias = a.new_empty(groups, J) if with_bias else None
     config = dict(tuning.lookup(CONFIGS["grouped_dw"], a.dtype, INTERPRET))
     config["BLOCK_I"] = min(config["BLOCK_I"], next_power_of_2(I))
     config["BLOCK_J"] = min(config["BLOCK_J"], next_power_of_2(J))
     if INTERPRET:
         config["BLOCK_R"] = min(config["BLOCK_R"], next_power_of_2(R))
     tiles = cdiv(I, config["BLOCK_I"]) * cdiv(J, config["BLOCK_J"])
-    chunk = CHUNK if groups * tiles < MANY_PROGRAMS and R > CHUNK and not with_bias else 0
-    parts = a.new_empty(cdiv(R, chunk) + groups, I, J, dtype=torch.float32) if chunk else dw
+    chunk = max(cdiv(5 * R, 4 * groups * max(1, PROGRAMS // (groups * tiles))), cdiv(R, 64), LEAST_CHUNK)
+    chunk = cdiv(chunk, 16) * 16  # Triton compiles integers anew that are no multiples of 16
+    parts = a.new_empty(2 * (R // chunk), I, J, dtype=torch.float32)
     BLOCK_G = next_power_of_2(groups, 1)
     launch(
-        _grouped_dw_kernel, (parts.shape[0] * tiles,),
-        a, b, parts, dw if dbias is None else dbias, order, offsets, groups,
-        I=I, J=J, DIV_A=div_a, DIV_B=div_b, stride_am=a.stride(0), stride_bm=b.stride(0), CHUNK=chunk,
-        HAS_BIAS=with_bias, PRECISION=precision, BLOCK_G=BLOCK_G, **config,
+        _grouped_dw_kernel, ((groups + R // chunk) * tiles,),
+        a, b, dw, parts, order, order_b, offsets, groups, chunk,
+        I=I, J=J, WIDTH_A=a.shape[1], WIDTH_B=b.shape[1], DIV_A=div_a, DIV_B=div_b, stride_am=a.stride(0), stride_bm=b.stride(0),
+        PRECISION=precision, BLOCK_G=BLOCK_G, **config,
     )  # fmt: skip
-    if chunk:
+    if parts.shape[0]:
         block = min(next_power_of_2(I * J), 1024)
-        meta = {"SIZE": I * J, "CHUNK": chunk, "BLOCK_G": BLOCK_G, "BLOCK": block}
-        launch(_sum_chunks_kernel, (groups * cdiv(I * J, block),), parts, dw, offsets, groups, **meta, num_warps=4)
-    return (dw, dbias) if with_bias else dw
+        meta = {"SIZE": I * J, "BLOCK_G": BLOCK_G, "BLOCK": block}
+        launch(_sum_chunks_kernel, (groups * cdiv(I * J, block),), parts, dw, offsets, groups, chunk, **meta, num_warps=4)
+    return dw
 
 
 def _gate_rows(a, s):
@@ -450,7 +408,7 @@ def value_forward(
     E = w.shape[0] // H
     if sets.gather_fits(N, H, E, TOP_K, x.dtype):
         return sets.gather(x, w, False, weights.contiguous(), experts, *sets.set_order(experts, E))
-    u = _grouped_gemm(rows(x), w, None, order, offsets, H * TOP_K, precision)
+    u = _grouped_gemm(rows(x), w, order, offsets, H * TOP_K, precision)
     return _combine(u, weights.contiguous().view(-1), TOP_K).view(N, H, w.shape[2]), u
 
 
@@ -467,15 +425,16 @@ def value_backward(
     N, H, TOP_K = weights.shape
     x, dv = rows(x), dv.contiguous().view(N * H, dv.shape[2])
     dweights = _route_dot(u, dv, TOP_K).view(N, H, TOP_K)
-    gated = _gate_rows(dv, weights.contiguous().view(-1))
     E = w.shape[0] // H
     if sets.spread_fits(N, H, E, TOP_K, x.dtype):
         tokens = sets.token_order(experts, E)
-        packed, visited, _ = sets.pack(dv.view(N, H, dv.shape[1]), weights.contiguous(), experts, tokens, E)
+        packed, visited, place = sets.pack(dv.view(N, H, dv.shape[1]), weights.contiguous(), experts, tokens, E)
         dx = sets.spread(packed, visited, w, True, tokens, N)
+        dw = _grouped_dw(x, packed, order, offsets, H * TOP_K, 0, precision, order_b=place[order])
     else:
-        dx = _combine(_grouped_gemm(gated, w.transpose(1, 2), None, order, offsets, 1, precision), None, H * TOP_K)
-    dw = _grouped_dw(x, gated, order, offsets, H * TOP_K, 1, precision)
+        gated = _gate_rows(dv, weights.contiguous().view(-1))
+        dx = _combine(_grouped_gemm(gated, w.transpose(1, 2), order, offsets, 1, precision), None, H * TOP_K)
+        dw = _grouped_dw(x, gated, order, offsets, H * TOP_K, 1, precision)
     return dx, dw, dweights
 
 
@@ -499,7 +458,7 @@ def output_forward(
         packed, visited, _ = sets.pack(a, weights.contiguous(), experts, tokens, E)
         return sets.spread(packed, visited, w, False, tokens, N)
     gated = _gate_rows(a.contiguous().view(N * H, a.shape[2]), weights.contiguous().view(-1))
-    return _combine(_grouped_gemm(gated, w, None, order, offsets, 1, precision), None, H * TOP_K)
+    return _combine(_grouped_gemm(gated, w, order, offsets, 1, precision), None, H * TOP_K)
 
 
 def _output_backward_fake(dy, a, w, weights, experts, order, offsets, precision):
@@ -519,74 +478,10 @@ def output_backward(
         plan = sets.set_order(experts, E)
         da, dweights = sets.gather(dy, w, True, weights.contiguous(), experts, *plan, a.view(N, H, a.shape[1]))
     else:
-        b = _grouped_gemm(dy, w.transpose(1, 2), None, order, offsets, H * TOP_K, precision)
+        b = _grouped_gemm(dy, w.transpose(1, 2), order, offsets, H * TOP_K, precision)
         da, dweights = _combine(b, s, TOP_K).view(N, H, a.shape[1]), _route_dot(b, a, TOP_K)
     dw = _grouped_dw(_gate_rows(a, s), dy, order, offsets, 1, H * TOP_K, precision)
     return da, dw, dweights.view(N, H, TOP_K)
-
-
-# ---- sigma-MoE MLP
-
-
-def _activation_args(z, weights, experts, seed, activation, dropout, stream):
-    gated = activation in ("swiglu", "geglu")
-    R, G = z.shape[0], z.shape[1] // 2 if gated else z.shape[1]
-    meta = {"ACTIVATION": activation, "GATED": gated, "HAS_DROPOUT": dropout > 0, "STREAM": stream}
-    return R, G, (experts, experts if seed is None else seed, R, G, weights.shape[-1], dropout), meta
-
-
-def _mlp_forward_fake(
-    x, keys, values, bias, o_bias, seed, weights, experts, order, offsets, activation, dropout, stream, precision
-):
-    return x.new_empty(x.shape[0], values.shape[2]), x.new_empty(weights.numel(), keys.shape[2])
-
-
-@opaque(_mlp_forward_fake)
-def mlp_forward(
-    x: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None, o_bias: torch.Tensor | None,
-    seed: torch.Tensor | None, weights: torch.Tensor, experts: torch.Tensor, order: torch.Tensor, offsets: torch.Tensor,
-    activation: str, dropout: float, stream: int, precision: str,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """x [N, D], keys [E, D, G or 2G], values [E, G, D_out] -> y [N, D_out] and the pre-activation z [N*TOP_K, G or 2G]."""
-    TOP_K = weights.shape[-1]
-    bias, o_bias = (None if b is None else b.contiguous() for b in (bias, o_bias))
-    z = _grouped_gemm(rows(x), keys, bias, order, offsets, TOP_K, precision)
-    R, G, args, meta = _activation_args(z, weights, experts, seed, activation, dropout, stream)
-    u = z.new_empty(R, G)
-    tiles_m, tiles_n, tile = _tile(R, G)
-    launch(_activation_fwd_kernel, (tiles_m * tiles_n,), z, u, *args, **meta, **tile)
-    return _combine(_grouped_gemm(u, values, None, order, offsets, 1, precision), weights.contiguous().view(-1), TOP_K, o_bias), z
-
-
-def _mlp_backward_fake(
-    dy, x, keys, values, bias, o_bias, seed, weights, experts, order, offsets, z, activation, dropout, stream, precision
-):
-    return (
-        x.new_empty(x.shape),
-        keys.new_empty(keys.shape),
-        values.new_empty(values.shape),
-        keys.new_empty(keys.shape[0], keys.shape[2]),
-        torch.empty_like(weights),
-    )
-
-
-@opaque(_mlp_backward_fake)
-def mlp_backward(
-    dy: torch.Tensor, x: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None,
-    o_bias: torch.Tensor | None, seed: torch.Tensor | None, weights: torch.Tensor, experts: torch.Tensor,
-    order: torch.Tensor, offsets: torch.Tensor, z: torch.Tensor, activation: str, dropout: float, stream: int, precision: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """-> dx, d keys, d values, d bias (of z, whether or not there is a bias), d weights."""
-    x, dy, TOP_K = rows(x), rows(dy), weights.shape[-1]
-    b = _grouped_gemm(dy, values.transpose(1, 2), None, order, offsets, TOP_K, precision)
-    R, G, args, meta = _activation_args(z, weights, experts, seed, activation, dropout, stream)
-    u, dz, dweights = z.new_empty(R, G), torch.empty_like(z), torch.empty_like(weights)
-    tiles_m, _, tile = _tile(R, G)
-    launch(_activation_bwd_kernel, (tiles_m,), z, b, weights, u, dz, dweights, *args, **meta, **tile)
-    dx = _combine(_grouped_gemm(dz, keys.transpose(1, 2), None, order, offsets, 1, precision), None, TOP_K)
-    dkeys, dbias = _grouped_dw(x, dz, order, offsets, TOP_K, 1, precision, with_bias=True)
-    dvalues = _grouped_dw(u, dy, order, offsets, 1, TOP_K, precision)
-    return dx, dkeys, dvalues, dbias, dweights
 
 
 # ---- dropout of whole rows (queries, residual branches)

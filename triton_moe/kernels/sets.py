@@ -9,7 +9,7 @@ W transposed, the value projection's d x. projection.py chooses between these ke
 NOTE [Expert sets]
     TOP_K of E experts make S = C(E, TOP_K) sets: 6 for 2 of 4. Where all rows of a tile chose the same set, `gather` reads each
     row of x once for two products, keeps them in registers and sums them there: nothing as large as [N, H*TOP_K, D] exists.
-    What a tile is (its rows, head and experts) stands in a table: found in the kernel itself, one wave after the other waited 2 us.
+    What a tile is (its rows, head and experts) stands in a table; finding it in the kernel itself took 2 us in each wave.
 
 NOTE [Signatures]
     `spread` sums over heads and experts in one accumulator, so y is written once. No order of the tokens makes the sets of all
@@ -23,9 +23,9 @@ NOTE [Descriptors]
     Triton turns them into pointers. A descriptor wants rows a multiple of 16 bytes apart, reads zeros outside, and is slow at
     that: functional.py pads widths to multiples of 32.
 
-On an H200, bfloat16, N = 32768, D = 1024, H 4, E 4, TOP_K 2, P 128, cuBLAS of the same FLOPs taking 99 us: gather 122 us, 145 with u
-written, 151 with the dots; pack 37 and spread 140 us. With pointers in place of descriptors: gather 129 us, spread 154; rows gathered
-by spread itself: 211.
+On an H200, bfloat16, N = 32768, D = 1024, H 4, E 4, TOP_K 2, P 128, cuBLAS of the same FLOPs taking 99 us: gather 122 us, 145
+with u written, 151 with the dots; pack 37 and spread 140 us. With pointers in place of descriptors: gather 129 us, spread 154;
+rows gathered by spread itself: 211.
 """
 
 import math
@@ -429,7 +429,7 @@ def _columns(P: int) -> tuple[int, int]:
     """P columns as one power of two, or as two where that wastes much less."""
     whole = next_power_of_2(P)
     half = whole // 2
-    rest = next_power_of_2(P - half) if P > half else 0
+    rest = next_power_of_2(P - half) if half < P else 0
     return (half, rest) if half >= 64 and 4 * rest <= half and not INTERPRET else (whole, 0)
 
 

@@ -1,0 +1,334 @@
+"""The sigma-MoE MLP: the two products of each token's experts, the activation between them, and all gradients.
+
+    z[r] = x[n] W_up[e] + b_up[e]                  x [N, D]     W_up [E, D, G], or [E, D, 2G] for a gated pair
+    u[r] = phi(z[r])                               or phi(first half) * second half; then dropout
+    y[n] = sum_j g[n,j] u[r] W_down[e] + b_down    W_down [E, G, D_out]
+
+for the route r = n*TOP_K + j to the expert e = e_j of token n. Backwards, with b[r] = d y[n] W_down[e]^T:
+
+    d g[r] = b[r] . u[r]    d z[r] = g[r] b[r] phi'(z[r])    d x[n] = sum_j d z[r] W_up[e]^T
+    d W_up[e] = sum_r x[n]^T d z[r]    d b_up[e] = sum_r d z[r]    d W_down[e] = sum_r (g[r] u[r])^T d y[n]
+
+sigma-MoE (arXiv 2310.10837), equation 11. Only x and z are kept for the backward pass.
+
+NOTE [Sorted rows]
+    z, u and d z hold the routes in the order of their experts (`routing_plan` in gating.py): a tile of an expert's routes is
+    then a block of rows, and only x and d y are gathered. u is stored times its gate: it is needed in no other form.
+
+NOTE [Columns]
+    y and d x are sums over a token's routes, which lie in the tiles of different experts: their products [N*TOP_K, D] are
+    written out and then added in the order of the choices, so that a token does not depend on its batch. As that is by far the
+    largest tensor, it is made a few columns at a time.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch.nn.functional import pad
+
+from .. import tuning
+from .common import INTERPRET, cdiv, find_tile, launch, next_power_of_2, opaque, rows, uniform
+from .projection import _combine, _grouped_dw, product
+
+CONFIGS = {
+    "up": {
+        "half": {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "PARTS": 1, "num_warps": 8, "num_stages": 3},
+        "float32": {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "PARTS": 4, "num_warps": 8, "num_stages": 2},
+        "interpret": {"BLOCK_M": 256, "BLOCK_N": 256, "BLOCK_K": 256, "PARTS": 1, "num_warps": 1, "num_stages": 1},
+    },
+    "up_bwd": {
+        "half": {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 64, "PARTS": 1, "num_warps": 4, "num_stages": 4},
+        "float32": {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "PARTS": 4, "num_warps": 8, "num_stages": 2},
+        "interpret": {"BLOCK_M": 256, "BLOCK_N": 256, "BLOCK_K": 256, "PARTS": 1, "num_warps": 1, "num_stages": 1},
+    },
+    "down": {
+        "half": {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 128, "PARTS": 1, "num_warps": 4, "num_stages": 2},
+        "float32": {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "PARTS": 4, "num_warps": 8, "num_stages": 2},
+        "interpret": {"BLOCK_M": 256, "BLOCK_N": 256, "BLOCK_K": 256, "PARTS": 1, "num_warps": 1, "num_stages": 1},
+    },
+}
+
+COLUMNS = 256  # of [N*TOP_K, D] at a time, a multiple of every BLOCK_N; see NOTE [Columns]
+FEW_ELEMENTS = 1 << 24  # of [N*TOP_K, D] that are made at once
+
+
+# ---- jit helpers
+
+
+@triton.jit
+def _phi(z, ACTIVATION: tl.constexpr):
+    """The activation of z (for a gated pair, of its first half)."""
+    if ACTIVATION == "relu":
+        return tl.maximum(z, 0.0)
+    elif ACTIVATION == "gelu" or ACTIVATION == "geglu":
+        return 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
+    else:  # silu, swiglu
+        return z * tl.sigmoid(z)
+
+
+@triton.jit
+def _dphi(z, ACTIVATION: tl.constexpr):
+    if ACTIVATION == "relu":
+        return (z > 0.0).to(tl.float32)
+    elif ACTIVATION == "gelu" or ACTIVATION == "geglu":
+        return 0.5 * (1.0 + tl.erf(z * 0.7071067811865476)) + z * tl.exp(-0.5 * z * z) * 0.3989422804014327
+    else:
+        s = tl.sigmoid(z)
+        return s * (1.0 + z * (1.0 - s))
+
+
+@triton.jit
+def _keep(seed_ptr, token, column, dropout, STREAM: tl.constexpr):
+    """What dropout multiplies by: 0, or 1 / (1 - dropout)."""
+    drawn = uniform(tl.load(seed_ptr), token.to(tl.int32)[:, None], column[None, :], STREAM)
+    return tl.where(drawn < dropout, 0.0, 1.0 / (1.0 - dropout))
+
+
+# ---- kernels
+
+
+@triton.jit
+def _up_kernel(
+    x_ptr, w_ptr, bias_ptr, weights_ptr, seed_ptr, z_ptr, u_ptr, order_ptr, offsets_ptr, GROUPS, dropout,
+    G: tl.constexpr, K: tl.constexpr, KA: tl.constexpr, TOP_K: tl.constexpr, stride_xn: tl.constexpr,
+    stride_wg: tl.constexpr, stride_wk: tl.constexpr, stride_wn: tl.constexpr,
+    ACTIVATION: tl.constexpr, GATED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_DROPOUT: tl.constexpr, STREAM: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_G: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    tiles_n: tl.constexpr = (G + BLOCK_N - 1) // BLOCK_N
+    width: tl.constexpr = 2 * G if GATED else G
+    pid = tl.program_id(0)
+    group, first, end = find_tile(offsets_ptr, pid // tiles_n, GROUPS, BLOCK_M, BLOCK_G)
+    if first >= end:
+        return
+    offs_m = first + tl.arange(0, BLOCK_M)
+    mask_m = offs_m < end
+    route = tl.load(order_ptr + offs_m, mask=mask_m, other=0)
+    offs_n = (pid % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < G
+    a_ptrs = x_ptr + (route // TOP_K).to(tl.int64)[:, None] * stride_xn
+    w_ptrs = w_ptr + group.to(tl.int64) * stride_wg + offs_n.to(tl.int64)[None, :] * stride_wn
+    PAIR: tl.constexpr = G * stride_wn if GATED else 0
+    z, second = product(a_ptrs, w_ptrs, offs_n, G, KA, K, stride_wk, PAIR, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, PARTS)
+
+    mask = mask_m[:, None] & mask_n[None, :]
+    z_ptrs = z_ptr + offs_m.to(tl.int64)[:, None] * width + offs_n[None, :]
+    bias_ptrs = bias_ptr + group * width + offs_n
+    if HAS_BIAS:
+        z += tl.load(bias_ptrs, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+    tl.store(z_ptrs, z.to(z_ptr.dtype.element_ty), mask=mask)
+    u = _phi(z, ACTIVATION)
+    if GATED:
+        if HAS_BIAS:
+            second += tl.load(bias_ptrs + G, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+        tl.store(z_ptrs + G, second.to(z_ptr.dtype.element_ty), mask=mask)
+        u *= second
+    if HAS_DROPOUT:
+        u *= _keep(seed_ptr, route // TOP_K, group * G + offs_n, dropout, STREAM)
+    u *= tl.load(weights_ptr + route, mask=mask_m, other=0.0)[:, None]
+    tl.store(u_ptr + offs_m.to(tl.int64)[:, None] * G + offs_n[None, :], u.to(u_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _up_bwd_kernel(
+    dy_ptr, w_ptr, weights_ptr, seed_ptr, z_ptr, u_ptr, dz_ptr, dweights_ptr, order_ptr, offsets_ptr, GROUPS, R, dropout,
+    G: tl.constexpr, K: tl.constexpr, KA: tl.constexpr, TOP_K: tl.constexpr, stride_yn: tl.constexpr,
+    stride_wg: tl.constexpr, stride_wk: tl.constexpr, stride_wn: tl.constexpr,
+    ACTIVATION: tl.constexpr, GATED: tl.constexpr, HAS_DROPOUT: tl.constexpr, STREAM: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_G: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """dz, the gated u, and for each tile of columns its share of d weights."""
+    tiles_n: tl.constexpr = (G + BLOCK_N - 1) // BLOCK_N
+    width: tl.constexpr = 2 * G if GATED else G
+    pid = tl.program_id(0)
+    group, first, end = find_tile(offsets_ptr, pid // tiles_n, GROUPS, BLOCK_M, BLOCK_G)
+    if first >= end:
+        return
+    offs_m = first + tl.arange(0, BLOCK_M)
+    mask_m = offs_m < end
+    route = tl.load(order_ptr + offs_m, mask=mask_m, other=0)
+    offs_n = (pid % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
+    a_ptrs = dy_ptr + (route // TOP_K).to(tl.int64)[:, None] * stride_yn
+    w_ptrs = w_ptr + group.to(tl.int64) * stride_wg + offs_n.to(tl.int64)[None, :] * stride_wn
+    b, _ = product(a_ptrs, w_ptrs, offs_n, G, KA, K, stride_wk, 0, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, PARTS)
+
+    mask = mask_m[:, None] & (offs_n < G)[None, :]
+    offs_u = offs_m.to(tl.int64)[:, None] * G + offs_n[None, :]
+    offs_z = offs_m.to(tl.int64)[:, None] * width + offs_n[None, :]
+    weight = tl.load(weights_ptr + route, mask=mask_m, other=0.0)
+    z = tl.load(z_ptr + offs_z, mask=mask, other=0.0).to(tl.float32)
+    u, du = _phi(z, ACTIVATION), _dphi(z, ACTIVATION)
+    if HAS_DROPOUT:
+        b *= _keep(seed_ptr, route // TOP_K, group * G + offs_n, dropout, STREAM)
+    if GATED:
+        second = tl.load(z_ptr + offs_z + G, mask=mask, other=0.0).to(tl.float32)
+        tl.store(dz_ptr + offs_z + G, (weight[:, None] * b * u).to(dz_ptr.dtype.element_ty), mask=mask)
+        du *= second
+        u *= second
+    tl.store(dz_ptr + offs_z, (weight[:, None] * b * du).to(dz_ptr.dtype.element_ty), mask=mask)
+    tl.store(dweights_ptr + (pid % tiles_n).to(tl.int64) * R + route, tl.sum(b * u, axis=1), mask=mask_m)
+    if HAS_DROPOUT:
+        u *= _keep(seed_ptr, route // TOP_K, group * G + offs_n, dropout, STREAM)
+    tl.store(u_ptr + offs_u, (weight[:, None] * u).to(u_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _down_kernel(
+    a_ptr, w_ptr, c_ptr, order_ptr, offsets_ptr, GROUPS, N: tl.constexpr, K: tl.constexpr,
+    stride_wg: tl.constexpr, stride_wk: tl.constexpr, stride_wn: tl.constexpr, PITCH: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_G: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """c[r] = a[place of r] w[expert of r], all N columns in one program. The last columns of c, N to PITCH, become zeros."""
+    group, first, end = find_tile(offsets_ptr, tl.program_id(0), GROUPS, BLOCK_M, BLOCK_G)
+    if first >= end:
+        return
+    offs_m = first + tl.arange(0, BLOCK_M)
+    mask_m = offs_m < end
+    route = tl.load(order_ptr + offs_m, mask=mask_m, other=0)
+    offs_n, offs_k = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+    a_ptrs = a_ptr + tl.minimum(offs_m, end - 1).to(tl.int64)[:, None] * K
+    w_ptrs = w_ptr + group.to(tl.int64) * stride_wg + offs_n.to(tl.int64)[None, :] * stride_wn
+    c_ptrs = c_ptr + route.to(tl.int64)[:, None] * PITCH
+    if K <= BLOCK_K:  # the rows stay, only w moves
+        a = tl.load(a_ptrs + offs_k[None, :], mask=(offs_k < K)[None, :], other=0.0)
+        w_ptrs += offs_k.to(tl.int64)[:, None] * stride_wk
+        for n in range(0, N, BLOCK_N):
+            offs = n + offs_n
+            w = tl.load(w_ptrs + n * stride_wn, mask=(offs_k < K)[:, None] & (offs < N)[None, :], other=0.0)
+            acc = tl.dot(a, w, input_precision=PRECISION)
+            tl.store(c_ptrs + offs[None, :], acc.to(c_ptr.dtype.element_ty), mask=mask_m[:, None] & (offs < PITCH)[None, :])
+    else:
+        for n in range(0, N, BLOCK_N):
+            offs = n + offs_n
+            w_tile = w_ptrs + n * stride_wn
+            acc, _ = product(a_ptrs, w_tile, offs, N, K, K, stride_wk, 0, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, PARTS)
+            tl.store(c_ptrs + offs[None, :], acc.to(c_ptr.dtype.element_ty), mask=mask_m[:, None] & (offs < PITCH)[None, :])
+
+
+# ---- launchers
+
+
+def _aligned(width, x):
+    """The next width whose rows are multiples of 16 bytes."""
+    unit = 16 // x.element_size()
+    return cdiv(width, unit) * unit
+
+
+def _padded(x):
+    """x, or a copy with columns of zeros, so that rows are multiples of 16 bytes: others load element by element or in pieces."""
+    extra = _aligned(x.shape[-1], x) - x.shape[-1]
+    return pad(x, (0, extra)) if extra else x
+
+
+def _config(name, x, R, N, K):
+    config = dict(tuning.lookup(CONFIGS[name], x.dtype, INTERPRET))
+    config["BLOCK_N"] = min(config["BLOCK_N"], next_power_of_2(N))
+    config["BLOCK_K"] = min(config["BLOCK_K"], next_power_of_2(K))
+    if INTERPRET:
+        config["BLOCK_M"] = min(config["BLOCK_M"], next_power_of_2(R))
+    return config
+
+
+def _down(a, w, order, offsets, top_k, bias, d_out, precision):
+    """a [R, K] in the order of the routes, w [E, K, >= d_out] -> y [R // top_k, d_out], y[n] = the sum of a w over n's routes."""
+    groups, K, _ = w.shape
+    R = order.shape[0]
+    y = a.new_empty(R // top_k, d_out)
+    width = w.shape[2]
+    columns = width if R * width <= FEW_ELEMENTS else COLUMNS
+    c = a.new_empty(R, _aligned(columns, a))
+    for n in range(0, width, columns):
+        w_here, y_here = w[:, :, n : n + columns], y[:, n : n + columns]
+        N = w_here.shape[2]
+        pitch = _aligned(N, a)
+        config = _config("down", a, R, N, K)
+        launch(
+            _down_kernel, (cdiv(R, config["BLOCK_M"]) + groups if R else 0,),
+            a, w_here, c, order, offsets, groups, N=N, K=K,
+            stride_wg=w.stride(0), stride_wk=w.stride(1), stride_wn=w.stride(2), PITCH=pitch,
+            PRECISION=precision, BLOCK_G=next_power_of_2(groups, 1), **config,
+        )  # fmt: skip
+        c_here = c.view(-1)[: R * pitch].view(R, pitch)
+        _combine(c_here, None, top_k, None if bias is None else bias[n : n + columns], y_here)
+    return y
+
+
+def _up_args(G, TOP_K, activation, dropout, stream, precision, config, w, groups):
+    gated = activation in ("swiglu", "geglu")
+    return {
+        "G": G, "K": w.shape[1], "TOP_K": TOP_K, "stride_wg": w.stride(0), "stride_wk": w.stride(1), "stride_wn": w.stride(2),
+        "ACTIVATION": activation, "GATED": gated, "HAS_DROPOUT": dropout > 0, "STREAM": stream, "PRECISION": precision,
+        "BLOCK_G": next_power_of_2(groups, 1), **config,
+    }  # fmt: skip
+
+
+def _mlp_forward_fake(
+    x, keys, values, bias, o_bias, seed, weights, experts, order, offsets, activation, dropout, stream, precision
+):
+    return x.new_empty(x.shape[0], values.shape[2]), x.new_empty(weights.numel(), keys.shape[2])
+
+
+@opaque(_mlp_forward_fake)
+def mlp_forward(
+    x: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None, o_bias: torch.Tensor | None,
+    seed: torch.Tensor | None, weights: torch.Tensor, experts: torch.Tensor, order: torch.Tensor, offsets: torch.Tensor,
+    activation: str, dropout: float, stream: int, precision: str,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """x [N, D], keys [E, D, G or 2G], values [E, G, D_out] -> y [N, D_out] and the pre-activation z [N*TOP_K, G or 2G], its rows
+    in the order of `order`."""
+    (groups, G, d_out), R, TOP_K = values.shape, order.shape[0], weights.shape[-1]
+    bias, o_bias = (None if b is None else b.contiguous() for b in (bias, o_bias))
+    x = _padded(rows(x))
+    z, u = x.new_empty(R, keys.shape[2]), x.new_empty(R, G)
+    config = _config("up", x, R, G, x.shape[1])
+    launch(
+        _up_kernel, ((cdiv(R, config["BLOCK_M"]) + groups) * cdiv(G, config["BLOCK_N"]) if R else 0,),
+        x, keys, z if bias is None else bias, weights.contiguous(), order if seed is None else seed, z, u, order, offsets, groups,
+        dropout, KA=x.shape[1], stride_xn=x.stride(0), HAS_BIAS=bias is not None,
+        **_up_args(G, TOP_K, activation, dropout, stream, precision, config, keys, groups),
+    )  # fmt: skip
+    return _down(u, _padded(values), order, offsets, TOP_K, o_bias, d_out, precision), z
+
+
+def _mlp_backward_fake(
+    dy, x, keys, values, bias, o_bias, seed, weights, experts, order, offsets, z, activation, dropout, stream, precision
+):
+    return (
+        x.new_empty(x.shape),
+        keys.new_empty(keys.shape),
+        values.new_empty(values.shape),
+        keys.new_empty(0 if bias is None else keys.shape[0], keys.shape[2]),
+        torch.empty_like(weights),
+    )
+
+
+@opaque(_mlp_backward_fake)
+def mlp_backward(
+    dy: torch.Tensor, x: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None,
+    o_bias: torch.Tensor | None, seed: torch.Tensor | None, weights: torch.Tensor, experts: torch.Tensor,
+    order: torch.Tensor, offsets: torch.Tensor, z: torch.Tensor, activation: str, dropout: float, stream: int, precision: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """-> dx, d keys, d values, d bias [E, G or 2G] (no rows without a bias), d weights."""
+    (groups, G, d_out), D, R, TOP_K = values.shape, x.shape[1], order.shape[0], weights.shape[-1]
+    x, dy, w = _padded(rows(x)), _padded(rows(dy)), _padded(values).transpose(1, 2)
+    config = _config("up_bwd", x, R, G, dy.shape[1])
+    tiles_n = cdiv(G, config["BLOCK_N"])
+    u, dz = z.new_empty(R, G), torch.empty_like(z)
+    dweights = torch.empty((tiles_n, *weights.shape), dtype=weights.dtype, device=weights.device)
+    launch(
+        _up_bwd_kernel, ((cdiv(R, config["BLOCK_M"]) + groups) * tiles_n if R else 0,),
+        dy, w, weights.contiguous(), order if seed is None else seed, z, u, dz, dweights, order, offsets, groups, R, dropout,
+        KA=dy.shape[1], stride_yn=dy.stride(0),
+        **_up_args(G, TOP_K, activation, dropout, stream, precision, config, w, groups),
+    )  # fmt: skip
+    dvalues = _grouped_dw(u, dy, order, offsets, 0, TOP_K, precision, size=(G, d_out))
+    dkeys = _grouped_dw(x, dz, order, offsets, TOP_K, 0, precision, size=(D, dz.shape[1]))
+    dbias = keys.new_empty(0, keys.shape[2])
+    if bias is not None:  # the weight gradient of an input that is always one
+        one = x.new_ones(1, 1).expand(R, 1)
+        dbias = _grouped_dw(one, dz, order, offsets, 0, 0, precision).view(groups, -1)
+    dx = _down(dz, keys.transpose(1, 2), order, offsets, TOP_K, None, D, precision)
+    return dx, dkeys, dvalues, dbias, dweights[0] if tiles_n == 1 else dweights.sum(0)
