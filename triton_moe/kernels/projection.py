@@ -430,7 +430,7 @@ def value_backward(
         tokens = sets.token_order(experts, E)
         packed, visited, place = sets.pack(dv.view(N, H, dv.shape[1]), weights.contiguous(), experts, tokens, E)
         dx = sets.spread(packed, visited, w, True, tokens, N)
-        dw = _grouped_dw(x, packed, order, offsets, H * TOP_K, 0, precision, order_b=place[order])
+        dw = _grouped_dw(x, packed, order, offsets, H * TOP_K, 0, precision, w.shape[1:], place[order])
     else:
         gated = _gate_rows(dv, weights.contiguous().view(-1))
         dx = _combine(_grouped_gemm(gated, w.transpose(1, 2), order, offsets, 1, precision), None, H * TOP_K)

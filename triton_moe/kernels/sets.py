@@ -21,7 +21,7 @@ NOTE [Signatures]
 NOTE [Descriptors]
     Weights and packed rows are read through tensor descriptors: Hopper's and Blackwell's copy engine then moves them, elsewhere
     Triton turns them into pointers. A descriptor wants rows a multiple of 16 bytes apart, reads zeros outside, and is slow at
-    that: functional.py pads widths to multiples of 32.
+    that and at rows that split sectors: P 112 took longer than P 128. So weights are padded with zeros (`_padded`).
 
 On an H200, bfloat16, N = 32768, D = 1024, H 4, E 4, TOP_K 2, P 128, cuBLAS of the same FLOPs taking 99 us: gather 122 us, 145
 with u written, 151 with the dots; pack 37 and spread 140 us. With pointers in place of descriptors: gather 129 us, spread 154;
@@ -270,7 +270,7 @@ def _visited_kernel(
 @triton.jit
 def _pack_kernel(
     a_ptr, s_ptr, experts_ptr, order_ptr, visited_ptr, packed_ptr, place_ptr, N,
-    H: tl.constexpr, E: tl.constexpr, TOP_K: tl.constexpr, P: tl.constexpr, stride: tl.constexpr, TILE: tl.constexpr,
+    H: tl.constexpr, E: tl.constexpr, TOP_K: tl.constexpr, P: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """packed[tile, i, m] = the gate of the tile's i-th expert times row m's a, or 0; place[route] = its row in packed."""
@@ -281,8 +281,8 @@ def _pack_kernel(
     mask_m = tile * TILE + offs_m < N
     row = tl.load(order_ptr + tile * TILE + offs_m, mask=mask_m, other=0).to(tl.int64) * H + h
     offs_p = tl.arange(0, BLOCK_P)
-    mask_p = offs_p < P
-    a = tl.load(a_ptr + row[:, None] * P + offs_p[None, :], mask=mask_m[:, None] & mask_p[None, :], other=0.0).to(tl.float32)
+    mask = mask_m[:, None] & (offs_p < P)[None, :]
+    a = tl.load(a_ptr + row[:, None] * P + offs_p[None, :], mask=mask, other=0.0).to(tl.float32)
     bits = tl.load(visited_ptr + tile)
     earlier = _count(bits & ((1 << (h * E).to(tl.int64)) - 1), H * E)
     place = (tile.to(tl.int64) * (H * E) + earlier) * TILE + offs_m
@@ -296,7 +296,7 @@ def _pack_kernel(
             chosen = chosen | here
             tl.store(place_ptr + row * TOP_K + j, place.to(tl.int32), mask=here)
         gated = tl.where(chosen[:, None], a * s[:, None], 0.0).to(packed_ptr.dtype.element_ty)
-        tl.store(packed_ptr + place[:, None] * stride + offs_p[None, :], gated, mask=visited & mask_p[None, :])
+        tl.store(packed_ptr + place[:, None] * WIDTH + offs_p[None, :], gated, mask=visited & (offs_p < WIDTH)[None, :])
         place += tl.where(visited, TILE, 0)
 
 
@@ -351,10 +351,10 @@ def _config(name: str, x: torch.Tensor) -> dict[str, int]:
     return dict(tuning.lookup(CONFIGS[name], x.dtype, INTERPRET) if large else CONFIGS[name]["half_small"])
 
 
-def _described(w: torch.Tensor) -> torch.Tensor:
-    """w [H*E, K, N] with rows a multiple of 16 bytes apart; see NOTE [Descriptors]."""
-    pad = -w.shape[2] % 8
-    return torch.nn.functional.pad(w, (0, pad)) if pad else w.contiguous()
+def _padded(w: torch.Tensor, transposed: bool) -> torch.Tensor:
+    """w [H*E, D, P] (or transposed, [H*E, P, D]), P a multiple of 32 and D of 8; see NOTE [Descriptors]."""
+    rows, cols = (-w.shape[1] % 32, -w.shape[2] % 8) if transposed else (0, -w.shape[2] % 32)
+    return torch.nn.functional.pad(w, (0, cols, 0, rows)) if rows or cols else w.contiguous()
 
 
 def _weight_descriptor(w: torch.Tensor, transposed: bool, block_k: int, block_n: int) -> TensorDescriptor:
@@ -391,7 +391,7 @@ def gather(x, w, transposed, s, experts, order, offsets, a=None, keep=True):
     """x [N, D], w [H*E, D, P] (or transposed, [H*E, P, D]), s and experts [N, H, TOP_K], the rows n*H + h in the order of their
     sets and where those begin -> v [N, H, P] and u [N*H*TOP_K, P], empty unless `keep`; with a [N, H, P] the dots u . a instead,
     float32 [N*H*TOP_K]."""
-    x, P, w = rows(x), w.shape[1 if transposed else 2], _described(w)
+    x, P, w = rows(x), w.shape[1 if transposed else 2], _padded(w, transposed)
     (N, D), (H, TOP_K) = x.shape, experts.shape[1:]
     E = w.shape[0] // H
     groups = offsets.shape[0] - 1
@@ -434,20 +434,20 @@ def _columns(P: int) -> tuple[int, int]:
 
 
 def pack(a, s, experts, order, E):
-    """a [N, H, P], s and experts [N, H, TOP_K], the tokens in the order of their signatures -> packed [rows, P] and the experts
-    that each tile visits, int64 [tiles], both for `spread`; and the row of each route in packed, int32 [N*H*TOP_K]."""
+    """a [N, H, P], s and experts [N, H, TOP_K], the tokens in the order of their signatures -> packed [rows, P padded] and the
+    experts that each tile visits, int64 [tiles], both for `spread`; and each route's row in packed, int32 [N*H*TOP_K]."""
     a, (N, H, TOP_K), P = a.contiguous(), experts.shape, a.shape[2]
-    tiles = cdiv(N, TILE)
+    tiles, width = cdiv(N, TILE), P + -P % 32
     visited = experts.new_empty(tiles, dtype=torch.int64)
     meta = {"H": H, "E": E, "TOP_K": TOP_K, "TILE": TILE}
     launch(_visited_kernel, (tiles,), experts, order, visited, N, **meta, BLOCK_HE=next_power_of_2(H * E), num_warps=4)
-    packed = a.new_empty(tiles * H * E * TILE, P + -P % 8)[:, :P]
+    packed = a.new_empty(tiles * H * E * TILE, width)
     place = experts.new_empty(N * H * TOP_K)
     config = _config("pack", a)
     launch(
         _pack_kernel, (tiles * (TILE // config["BLOCK_M"]) * H,),
         a, s, experts, order, visited, packed, place, N,
-        **meta, P=P, stride=packed.stride(0), BLOCK_P=next_power_of_2(P), **config,
+        **meta, P=P, WIDTH=width, BLOCK_P=next_power_of_2(width), **config,
     )  # fmt: skip
     return packed, visited, place
 
@@ -457,13 +457,13 @@ def spread(packed, visited, w, transposed, order, N, base=None, b=None, c=None):
 
     With base [N, D], or b [N, C] and c [C, D] of few columns C, y = base + b c + the projection in one pass over y.
     """
-    (HE, P, D), w = w.transpose(1, 2).shape if transposed else w.shape, _described(w)
+    HE, D, w = w.shape[0], w.shape[1 if transposed else 2], _padded(w, not transposed)
     y = packed.new_empty(N, D)
     config = _config("spread", packed)
+    P, C = packed.shape[1], 0 if b is None else b.shape[1]
     if P % config["BLOCK_K"]:
         config["BLOCK_K"], config["num_stages"] = 32, config["num_stages"] + 1
     config["BLOCK_N"] = min(config["BLOCK_N"], next_power_of_2(D))
-    C = 0 if b is None else b.shape[1]
     launch(
         _spread_kernel, (visited.shape[0] * (TILE // config["BLOCK_M"]) * cdiv(D, config["BLOCK_N"]),),
         TensorDescriptor.from_tensor(packed, [config["BLOCK_M"], config["BLOCK_K"]]),
