@@ -42,6 +42,7 @@ def always(monkeypatch):
     monkeypatch.setattr(sets, "gather_fits", lambda *_: True)
     monkeypatch.setattr(sets, "spread_fits", lambda *_: True)
     monkeypatch.setattr(projection, "LEAST_CHUNK", 16)
+    monkeypatch.setattr(projection, "PROGRAMS", 1000)
 
 
 SHAPES = [(1, 41, 1, 5, 2, 19), (70, 24, 2, 4, 2, 20), (150, 19, 3, 3, 1, 8), (90, 32, 2, 5, 3, 33), (80, 16, 1, 7, 4, 16)]

@@ -37,7 +37,7 @@ CONFIGS = {
         "interpret": {"BLOCK_M": 256, "BLOCK_N": 256, "BLOCK_K": 256, "PARTS": 1, "num_warps": 1, "num_stages": 1},
     },
     "up_bwd": {
-        "half": {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 64, "PARTS": 1, "num_warps": 4, "num_stages": 4},
+        "half": {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "PARTS": 1, "num_warps": 8, "num_stages": 3},
         "float32": {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "PARTS": 4, "num_warps": 8, "num_stages": 2},
         "interpret": {"BLOCK_M": 256, "BLOCK_N": 256, "BLOCK_K": 256, "PARTS": 1, "num_warps": 1, "num_stages": 1},
     },
@@ -82,6 +82,42 @@ def _keep(seed_ptr, token, column, dropout, STREAM: tl.constexpr):
     """What dropout multiplies by: 0, or 1 / (1 - dropout)."""
     drawn = uniform(tl.load(seed_ptr), token.to(tl.int32)[:, None], column[None, :], STREAM)
     return tl.where(drawn < dropout, 0.0, 1.0 / (1.0 - dropout))
+
+
+@triton.jit
+def _halves(x, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    return tl.split(tl.permute(tl.reshape(x, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def _up_bwd_columns(
+    b, n, weight, seed_ptr, z_ptr, u_ptr, dz_ptr, token, offs_m, mask_m, group, dropout, G: tl.constexpr,
+    ACTIVATION: tl.constexpr, GATED: tl.constexpr, HAS_DROPOUT: tl.constexpr, STREAM: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Store d z and the gated u of the columns n ...; return their share of d weight."""
+    width: tl.constexpr = 2 * G if GATED else G
+    offs_n = n + tl.arange(0, BLOCK_N)
+    mask = mask_m[:, None] & (offs_n < G)[None, :]
+    offs_z = offs_m.to(tl.int64)[:, None] * width + offs_n[None, :]
+    z = tl.load(z_ptr + offs_z, mask=mask, other=0.0).to(tl.float32)
+    u, du = _phi(z, ACTIVATION), _dphi(z, ACTIVATION)
+    if HAS_DROPOUT:
+        keep = _keep(seed_ptr, token, group * G + offs_n, dropout, STREAM)
+        b *= keep
+    db = b * weight[:, None]
+    if GATED:
+        second = tl.load(z_ptr + offs_z + G, mask=mask, other=0.0).to(tl.float32)
+        tl.store(dz_ptr + offs_z + G, (db * u).to(dz_ptr.dtype.element_ty), mask=mask)
+        du *= second
+        u *= second
+    tl.store(dz_ptr + offs_z, (db * du).to(dz_ptr.dtype.element_ty), mask=mask)
+    dweight = tl.sum(b * u, axis=1)
+    if HAS_DROPOUT:
+        u *= keep
+    u_ptrs = u_ptr + offs_m.to(tl.int64)[:, None] * G + offs_n[None, :]
+    tl.store(u_ptrs, (weight[:, None] * u).to(u_ptr.dtype.element_ty), mask=mask)
+    return dweight
 
 
 # ---- kernels
@@ -141,7 +177,6 @@ def _up_bwd_kernel(
 ):  # fmt: skip
     """dz, the gated u, and for each tile of columns its share of d weights."""
     tiles_n: tl.constexpr = (G + BLOCK_N - 1) // BLOCK_N
-    width: tl.constexpr = 2 * G if GATED else G
     pid = tl.program_id(0)
     group, first, end = find_tile(offsets_ptr, pid // tiles_n, GROUPS, BLOCK_M, BLOCK_G)
     if first >= end:
@@ -154,24 +189,14 @@ def _up_bwd_kernel(
     w_ptrs = w_ptr + group.to(tl.int64) * stride_wg + offs_n.to(tl.int64)[None, :] * stride_wn
     b, _ = product(a_ptrs, w_ptrs, offs_n, G, KA, K, stride_wk, 0, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, PARTS)
 
-    mask = mask_m[:, None] & (offs_n < G)[None, :]
-    offs_u = offs_m.to(tl.int64)[:, None] * G + offs_n[None, :]
-    offs_z = offs_m.to(tl.int64)[:, None] * width + offs_n[None, :]
+    # Half the columns at a time: all at once need twice the registers, and only one program would fit a multiprocessor.
     weight = tl.load(weights_ptr + route, mask=mask_m, other=0.0)
-    z = tl.load(z_ptr + offs_z, mask=mask, other=0.0).to(tl.float32)
-    u, du = _phi(z, ACTIVATION), _dphi(z, ACTIVATION)
-    if HAS_DROPOUT:
-        b *= _keep(seed_ptr, route // TOP_K, group * G + offs_n, dropout, STREAM)
-    if GATED:
-        second = tl.load(z_ptr + offs_z + G, mask=mask, other=0.0).to(tl.float32)
-        tl.store(dz_ptr + offs_z + G, (weight[:, None] * b * u).to(dz_ptr.dtype.element_ty), mask=mask)
-        du *= second
-        u *= second
-    tl.store(dz_ptr + offs_z, (weight[:, None] * b * du).to(dz_ptr.dtype.element_ty), mask=mask)
-    tl.store(dweights_ptr + (pid % tiles_n).to(tl.int64) * R + route, tl.sum(b * u, axis=1), mask=mask_m)
-    if HAS_DROPOUT:
-        u *= _keep(seed_ptr, route // TOP_K, group * G + offs_n, dropout, STREAM)
-    tl.store(u_ptr + offs_u, (weight[:, None] * u).to(u_ptr.dtype.element_ty), mask=mask)
+    args = weight, seed_ptr, z_ptr, u_ptr, dz_ptr, route // TOP_K, offs_m, mask_m, group, dropout
+    n = (pid % tiles_n) * BLOCK_N
+    left, right = _halves(b, BLOCK_M, BLOCK_N)
+    dweight = _up_bwd_columns(left, n, *args, G, ACTIVATION, GATED, HAS_DROPOUT, STREAM, BLOCK_M, BLOCK_N // 2)
+    dweight += _up_bwd_columns(right, n + BLOCK_N // 2, *args, G, ACTIVATION, GATED, HAS_DROPOUT, STREAM, BLOCK_M, BLOCK_N // 2)
+    tl.store(dweights_ptr + (pid % tiles_n).to(tl.int64) * R + route, dweight, mask=mask_m)
 
 
 @triton.jit
@@ -284,6 +309,8 @@ def mlp_forward(
     x = _padded(rows(x))
     z, u = x.new_empty(R, keys.shape[2]), x.new_empty(R, G)
     config = _config("up", x, R, G, x.shape[1])
+    if keys.shape[2] == 2 * G:  # two tiles of products
+        config["BLOCK_N"] = max(16, config["BLOCK_N"] // 2)
     launch(
         _up_kernel, ((cdiv(R, config["BLOCK_M"]) + groups) * cdiv(G, config["BLOCK_N"]) if R else 0,),
         x, keys, z if bias is None else bias, weights.contiguous(), order if seed is None else seed, z, u, order, offsets, groups,

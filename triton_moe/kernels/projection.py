@@ -244,7 +244,7 @@ def _sum_chunks_kernel(
     blocks: tl.constexpr = (SIZE + BLOCK - 1) // BLOCK
     pid = tl.program_id(0)
     group = pid // blocks
-    _, _, _, apart = _chunks(offsets_ptr, GROUPS, CHUNK, BLOCK_G)
+    apart = _chunks(offsets_ptr, GROUPS, CHUNK, BLOCK_G)[3]
     offs_g = tl.arange(0, BLOCK_G)
     own = tl.sum(tl.where(offs_g == group, apart, 0), 0)
     if own > 0:
@@ -252,7 +252,7 @@ def _sum_chunks_kernel(
         offs = pid % blocks * BLOCK + tl.arange(0, BLOCK)
         part_ptrs = parts_ptr + first.to(tl.int64) * SIZE + offs
         acc = tl.zeros((BLOCK,), tl.float32)
-        for _ in range(own):
+        for _i in range(own):
             acc += tl.load(part_ptrs, mask=offs < SIZE, other=0.0)
             part_ptrs += SIZE
         tl.store(dw_ptr + group.to(tl.int64) * SIZE + offs, acc.to(dw_ptr.dtype.element_ty), mask=offs < SIZE)
