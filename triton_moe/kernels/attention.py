@@ -27,10 +27,12 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .. import tuning
 from .common import INTERPRET, cdiv, launch, next_power_of_2, opaque, rows
 
+TMA = False
 # BLOCK_M queries by BLOCK_N keys; BLOCK_F position channels at a time (attention_dq_pos accumulates BLOCK_FO of them).
 CONFIGS = {
     "attention_forward": {
@@ -162,23 +164,36 @@ def _load_chunk(ptr, offs, cols, mask_rows, INSIDE: tl.constexpr, WIDTH: tl.cons
 
 
 @triton.jit
-def _load_rows(ptr, first, stride: tl.constexpr, mask_rows, WIDTH: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
-    """BLOCK rows from `first` as a tuple of [BLOCK, chunk], zero beyond the first WIDTH channels and in masked rows."""
-    ptr += first.to(tl.int64) * stride
-    offs = tl.arange(0, BLOCK) * stride
-    parts = ()
-    start: tl.constexpr = 0
-    for i in tl.static_range(len(CHUNKS)):
-        cols = start + tl.arange(0, CHUNKS[i])
-        start = start + CHUNKS[i]
-        parts = parts + (_load_chunk(ptr, offs, cols, mask_rows, start <= WIDTH, WIDTH),)
-    return parts
+def _load_rows(
+    x_ptr, tail, b, h, first, stride_b, stride_t: tl.constexpr, stride_h: tl.constexpr, mask_rows,
+    WIDTH: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """The BLOCK rows x[b, first:, h] as a tuple of [BLOCK, chunk], zero beyond the WIDTH channels and, but for TMA, in masked
+    rows. With TMA x_ptr is the descriptor of the first chunk and tail that of the second; rows beyond the last are zero."""
+    if TMA:
+        parts = (x_ptr.load([b, first, h, 0]).reshape(BLOCK, CHUNKS[0]),)
+        if len(CHUNKS) == 2:
+            parts = parts + (tail.load([b, first, h, CHUNKS[0]]).reshape(BLOCK, CHUNKS[1]),)
+        return parts
+    else:
+        x_ptr += b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h + first.to(tl.int64) * stride_t
+        offs = tl.arange(0, BLOCK) * stride_t
+        parts = ()
+        start: tl.constexpr = 0
+        for i in tl.static_range(len(CHUNKS)):
+            cols = start + tl.arange(0, CHUNKS[i])
+            start = start + CHUNKS[i]
+            parts = parts + (_load_chunk(x_ptr, offs, cols, mask_rows, start <= WIDTH, WIDTH),)
+        return parts
 
 
 @triton.jit
-def _store_rows(ptr, first, stride: tl.constexpr, mask_rows, x, WIDTH: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
-    ptr += first.to(tl.int64) * stride
-    offs = tl.arange(0, BLOCK) * stride
+def _store_rows(
+    ptr, x, b, h, first, stride_b, stride_t: tl.constexpr, stride_h: tl.constexpr, mask_rows,
+    WIDTH: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    ptr += b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h + first.to(tl.int64) * stride_t
+    offs = tl.arange(0, BLOCK) * stride_t
     start: tl.constexpr = 0
     for i in tl.static_range(len(CHUNKS)):
         cols = start + tl.arange(0, CHUNKS[i])
@@ -258,9 +273,10 @@ def _sequence_bounds_kernel(cu_seqlens_ptr, bounds_ptr, n, T, steps, BLOCK: tl.c
 
 @triton.jit
 def _forward_step(
-    acc, m, total, n, q, low, high, k_ptr, v_ptr, q_pos_ptr, k_pos_ptr, padding_ptr, offs_t, T, S, scale,
-    H: tl.constexpr, F: tl.constexpr, stride_kt: tl.constexpr, stride_vt: tl.constexpr, P: tl.constexpr, PV: tl.constexpr,
-    CHUNKS_P: tl.constexpr, CHUNKS_PV: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
+    acc, m, total, n, q, low, high, b, hk, k_ptr, k_tail, v_ptr, v_tail, q_pos_ptr, k_pos_ptr, padding_ptr, offs_t, T, S, scale,
+    H: tl.constexpr, F: tl.constexpr, stride_kb, stride_kt: tl.constexpr, stride_kh: tl.constexpr,
+    stride_vb, stride_vt: tl.constexpr, stride_vh: tl.constexpr, P: tl.constexpr, PV: tl.constexpr,
+    CHUNKS_P: tl.constexpr, CHUNKS_PV: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr, TMA: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """The keys n, n + 1, ... taken in: the new acc, m and total."""
@@ -268,7 +284,7 @@ def _forward_step(
     keep = None
     if MASKED:
         keep = _kept_keys(padding_ptr, offs_n, S)
-    k = _load_rows(k_ptr, n, stride_kt, keep, P, CHUNKS_P, BLOCK_N)
+    k = _load_rows(k_ptr, k_tail, b, hk, n, stride_kb, stride_kt, stride_kh, keep, P, CHUNKS_P, BLOCK_N, TMA)
     s = _dot_rows(q, k, CHUNKS_P, PRECISION)  # [BLOCK_M, BLOCK_N]
     if q_pos_ptr is not None:
         s = _add_position(
@@ -289,39 +305,38 @@ def _forward_step(
         p = tl.exp2(s * scale - pivot[:, None])
         alpha = tl.exp2(m - pivot)
     total = total * alpha + tl.sum(p, 1)
-    v = _load_rows(v_ptr, n, stride_vt, keep, PV, CHUNKS_PV, BLOCK_N)
+    v = _load_rows(v_ptr, v_tail, b, hk, n, stride_vb, stride_vt, stride_vh, keep, PV, CHUNKS_PV, BLOCK_N, TMA)
     acc = _add_dots(_times(acc, alpha[:, None], CHUNKS_PV), p.to(v[0].dtype), v, CHUNKS_PV, PRECISION)
     return acc, m_new, total
 
 
 @triton.jit
 def _attention_fwd_kernel(
-    q_ptr, k_ptr, v_ptr, q_pos_ptr, k_pos_ptr, padding_ptr, bounds_ptr, o_ptr, lse_ptr,
+    q_ptr, k_ptr, k_tail, v_ptr, v_tail, q_pos_ptr, k_pos_ptr, padding_ptr, bounds_ptr, o_ptr, lse_ptr,
     T, S, H: tl.constexpr, F: tl.constexpr, window,
     stride_qb, stride_qt: tl.constexpr, stride_qh: tl.constexpr,
     stride_kb, stride_kt: tl.constexpr, stride_kh: tl.constexpr,
     stride_vb, stride_vt: tl.constexpr, stride_vh: tl.constexpr,
     stride_ob, stride_ot: tl.constexpr, stride_oh: tl.constexpr, scale,
     P: tl.constexpr, PV: tl.constexpr, GROUP: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr,
-    PRECISION: tl.constexpr, EXACT: tl.constexpr, CHUNKS_P: tl.constexpr, CHUNKS_PV: tl.constexpr,
+    PRECISION: tl.constexpr, EXACT: tl.constexpr, TMA: tl.constexpr, CHUNKS_P: tl.constexpr, CHUNKS_PV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(T, BLOCK_M)
     pid = tl.program_id(0)
     heads = tl.num_programs(0) // tiles
-    b = (pid % heads // H).to(tl.int64)
-    h = (pid % heads % H).to(tl.int64)
+    b = pid % heads // H
+    h = pid % heads % H
+    row = (b.to(tl.int64) * H + h) * T  # of lse
     first = (tiles - 1 - pid // heads) * BLOCK_M  # the longest rows of a causal mask first, of all heads
     offs_t = first + tl.arange(0, BLOCK_M)
     mask_t = offs_t < T
     low, high = _key_range(offs_t, T, S, bounds_ptr, window, IS_CAUSAL, HAS_WINDOW)
-    k_ptr += b * stride_kb + h // GROUP * stride_kh
-    v_ptr += b * stride_vb + h // GROUP * stride_vh
-    q = _load_rows(q_ptr + b * stride_qb + h * stride_qh, first, stride_qt, mask_t, P, CHUNKS_P, BLOCK_M)
+    q = _load_rows(q_ptr, None, b, h, first, stride_qb, stride_qt, stride_qh, mask_t, P, CHUNKS_P, BLOCK_M, False)
     if q_pos_ptr is not None:
-        q_pos_ptr += (b * T * H + h) * F
+        q_pos_ptr += (b.to(tl.int64) * T * H + h) * F
     if padding_ptr is not None:
-        padding_ptr += b * S
+        padding_ptr += b.to(tl.int64) * S
 
     if not EXACT:
         scale *= 1.4426950408889634  # log2(e)
@@ -332,14 +347,15 @@ def _attention_fwd_kernel(
     if padding_ptr is None:
         for i in range(begin, end):
             acc, m, total = _forward_step(
-                acc, m, total, start + i * BLOCK_N, q, low, high, k_ptr, v_ptr, q_pos_ptr, k_pos_ptr, None, offs_t, T, S, scale,
-                H, F, stride_kt, stride_vt, P, PV, CHUNKS_P, CHUNKS_PV, PRECISION, EXACT, BLOCK_N, BLOCK_F, False,
+                acc, m, total, start + i * BLOCK_N, q, low, high, b, h // GROUP, k_ptr, k_tail, v_ptr, v_tail, q_pos_ptr, k_pos_ptr, None,
+                offs_t, T, S, scale, H, F, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, P, PV,
+                CHUNKS_P, CHUNKS_PV, PRECISION, EXACT, TMA, BLOCK_N, BLOCK_F, False,
             )  # fmt: skip
     for i in range(count - (end - begin)):
         acc, m, total = _forward_step(
-            acc, m, total, start + _masked_tile(i, begin, end) * BLOCK_N, q, low, high, k_ptr, v_ptr, q_pos_ptr, k_pos_ptr,
-            padding_ptr, offs_t, T, S, scale,
-            H, F, stride_kt, stride_vt, P, PV, CHUNKS_P, CHUNKS_PV, PRECISION, EXACT, BLOCK_N, BLOCK_F, True,
+            acc, m, total, start + _masked_tile(i, begin, end) * BLOCK_N, q, low, high, b, h // GROUP, k_ptr, k_tail, v_ptr, v_tail,
+            q_pos_ptr, k_pos_ptr, padding_ptr, offs_t, T, S, scale, H, F, stride_kb, stride_kt, stride_kh,
+            stride_vb, stride_vt, stride_vh, P, PV, CHUNKS_P, CHUNKS_PV, PRECISION, EXACT, TMA, BLOCK_N, BLOCK_F, True,
         )  # fmt: skip
 
     empty = total == 0.0  # not where a score was NaN
@@ -350,8 +366,8 @@ def _attention_fwd_kernel(
     else:
         o = _times(acc, (1.0 / total)[:, None], CHUNKS_PV)
         lse = (m + tl.log2(total)) * 0.6931471805599453  # ln 2
-    _store_rows(o_ptr + b * stride_ob + h * stride_oh, first, stride_ot, mask_t, o, PV, CHUNKS_PV, BLOCK_M)
-    tl.store(lse_ptr + (b * H + h) * T + offs_t, tl.where(empty, float("-inf"), lse), mask=mask_t)
+    _store_rows(o_ptr, o, b, h, first, stride_ob, stride_ot, stride_oh, mask_t, PV, CHUNKS_PV, BLOCK_M)
+    tl.store(lse_ptr + row + offs_t, tl.where(empty, float("-inf"), lse), mask=mask_t)
 
 
 @triton.jit
@@ -379,10 +395,11 @@ def _probability(s, lse, norm, visible, scale, EXACT: tl.constexpr, MASKED: tl.c
 
 @triton.jit
 def _dkdv_step(
-    dk, dv, t, k, v, low, high, keep, offs_n, do_ptr, q_ptr, q_pos_ptr, k_pos_ptr, stats_ptr, plane,
-    T, S, scale, H: tl.constexpr, F: tl.constexpr, stride_dot: tl.constexpr, stride_qt: tl.constexpr,
+    dk, dv, t, k, v, low, high, keep, offs_n, b, h, do_ptr, do_tail, q_ptr, q_tail, q_pos_ptr, k_pos_ptr, stats_ptr, plane,
+    T, S, scale, H: tl.constexpr, F: tl.constexpr, stride_dob, stride_dot: tl.constexpr, stride_doh: tl.constexpr,
+    stride_qb, stride_qt: tl.constexpr, stride_qh: tl.constexpr,
     P: tl.constexpr, PV: tl.constexpr, CHUNKS_P: tl.constexpr, CHUNKS_PV: tl.constexpr, PRECISION: tl.constexpr,
-    EXACT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, MASKED: tl.constexpr,
+    EXACT: tl.constexpr, TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """The queries t, t + 1, ... taken in: the new dk and dv."""
     offs_t = t + tl.arange(0, BLOCK_M)
@@ -391,7 +408,7 @@ def _dkdv_step(
     if MASKED:
         mask_t = offs_t < T
         visible = (offs_t[None, :] >= low[:, None]) & (offs_t[None, :] < high[:, None]) & keep[:, None]
-    q = _load_rows(q_ptr, t, stride_qt, mask_t, P, CHUNKS_P, BLOCK_M)
+    q = _load_rows(q_ptr, q_tail, b, h, t, stride_qb, stride_qt, stride_qh, mask_t, P, CHUNKS_P, BLOCK_M, TMA)
     s = _dot_rows(k, q, CHUNKS_P, PRECISION)  # [BLOCK_N, BLOCK_M]
     if q_pos_ptr is not None:
         s = _add_position(
@@ -402,7 +419,7 @@ def _dkdv_step(
     if EXACT:
         norm = _load_row(stats_ptr + 2 * plane + offs_t, mask_t, 0.0)[None, :]
     p = _probability(s, lse[None, :], norm, visible, scale, EXACT, MASKED)
-    do = _load_rows(do_ptr, t, stride_dot, mask_t, PV, CHUNKS_PV, BLOCK_M)
+    do = _load_rows(do_ptr, do_tail, b, h, t, stride_dob, stride_dot, stride_doh, mask_t, PV, CHUNKS_PV, BLOCK_M, TMA)
     dv = _add_dots(dv, p.to(do[0].dtype), do, CHUNKS_PV, PRECISION)
     ds = _dot_rows(v, do, CHUNKS_PV, PRECISION) - _load_row(stats_ptr + plane + offs_t, mask_t, 0.0)[None, :]
     if EXACT:
@@ -413,7 +430,7 @@ def _dkdv_step(
 
 @triton.jit
 def _attention_bwd_dkdv_kernel(
-    do_ptr, q_ptr, k_ptr, v_ptr, q_pos_ptr, k_pos_ptr, padding_ptr, bounds_ptr, stats_ptr, dk_ptr, dv_ptr,
+    do_ptr, do_tail, q_ptr, q_tail, k_ptr, v_ptr, q_pos_ptr, k_pos_ptr, padding_ptr, bounds_ptr, stats_ptr, dk_ptr, dv_ptr,
     T, S, H: tl.constexpr, F: tl.constexpr, window,
     stride_dob, stride_dot: tl.constexpr, stride_doh: tl.constexpr,
     stride_qb, stride_qt: tl.constexpr, stride_qh: tl.constexpr,
@@ -422,22 +439,22 @@ def _attention_bwd_dkdv_kernel(
     stride_dkb, stride_dkt: tl.constexpr, stride_dkh: tl.constexpr,
     stride_dvb, stride_dvt: tl.constexpr, stride_dvh: tl.constexpr, scale,
     P: tl.constexpr, PV: tl.constexpr, GROUP: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr,
-    PRECISION: tl.constexpr, EXACT: tl.constexpr, CHUNKS_P: tl.constexpr, CHUNKS_PV: tl.constexpr,
+    PRECISION: tl.constexpr, EXACT: tl.constexpr, TMA: tl.constexpr, CHUNKS_P: tl.constexpr, CHUNKS_PV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
     h_kv: tl.constexpr = H // GROUP
     pid = tl.program_id(0)
     heads = tl.num_programs(0) // tl.cdiv(S, BLOCK_N)
-    b = (pid % heads // h_kv).to(tl.int64)
-    hk = (pid % heads % h_kv).to(tl.int64)
+    b = pid % heads // h_kv
+    hk = pid % heads % h_kv
     first = pid // heads * BLOCK_N  # the keys that most queries of a causal mask see first, of all heads
     offs_n = first + tl.arange(0, BLOCK_N)
     if padding_ptr is not None:
-        padding_ptr += b * S
+        padding_ptr += b.to(tl.int64) * S
     keep = _kept_keys(padding_ptr, offs_n, S)
     low, high = _query_range(offs_n, T, S, bounds_ptr, window, IS_CAUSAL, HAS_WINDOW)
-    k = _load_rows(k_ptr + b * stride_kb + hk * stride_kh, first, stride_kt, keep, P, CHUNKS_P, BLOCK_N)
-    v = _load_rows(v_ptr + b * stride_vb + hk * stride_vh, first, stride_vt, keep, PV, CHUNKS_PV, BLOCK_N)
+    k = _load_rows(k_ptr, None, b, hk, first, stride_kb, stride_kt, stride_kh, keep, P, CHUNKS_P, BLOCK_N, False)
+    v = _load_rows(v_ptr, None, b, hk, first, stride_vb, stride_vt, stride_vh, keep, PV, CHUNKS_PV, BLOCK_N, False)
 
     unit = scale if EXACT else scale * 1.4426950408889634  # log2(e)
     plane = (heads // h_kv).to(tl.int64) * H * T
@@ -446,39 +463,40 @@ def _attention_bwd_dkdv_kernel(
     start, count, begin, end = _tiles(low, high, BLOCK_M, padding_ptr is not None)
     for g in range(GROUP):
         h = hk * GROUP + g
-        q_rows = q_ptr + b * stride_qb + h * stride_qh
-        do_rows = do_ptr + b * stride_dob + h * stride_doh
-        stats = stats_ptr + (b * H + h) * T
+        row = (b.to(tl.int64) * H + h) * T
+        stats = stats_ptr + row
         q_pos_rows = q_pos_ptr
         if q_pos_ptr is not None:
-            q_pos_rows += (b * T * H + h) * F
+            q_pos_rows += (b.to(tl.int64) * T * H + h) * F
         if padding_ptr is None:
             for i in range(begin, end):
                 dk, dv = _dkdv_step(
-                    dk, dv, start + i * BLOCK_M, k, v, low, high, keep, offs_n, do_rows, q_rows, q_pos_rows, k_pos_ptr,
-                    stats, plane, T, S, unit, H, F, stride_dot, stride_qt, P, PV, CHUNKS_P, CHUNKS_PV, PRECISION, EXACT,
+                    dk, dv, start + i * BLOCK_M, k, v, low, high, keep, offs_n, b, h, do_ptr, do_tail, q_ptr, q_tail,
+                    q_pos_rows, k_pos_ptr, stats, plane, T, S, unit, H, F, stride_dob, stride_dot, stride_doh,
+                    stride_qb, stride_qt, stride_qh, P, PV, CHUNKS_P, CHUNKS_PV, PRECISION, EXACT, TMA,
                     BLOCK_M, BLOCK_F, False,
                 )  # fmt: skip
         for i in range(count - (end - begin)):
             dk, dv = _dkdv_step(
-                dk, dv, start + _masked_tile(i, begin, end) * BLOCK_M, k, v, low, high, keep, offs_n, do_rows, q_rows,
-                q_pos_rows, k_pos_ptr, stats, plane, T, S, unit, H, F, stride_dot, stride_qt, P, PV, CHUNKS_P, CHUNKS_PV,
-                PRECISION, EXACT, BLOCK_M, BLOCK_F, True,
+                dk, dv, start + _masked_tile(i, begin, end) * BLOCK_M, k, v, low, high, keep, offs_n, b, h,
+                do_ptr, do_tail, q_ptr, q_tail, q_pos_rows, k_pos_ptr, stats, plane, T, S, unit, H, F,
+                stride_dob, stride_dot, stride_doh, stride_qb, stride_qt, stride_qh, P, PV, CHUNKS_P, CHUNKS_PV,
+                PRECISION, EXACT, TMA, BLOCK_M, BLOCK_F, True,
             )  # fmt: skip
 
     mask_n = offs_n < S
-    dk_ptr += b * stride_dkb + hk * stride_dkh
-    dv_ptr += b * stride_dvb + hk * stride_dvh
-    _store_rows(dk_ptr, first, stride_dkt, mask_n, _times(dk, scale, CHUNKS_P), P, CHUNKS_P, BLOCK_N)
-    _store_rows(dv_ptr, first, stride_dvt, mask_n, dv, PV, CHUNKS_PV, BLOCK_N)
+    dk = _times(dk, scale, CHUNKS_P)
+    _store_rows(dk_ptr, dk, b, hk, first, stride_dkb, stride_dkt, stride_dkh, mask_n, P, CHUNKS_P, BLOCK_N)
+    _store_rows(dv_ptr, dv, b, hk, first, stride_dvb, stride_dvt, stride_dvh, mask_n, PV, CHUNKS_PV, BLOCK_N)
 
 
 @triton.jit
 def _dq_step(
-    acc, total, n, q, do, lse, delta, dlse, norm, low, high, k_ptr, v_ptr, q_pos_ptr, k_pos_ptr, padding_ptr, offs_t, offs_o,
-    T, S, scale, H: tl.constexpr, F: tl.constexpr, stride_kt: tl.constexpr, stride_vt: tl.constexpr,
+    acc, total, n, q, do, lse, delta, dlse, norm, low, high, b, hk, k_ptr, k_tail, v_ptr, v_tail, q_pos_ptr, k_pos_ptr,
+    padding_ptr, offs_t, offs_o, T, S, scale, H: tl.constexpr, F: tl.constexpr,
+    stride_kb, stride_kt: tl.constexpr, stride_kh: tl.constexpr, stride_vb, stride_vt: tl.constexpr, stride_vh: tl.constexpr,
     P: tl.constexpr, PV: tl.constexpr, CHUNKS_P: tl.constexpr, CHUNKS_PV: tl.constexpr, PRECISION: tl.constexpr,
-    EXACT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, OUT: tl.constexpr, MASKED: tl.constexpr,
+    EXACT: tl.constexpr, TMA: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, OUT: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """The keys n, n + 1, ... taken in: the new acc and, for "delta", total."""
     offs_n = n + tl.arange(0, BLOCK_N)
@@ -487,14 +505,14 @@ def _dq_step(
     if MASKED:
         keep = _kept_keys(padding_ptr, offs_n, S)
         visible = (offs_n[None, :] >= low[:, None]) & (offs_n[None, :] < high[:, None]) & keep[None, :]
-    k = _load_rows(k_ptr, n, stride_kt, keep, P, CHUNKS_P, BLOCK_N)
+    k = _load_rows(k_ptr, k_tail, b, hk, n, stride_kb, stride_kt, stride_kh, keep, P, CHUNKS_P, BLOCK_N, TMA)
     s = _dot_rows(q, k, CHUNKS_P, PRECISION)  # [BLOCK_M, BLOCK_N]
     if q_pos_ptr is not None:
         s = _add_position(
             s, q_pos_ptr, H * F, offs_t, offs_t < T, k_pos_ptr, F, offs_n, offs_n < S, F, BLOCK_F, PRECISION
         )  # fmt: skip
     p = _probability(s, lse[:, None], norm[:, None], visible, scale, EXACT, MASKED)
-    v = _load_rows(v_ptr, n, stride_vt, keep, PV, CHUNKS_PV, BLOCK_N)
+    v = _load_rows(v_ptr, v_tail, b, hk, n, stride_vb, stride_vt, stride_vh, keep, PV, CHUNKS_PV, BLOCK_N, TMA)
     dp = _dot_rows(do, v, CHUNKS_PV, PRECISION)
     if OUT == "delta":
         return (acc[0] + tl.sum(p * dp, 1),), total + tl.sum(p, 1)
@@ -514,7 +532,8 @@ def _dq_step(
 
 @triton.jit
 def _attention_bwd_dq_kernel(
-    do_ptr, q_ptr, k_ptr, v_ptr, q_pos_ptr, k_pos_ptr, padding_ptr, bounds_ptr, o_ptr, lse_ptr, dlse_ptr, stats_ptr, out_ptr,
+    do_ptr, q_ptr, k_ptr, k_tail, v_ptr, v_tail, q_pos_ptr, k_pos_ptr, padding_ptr, bounds_ptr,
+    o_ptr, lse_ptr, dlse_ptr, stats_ptr, out_ptr,
     T, S, H: tl.constexpr, F: tl.constexpr, window,
     stride_dob, stride_dot: tl.constexpr, stride_doh: tl.constexpr,
     stride_qb, stride_qt: tl.constexpr, stride_qh: tl.constexpr,
@@ -523,7 +542,7 @@ def _attention_bwd_dq_kernel(
     stride_ob, stride_ot: tl.constexpr, stride_oh: tl.constexpr,
     stride_outb, stride_outt: tl.constexpr, stride_outh: tl.constexpr, scale,
     P: tl.constexpr, PV: tl.constexpr, GROUP: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr,
-    PRECISION: tl.constexpr, EXACT: tl.constexpr, CHUNKS_P: tl.constexpr, CHUNKS_PV: tl.constexpr,
+    PRECISION: tl.constexpr, EXACT: tl.constexpr, TMA: tl.constexpr, CHUNKS_P: tl.constexpr, CHUNKS_PV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_FO: tl.constexpr,
     OUT: tl.constexpr,
 ):  # fmt: skip
@@ -532,23 +551,22 @@ def _attention_bwd_dq_kernel(
     tiles = tl.cdiv(T, BLOCK_M)
     pid = tl.program_id(0)
     heads = tl.num_programs(0) // tiles
-    b = (pid % heads // H).to(tl.int64)
-    h = (pid % heads % H).to(tl.int64)
+    b = pid % heads // H
+    h = pid % heads % H
+    row = (b.to(tl.int64) * H + h) * T  # of lse
     first = (tiles - 1 - pid // heads) * BLOCK_M
     offs_t = first + tl.arange(0, BLOCK_M)
     mask_t = offs_t < T
     low, high = _key_range(offs_t, T, S, bounds_ptr, window, IS_CAUSAL, HAS_WINDOW)
-    k_ptr += b * stride_kb + h // GROUP * stride_kh
-    v_ptr += b * stride_vb + h // GROUP * stride_vh
-    q = _load_rows(q_ptr + b * stride_qb + h * stride_qh, first, stride_qt, mask_t, P, CHUNKS_P, BLOCK_M)
-    do = _load_rows(do_ptr + b * stride_dob + h * stride_doh, first, stride_dot, mask_t, PV, CHUNKS_PV, BLOCK_M)
+    q = _load_rows(q_ptr, None, b, h, first, stride_qb, stride_qt, stride_qh, mask_t, P, CHUNKS_P, BLOCK_M, False)
+    do = _load_rows(do_ptr, None, b, h, first, stride_dob, stride_dot, stride_doh, mask_t, PV, CHUNKS_PV, BLOCK_M, False)
     if q_pos_ptr is not None:
-        q_pos_ptr += (b * T * H + h) * F
+        q_pos_ptr += (b.to(tl.int64) * T * H + h) * F
     if padding_ptr is not None:
-        padding_ptr += b * S
+        padding_ptr += b.to(tl.int64) * S
 
     unit = scale if EXACT else scale * 1.4426950408889634  # log2(e)
-    rows = (b * H + h) * T + offs_t
+    rows = row + offs_t
     plane = heads.to(tl.int64) * T
     stats_ptr += rows
     dlse = tl.zeros((BLOCK_M,), tl.float32)
@@ -561,7 +579,7 @@ def _attention_bwd_dq_kernel(
             dlse = tl.where(lse == float("inf"), 0.0, tl.load(dlse_ptr + rows, mask=mask_t, other=0.0))
         if not EXACT:
             lse *= 1.4426950408889634
-            o = _load_rows(o_ptr + b * stride_ob + h * stride_oh, first, stride_ot, mask_t, PV, CHUNKS_PV, BLOCK_M)
+            o = _load_rows(o_ptr, None, b, h, first, stride_ob, stride_ot, stride_oh, mask_t, PV, CHUNKS_PV, BLOCK_M, False)
             delta -= dlse
             for i in tl.static_range(len(CHUNKS_PV)):
                 delta += tl.sum(do[i].to(tl.float32) * o[i].to(tl.float32), 1)
@@ -586,15 +604,16 @@ def _attention_bwd_dq_kernel(
     if padding_ptr is None:
         for i in range(begin, end):
             acc, total = _dq_step(
-                acc, total, start + i * BLOCK_N, q, do, lse, delta, dlse, norm, low, high, k_ptr, v_ptr, q_pos_ptr, k_pos_ptr,
-                None, offs_t, offs_o, T, S, unit, H, F, stride_kt, stride_vt, P, PV, CHUNKS_P, CHUNKS_PV, PRECISION, EXACT,
+                acc, total, start + i * BLOCK_N, q, do, lse, delta, dlse, norm, low, high, b, h // GROUP,
+                k_ptr, k_tail, v_ptr, v_tail, q_pos_ptr, k_pos_ptr, None, offs_t, offs_o, T, S, unit, H, F, stride_kb, stride_kt,
+                stride_kh, stride_vb, stride_vt, stride_vh, P, PV, CHUNKS_P, CHUNKS_PV, PRECISION, EXACT, TMA,
                 BLOCK_N, BLOCK_F, OUT, False,
             )  # fmt: skip
     for i in range(count - (end - begin)):
         acc, total = _dq_step(
-            acc, total, start + _masked_tile(i, begin, end) * BLOCK_N, q, do, lse, delta, dlse, norm, low, high, k_ptr, v_ptr,
-            q_pos_ptr, k_pos_ptr, padding_ptr, offs_t, offs_o, T, S, unit, H, F, stride_kt, stride_vt, P, PV,
-            CHUNKS_P, CHUNKS_PV, PRECISION, EXACT, BLOCK_N, BLOCK_F, OUT, True,
+            acc, total, start + _masked_tile(i, begin, end) * BLOCK_N, q, do, lse, delta, dlse, norm, low, high, b, h // GROUP,
+            k_ptr, k_tail, v_ptr, v_tail, q_pos_ptr, k_pos_ptr, padding_ptr, offs_t, offs_o, T, S, unit, H, F, stride_kb, stride_kt,
+            stride_kh, stride_vb, stride_vt, stride_vh, P, PV, CHUNKS_P, CHUNKS_PV, PRECISION, EXACT, TMA, BLOCK_N, BLOCK_F, OUT, True,
         )  # fmt: skip
 
     if OUT == "delta":
@@ -603,10 +622,10 @@ def _attention_bwd_dq_kernel(
         tl.store(stats_ptr + 2 * plane, 1.0 / total, mask=mask_t)
         tl.store(stats_ptr + 3 * plane, dlse, mask=mask_t)
     elif OUT == "dq":
-        out_ptr += b * stride_outb + h * stride_outh
-        _store_rows(out_ptr, first, stride_outt, mask_t, _times(acc, scale, CHUNKS_P), P, CHUNKS_P, BLOCK_M)
+        acc = _times(acc, scale, CHUNKS_P)
+        _store_rows(out_ptr, acc, b, h, first, stride_outb, stride_outt, stride_outh, mask_t, P, CHUNKS_P, BLOCK_M)
     else:
-        out_ptrs = out_ptr + ((b * T + offs_t) * H + h)[:, None] * F + offs_o[None, :]
+        out_ptrs = out_ptr + ((b.to(tl.int64) * T + offs_t) * H + h)[:, None] * F + offs_o[None, :]
         tl.store(out_ptrs, acc[0] * scale, mask=mask_t[:, None] & (offs_o < F)[None, :])
 
 
@@ -632,17 +651,24 @@ def _exact(dtype: torch.dtype, precision: str) -> bool:
 
 
 def _chunks(width: int, dtype: torch.dtype) -> tuple[int, ...]:
-    """The head width as powers of two, 104 = 64 + 32 + 16 (masked): what a tile spans. float32 gains nothing from it."""
-    if dtype == torch.float32:
-        return (next_power_of_2(width),)
-    chunks = []
-    while width > 0:
-        chunk = next_power_of_2(width)
-        if chunk - width >= 16 and chunk > 16:
-            chunk //= 2
-        chunks.append(chunk)
-        width -= chunk
-    return tuple(chunks)
+    """The head width as powers of two, 80 = 64 + 16: what a tile spans."""
+    chunk = next_power_of_2(width)
+    if dtype != torch.float32 and chunk > 64 and width <= chunk // 2 + chunk // 4:
+        return chunk // 2, next_power_of_2(width - chunk // 2)
+    return (chunk,)
+
+
+def _sources(x: Tensor, chunks: tuple[int, ...], rows: int, tma: bool):
+    """What `_load_rows` takes for x: its pointer, or the descriptors of its chunks."""
+    if not tma:
+        return x, None
+    descriptors = [TensorDescriptor(x, list(x.shape), list(x.stride()), [1, rows, 1, chunk]) for chunk in chunks]
+    return descriptors[0], descriptors[1] if len(chunks) == 2 else None
+
+
+def _aligned(*tensors: Tensor) -> bool:
+    """Whether Hopper's copy engine can fetch rows of these tensors."""
+    return all(x.data_ptr() % 16 == 0 and all(s * x.element_size() % 16 == 0 for s in x.stride()[:3]) for x in tensors)
 
 
 def _config(kernel: str, q: Tensor, k: Tensor, v: Tensor, q_pos: Tensor | None) -> dict[str, int]:
@@ -699,13 +725,16 @@ def attention_forward(
     q_pos = None if q_pos is None else q_pos.contiguous()
     k_pos = None if k_pos is None else k_pos.contiguous()
     config = _config("attention_forward", q, k, v, q_pos)
+    tma = TMA and _aligned(k, v) and key_padding_mask is None
+    chunks_p, chunks_pv = _chunks(P, q.dtype), _chunks(PV, q.dtype)
+    sources = *_sources(k, chunks_p, config["BLOCK_N"], tma), *_sources(v, chunks_pv, config["BLOCK_N"], tma)
     launch(
         _attention_fwd_kernel, (cdiv(T, config["BLOCK_M"]) * B * H,),
-        q, k, v, q_pos, k_pos, _padding(key_padding_mask), _sequence_bounds(cu_seqlens, T), o, lse,
+        q, *sources, q_pos, k_pos, _padding(key_padding_mask), _sequence_bounds(cu_seqlens, T), o, lse,
         T, S, H, 0 if q_pos is None else q_pos.shape[-1], min(window, T + S),
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *o.stride()[:3], scale,
         P=P, PV=PV, GROUP=H // Hkv, IS_CAUSAL=causal, HAS_WINDOW=window > 0, PRECISION=precision,
-        EXACT=_exact(q.dtype, precision), CHUNKS_P=_chunks(P, q.dtype), CHUNKS_PV=_chunks(PV, q.dtype), **config,
+        EXACT=_exact(q.dtype, precision), TMA=tma, CHUNKS_P=chunks_p, CHUNKS_PV=chunks_pv, **config,
     )  # fmt: skip
     return o, lse
 
@@ -749,27 +778,32 @@ def attention_backward(
     stats = lse.new_empty(4 if exact else 2, B, H, T)  # lse, delta; norm, dlse
 
     masks = (_padding(key_padding_mask), _sequence_bounds(cu_seqlens, T))
-    inputs = (do, q, k, v, q_pos, k_pos, *masks)
+    chunks_p, chunks_pv = _chunks(P, q.dtype), _chunks(PV, q.dtype)
+    tma = TMA and _aligned(do, q, k, v) and key_padding_mask is None
     strides = (*do.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
     scalars = (T, S, H, 0 if q_pos is None else q_pos.shape[-1], min(window, T + S), *strides)
     flags = dict(
         P=P, PV=PV, GROUP=H // Hkv, IS_CAUSAL=causal, HAS_WINDOW=window > 0, PRECISION=precision,
-        EXACT=_exact(q.dtype, precision), CHUNKS_P=_chunks(P, q.dtype), CHUNKS_PV=_chunks(PV, q.dtype),
+        EXACT=exact, CHUNKS_P=chunks_p, CHUNKS_PV=chunks_pv,
     )  # fmt: skip
 
     def launch_dq(out: Tensor, name: str, kind: str) -> None:
         config = {"BLOCK_FO": 16} | _config(kind, q, k, v, q_pos)
         grid = (cdiv(T, config["BLOCK_M"]) * B * H, cdiv(out.shape[-1], config["BLOCK_FO"]) if name == "dq_pos" else 1)
-        arguments = (*inputs, o, lse.contiguous(), dlse, stats, out, *scalars, *o.stride()[:3], *out.stride()[:3], scale)
-        launch(_attention_bwd_dq_kernel, grid, *arguments, **flags, **config, OUT=name)
+        sources = *_sources(k, chunks_p, config["BLOCK_N"], tma), *_sources(v, chunks_pv, config["BLOCK_N"], tma)
+        arguments = (do, q, *sources, q_pos, k_pos, *masks, o, lse.contiguous(), dlse, stats, out)
+        strides = (*o.stride()[:3], *out.stride()[:3])
+        launch(_attention_bwd_dq_kernel, grid, *arguments, *scalars, *strides, scale, **flags, TMA=tma, **config, OUT=name)
 
     if exact:
         launch_dq(dq, "delta", "attention_dq")
     launch_dq(dq, "dq", "attention_dq")
     config = _config("attention_dkdv", q, k, v, q_pos)
     grid = (cdiv(S, config["BLOCK_N"]) * B * Hkv,)
-    outputs = (*dk.stride()[:3], *dv.stride()[:3])
-    launch(_attention_bwd_dkdv_kernel, grid, *inputs, stats, dk, dv, *scalars, *outputs, scale, **flags, **config)
+    sources = *_sources(do, chunks_pv, config["BLOCK_M"], tma), *_sources(q, chunks_p, config["BLOCK_M"], tma)
+    arguments = (*sources, k, v, q_pos, k_pos, *masks, stats, dk, dv)
+    strides = (*dk.stride()[:3], *dv.stride()[:3])
+    launch(_attention_bwd_dkdv_kernel, grid, *arguments, *scalars, *strides, scale, **flags, TMA=tma, **config)
     if q_pos is not None:
         launch_dq(dq_pos, "dq_pos", "attention_dq_pos")
     return dq, dk, dv, dq_pos
