@@ -344,6 +344,12 @@ def _attention_fwd_kernel(
     total = tl.zeros((BLOCK_M,), tl.float32)  # running sum of exp(s - m)
     acc = _zero_chunks(BLOCK_M, CHUNKS_PV)
     start, count, begin, end = _tiles(low, high, BLOCK_N, padding_ptr is not None)
+    for i in range(count - (end - begin)):
+        acc, m, total = _forward_step(
+            acc, m, total, start + _masked_tile(i, begin, end) * BLOCK_N, q, low, high, b, h // GROUP, k_ptr, k_tail, v_ptr, v_tail,
+            q_pos_ptr, k_pos_ptr, padding_ptr, offs_t, T, S, scale, H, F, stride_kb, stride_kt, stride_kh,
+            stride_vb, stride_vt, stride_vh, P, PV, CHUNKS_P, CHUNKS_PV, PRECISION, EXACT, TMA, BLOCK_N, BLOCK_F, True,
+        )  # fmt: skip
     if padding_ptr is None:
         for i in range(begin, end):
             acc, m, total = _forward_step(
@@ -351,12 +357,6 @@ def _attention_fwd_kernel(
                 offs_t, T, S, scale, H, F, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, P, PV,
                 CHUNKS_P, CHUNKS_PV, PRECISION, EXACT, TMA, BLOCK_N, BLOCK_F, False,
             )  # fmt: skip
-    for i in range(count - (end - begin)):
-        acc, m, total = _forward_step(
-            acc, m, total, start + _masked_tile(i, begin, end) * BLOCK_N, q, low, high, b, h // GROUP, k_ptr, k_tail, v_ptr, v_tail,
-            q_pos_ptr, k_pos_ptr, padding_ptr, offs_t, T, S, scale, H, F, stride_kb, stride_kt, stride_kh,
-            stride_vb, stride_vt, stride_vh, P, PV, CHUNKS_P, CHUNKS_PV, PRECISION, EXACT, TMA, BLOCK_N, BLOCK_F, True,
-        )  # fmt: skip
 
     empty = total == 0.0  # not where a score was NaN
     total = tl.where(empty, 1.0, total)
@@ -468,6 +468,13 @@ def _attention_bwd_dkdv_kernel(
         q_pos_rows = q_pos_ptr
         if q_pos_ptr is not None:
             q_pos_rows += (b.to(tl.int64) * T * H + h) * F
+        for i in range(count - (end - begin)):
+            dk, dv = _dkdv_step(
+                dk, dv, start + _masked_tile(i, begin, end) * BLOCK_M, k, v, low, high, keep, offs_n, b, h,
+                do_ptr, do_tail, q_ptr, q_tail, q_pos_rows, k_pos_ptr, stats, plane, T, S, unit, H, F,
+                stride_dob, stride_dot, stride_doh, stride_qb, stride_qt, stride_qh, P, PV, CHUNKS_P, CHUNKS_PV,
+                PRECISION, EXACT, TMA, BLOCK_M, BLOCK_F, True,
+            )  # fmt: skip
         if padding_ptr is None:
             for i in range(begin, end):
                 dk, dv = _dkdv_step(
@@ -476,13 +483,6 @@ def _attention_bwd_dkdv_kernel(
                     stride_qb, stride_qt, stride_qh, P, PV, CHUNKS_P, CHUNKS_PV, PRECISION, EXACT, TMA,
                     BLOCK_M, BLOCK_F, False,
                 )  # fmt: skip
-        for i in range(count - (end - begin)):
-            dk, dv = _dkdv_step(
-                dk, dv, start + _masked_tile(i, begin, end) * BLOCK_M, k, v, low, high, keep, offs_n, b, h,
-                do_ptr, do_tail, q_ptr, q_tail, q_pos_rows, k_pos_ptr, stats, plane, T, S, unit, H, F,
-                stride_dob, stride_dot, stride_doh, stride_qb, stride_qt, stride_qh, P, PV, CHUNKS_P, CHUNKS_PV,
-                PRECISION, EXACT, TMA, BLOCK_M, BLOCK_F, True,
-            )  # fmt: skip
 
     mask_n = offs_n < S
     dk = _times(dk, scale, CHUNKS_P)
@@ -601,6 +601,12 @@ def _attention_bwd_dq_kernel(
     else:
         acc = (_zeros(BLOCK_M, BLOCK_FO),)
     start, count, begin, end = _tiles(low, high, BLOCK_N, padding_ptr is not None)
+    for i in range(count - (end - begin)):
+        acc, total = _dq_step(
+            acc, total, start + _masked_tile(i, begin, end) * BLOCK_N, q, do, lse, delta, dlse, norm, low, high, b, h // GROUP,
+            k_ptr, k_tail, v_ptr, v_tail, q_pos_ptr, k_pos_ptr, padding_ptr, offs_t, offs_o, T, S, unit, H, F, stride_kb, stride_kt,
+            stride_kh, stride_vb, stride_vt, stride_vh, P, PV, CHUNKS_P, CHUNKS_PV, PRECISION, EXACT, TMA, BLOCK_N, BLOCK_F, OUT, True,
+        )  # fmt: skip
     if padding_ptr is None:
         for i in range(begin, end):
             acc, total = _dq_step(
@@ -609,12 +615,6 @@ def _attention_bwd_dq_kernel(
                 stride_kh, stride_vb, stride_vt, stride_vh, P, PV, CHUNKS_P, CHUNKS_PV, PRECISION, EXACT, TMA,
                 BLOCK_N, BLOCK_F, OUT, False,
             )  # fmt: skip
-    for i in range(count - (end - begin)):
-        acc, total = _dq_step(
-            acc, total, start + _masked_tile(i, begin, end) * BLOCK_N, q, do, lse, delta, dlse, norm, low, high, b, h // GROUP,
-            k_ptr, k_tail, v_ptr, v_tail, q_pos_ptr, k_pos_ptr, padding_ptr, offs_t, offs_o, T, S, unit, H, F, stride_kb, stride_kt,
-            stride_kh, stride_vb, stride_vt, stride_vh, P, PV, CHUNKS_P, CHUNKS_PV, PRECISION, EXACT, TMA, BLOCK_N, BLOCK_F, OUT, True,
-        )  # fmt: skip
 
     if OUT == "delta":
         total = tl.where(total == 0.0, 1.0, total)
@@ -653,7 +653,7 @@ def _exact(dtype: torch.dtype, precision: str) -> bool:
 def _chunks(width: int, dtype: torch.dtype) -> tuple[int, ...]:
     """The head width as powers of two, 80 = 64 + 16: what a tile spans."""
     chunk = next_power_of_2(width)
-    if dtype != torch.float32 and chunk > 64 and width <= chunk // 2 + chunk // 4:
+    if dtype != torch.float32 and chunk >= 64 and width <= chunk // 2 + chunk // 4:
         return chunk // 2, next_power_of_2(width - chunk // 2)
     return (chunk,)
 
