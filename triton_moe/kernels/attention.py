@@ -136,6 +136,17 @@ def _kept_keys(padding_ptr, offs_n, S):
 
 
 @triton.jit
+def _visible(offs, low, high, LOW: tl.constexpr, HIGH: tl.constexpr):
+    """Which of the keys or queries offs lie in [low, high); without LOW or HIGH, all do on that side."""
+    if not HIGH:
+        return offs >= low
+    elif not LOW:
+        return offs < high
+    else:
+        return (offs >= low) & (offs < high)
+
+
+@triton.jit
 def _zeros(ROWS: tl.constexpr, COLS: tl.constexpr):
     return tl.zeros((ROWS, COLS), tl.float32)
 
@@ -277,7 +288,7 @@ def _forward_step(
     H: tl.constexpr, F: tl.constexpr, stride_kb, stride_kt: tl.constexpr, stride_kh: tl.constexpr,
     stride_vb, stride_vt: tl.constexpr, stride_vh: tl.constexpr, P: tl.constexpr, PV: tl.constexpr,
     CHUNKS_P: tl.constexpr, CHUNKS_PV: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr, TMA: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, MASKED: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, LOW: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """The keys n, n + 1, ... taken in: the new acc, m and total."""
     offs_n = n + tl.arange(0, BLOCK_N)
@@ -294,7 +305,9 @@ def _forward_step(
         s *= scale
         scale = 1.0
     if MASKED:
-        visible = (offs_n[None, :] >= low[:, None]) & (offs_n[None, :] < high[:, None]) & keep[None, :]
+        visible = _visible(tl.arange(0, BLOCK_N)[None, :], (low - n)[:, None], (high - n)[:, None], LOW, True)
+        if padding_ptr is not None:
+            visible &= keep[None, :]
         s = tl.where(visible, s, float("-inf"))
     m_new = tl.maximum(m, tl.max(s, 1) * scale)
     pivot = tl.where(m_new == float("-inf"), 0.0, m_new)  # finite also while no key was visible
@@ -338,6 +351,7 @@ def _attention_fwd_kernel(
     if padding_ptr is not None:
         padding_ptr += b.to(tl.int64) * S
 
+    LOW: tl.constexpr = HAS_WINDOW or bounds_ptr is not None
     if not EXACT:
         scale *= 1.4426950408889634  # log2(e)
     m = tl.full((BLOCK_M,), float("-inf"), tl.float32)  # running maximum
@@ -348,14 +362,14 @@ def _attention_fwd_kernel(
         acc, m, total = _forward_step(
             acc, m, total, start + _masked_tile(i, begin, end) * BLOCK_N, q, low, high, b, h // GROUP, k_ptr, k_tail, v_ptr, v_tail,
             q_pos_ptr, k_pos_ptr, padding_ptr, offs_t, T, S, scale, H, F, stride_kb, stride_kt, stride_kh,
-            stride_vb, stride_vt, stride_vh, P, PV, CHUNKS_P, CHUNKS_PV, PRECISION, EXACT, TMA, BLOCK_N, BLOCK_F, True,
+            stride_vb, stride_vt, stride_vh, P, PV, CHUNKS_P, CHUNKS_PV, PRECISION, EXACT, TMA, BLOCK_N, BLOCK_F, LOW, True,
         )  # fmt: skip
     if padding_ptr is None:
         for i in range(begin, end):
             acc, m, total = _forward_step(
                 acc, m, total, start + i * BLOCK_N, q, low, high, b, h // GROUP, k_ptr, k_tail, v_ptr, v_tail, q_pos_ptr, k_pos_ptr, None,
                 offs_t, T, S, scale, H, F, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, P, PV,
-                CHUNKS_P, CHUNKS_PV, PRECISION, EXACT, TMA, BLOCK_N, BLOCK_F, False,
+                CHUNKS_P, CHUNKS_PV, PRECISION, EXACT, TMA, BLOCK_N, BLOCK_F, LOW, False,
             )  # fmt: skip
 
     empty = total == 0.0  # not where a score was NaN
@@ -371,11 +385,25 @@ def _attention_fwd_kernel(
 
 
 @triton.jit
-def _load_row(ptrs, mask, other):
-    if mask is None:
-        return tl.load(ptrs)
+def _pitch(T):
+    """Floats from one row of the statistics to the next: 16-byte aligned, for TMA."""
+    return tl.cdiv(T, 16) * 16
+
+
+@triton.jit
+def _load_stats(
+    stats_ptr, row, t, T, other: tl.constexpr, BLOCK_M: tl.constexpr, TMA: tl.constexpr, MASKED: tl.constexpr
+):  # fmt: skip
+    """A row of the statistics from query t on. With TMA, what lies beyond T is finite and meets rows of zeros."""
+    if TMA:
+        return stats_ptr.load([row, t]).reshape(BLOCK_M)
     else:
-        return tl.load(ptrs, mask=mask, other=other)
+        offs_t = t + tl.arange(0, BLOCK_M)
+        ptrs = stats_ptr + row.to(tl.int64) * _pitch(T) + offs_t
+        if MASKED:
+            return tl.load(ptrs, mask=offs_t < T, other=other)
+        else:
+            return tl.load(ptrs)
 
 
 @triton.jit
@@ -399,7 +427,8 @@ def _dkdv_step(
     T, S, scale, H: tl.constexpr, F: tl.constexpr, stride_dob, stride_dot: tl.constexpr, stride_doh: tl.constexpr,
     stride_qb, stride_qt: tl.constexpr, stride_qh: tl.constexpr,
     P: tl.constexpr, PV: tl.constexpr, CHUNKS_P: tl.constexpr, CHUNKS_PV: tl.constexpr, PRECISION: tl.constexpr,
-    EXACT: tl.constexpr, TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, MASKED: tl.constexpr,
+    EXACT: tl.constexpr, TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr,
+    LOW: tl.constexpr, HIGH: tl.constexpr, PADDING: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """The queries t, t + 1, ... taken in: the new dk and dv."""
     offs_t = t + tl.arange(0, BLOCK_M)
@@ -407,23 +436,27 @@ def _dkdv_step(
     visible = None
     if MASKED:
         mask_t = offs_t < T
-        visible = (offs_t[None, :] >= low[:, None]) & (offs_t[None, :] < high[:, None]) & keep[:, None]
+        visible = _visible(tl.arange(0, BLOCK_M)[None, :], (low - t)[:, None], (high - t)[:, None], LOW, HIGH)
+        if PADDING:
+            visible &= keep[:, None]
     q = _load_rows(q_ptr, q_tail, b, h, t, stride_qb, stride_qt, stride_qh, mask_t, P, CHUNKS_P, BLOCK_M, TMA)
     s = _dot_rows(k, q, CHUNKS_P, PRECISION)  # [BLOCK_N, BLOCK_M]
     if q_pos_ptr is not None:
         s = _add_position(
             s, k_pos_ptr, F, offs_n, offs_n < S, q_pos_ptr, H * F, offs_t, offs_t < T, F, BLOCK_F, PRECISION
         )  # fmt: skip
-    lse = _load_row(stats_ptr + offs_t, mask_t, float("inf"))
+    row = b * H + h
+    lse = _load_stats(stats_ptr, row, t, T, float("inf"), BLOCK_M, TMA, MASKED)
     norm = None
     if EXACT:
-        norm = _load_row(stats_ptr + 2 * plane + offs_t, mask_t, 0.0)[None, :]
+        norm = _load_stats(stats_ptr, row + 2 * plane, t, T, 0.0, BLOCK_M, TMA, MASKED)[None, :]
     p = _probability(s, lse[None, :], norm, visible, scale, EXACT, MASKED)
     do = _load_rows(do_ptr, do_tail, b, h, t, stride_dob, stride_dot, stride_doh, mask_t, PV, CHUNKS_PV, BLOCK_M, TMA)
     dv = _add_dots(dv, p.to(do[0].dtype), do, CHUNKS_PV, PRECISION)
-    ds = _dot_rows(v, do, CHUNKS_PV, PRECISION) - _load_row(stats_ptr + plane + offs_t, mask_t, 0.0)[None, :]
+    delta = _load_stats(stats_ptr, row + plane, t, T, 0.0, BLOCK_M, TMA, MASKED)
+    ds = _dot_rows(v, do, CHUNKS_PV, PRECISION) - delta[None, :]
     if EXACT:
-        ds += _load_row(stats_ptr + 3 * plane + offs_t, mask_t, 0.0)[None, :]
+        ds += _load_stats(stats_ptr, row + 3 * plane, t, T, 0.0, BLOCK_M, TMA, MASKED)[None, :]
     dk = _add_dots(dk, (p * ds).to(q[0].dtype), q, CHUNKS_P, PRECISION)
     return dk, dv
 
@@ -457,31 +490,32 @@ def _attention_bwd_dkdv_kernel(
     v = _load_rows(v_ptr, None, b, hk, first, stride_vb, stride_vt, stride_vh, keep, PV, CHUNKS_PV, BLOCK_N, False)
 
     unit = scale if EXACT else scale * 1.4426950408889634  # log2(e)
-    plane = (heads // h_kv).to(tl.int64) * H * T
+    HIGH: tl.constexpr = HAS_WINDOW or bounds_ptr is not None
+    LOW: tl.constexpr = IS_CAUSAL or HIGH
+    PADDING: tl.constexpr = padding_ptr is not None
+    plane = heads * GROUP  # rows of the statistics: B * H
     dk = _zero_chunks(BLOCK_N, CHUNKS_P)
     dv = _zero_chunks(BLOCK_N, CHUNKS_PV)
     start, count, begin, end = _tiles(low, high, BLOCK_M, padding_ptr is not None)
     for g in range(GROUP):
         h = hk * GROUP + g
-        row = (b.to(tl.int64) * H + h) * T
-        stats = stats_ptr + row
         q_pos_rows = q_pos_ptr
         if q_pos_ptr is not None:
             q_pos_rows += (b.to(tl.int64) * T * H + h) * F
         for i in range(count - (end - begin)):
             dk, dv = _dkdv_step(
                 dk, dv, start + _masked_tile(i, begin, end) * BLOCK_M, k, v, low, high, keep, offs_n, b, h,
-                do_ptr, do_tail, q_ptr, q_tail, q_pos_rows, k_pos_ptr, stats, plane, T, S, unit, H, F,
+                do_ptr, do_tail, q_ptr, q_tail, q_pos_rows, k_pos_ptr, stats_ptr, plane, T, S, unit, H, F,
                 stride_dob, stride_dot, stride_doh, stride_qb, stride_qt, stride_qh, P, PV, CHUNKS_P, CHUNKS_PV,
-                PRECISION, EXACT, TMA, BLOCK_M, BLOCK_F, True,
+                PRECISION, EXACT, TMA, BLOCK_M, BLOCK_F, LOW, HIGH, PADDING, True,
             )  # fmt: skip
         if padding_ptr is None:
             for i in range(begin, end):
                 dk, dv = _dkdv_step(
                     dk, dv, start + i * BLOCK_M, k, v, low, high, keep, offs_n, b, h, do_ptr, do_tail, q_ptr, q_tail,
-                    q_pos_rows, k_pos_ptr, stats, plane, T, S, unit, H, F, stride_dob, stride_dot, stride_doh,
+                    q_pos_rows, k_pos_ptr, stats_ptr, plane, T, S, unit, H, F, stride_dob, stride_dot, stride_doh,
                     stride_qb, stride_qt, stride_qh, P, PV, CHUNKS_P, CHUNKS_PV, PRECISION, EXACT, TMA,
-                    BLOCK_M, BLOCK_F, False,
+                    BLOCK_M, BLOCK_F, LOW, HIGH, PADDING, False,
                 )  # fmt: skip
 
     mask_n = offs_n < S
@@ -496,7 +530,7 @@ def _dq_step(
     padding_ptr, offs_t, offs_o, T, S, scale, H: tl.constexpr, F: tl.constexpr,
     stride_kb, stride_kt: tl.constexpr, stride_kh: tl.constexpr, stride_vb, stride_vt: tl.constexpr, stride_vh: tl.constexpr,
     P: tl.constexpr, PV: tl.constexpr, CHUNKS_P: tl.constexpr, CHUNKS_PV: tl.constexpr, PRECISION: tl.constexpr,
-    EXACT: tl.constexpr, TMA: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, OUT: tl.constexpr, MASKED: tl.constexpr,
+    EXACT: tl.constexpr, TMA: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, OUT: tl.constexpr, LOW: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """The keys n, n + 1, ... taken in: the new acc and, for "delta", total."""
     offs_n = n + tl.arange(0, BLOCK_N)
@@ -504,7 +538,9 @@ def _dq_step(
     visible = None
     if MASKED:
         keep = _kept_keys(padding_ptr, offs_n, S)
-        visible = (offs_n[None, :] >= low[:, None]) & (offs_n[None, :] < high[:, None]) & keep[None, :]
+        visible = _visible(tl.arange(0, BLOCK_N)[None, :], (low - n)[:, None], (high - n)[:, None], LOW, True)
+        if padding_ptr is not None:
+            visible &= keep[None, :]
     k = _load_rows(k_ptr, k_tail, b, hk, n, stride_kb, stride_kt, stride_kh, keep, P, CHUNKS_P, BLOCK_N, TMA)
     s = _dot_rows(q, k, CHUNKS_P, PRECISION)  # [BLOCK_M, BLOCK_N]
     if q_pos_ptr is not None:
@@ -567,8 +603,8 @@ def _attention_bwd_dq_kernel(
 
     unit = scale if EXACT else scale * 1.4426950408889634  # log2(e)
     rows = row + offs_t
-    plane = heads.to(tl.int64) * T
-    stats_ptr += rows
+    plane = heads.to(tl.int64) * _pitch(T)
+    stats_ptr += (b.to(tl.int64) * H + h) * _pitch(T) + offs_t
     dlse = tl.zeros((BLOCK_M,), tl.float32)
     norm = dlse + 1.0
     delta = dlse
@@ -583,8 +619,8 @@ def _attention_bwd_dq_kernel(
             delta -= dlse
             for i in tl.static_range(len(CHUNKS_PV)):
                 delta += tl.sum(do[i].to(tl.float32) * o[i].to(tl.float32), 1)
-            tl.store(stats_ptr + plane, delta, mask=mask_t)
-        tl.store(stats_ptr, lse, mask=mask_t)
+            tl.store(stats_ptr + plane, delta, mask=offs_t < _pitch(T))
+        tl.store(stats_ptr, lse, mask=offs_t < _pitch(T))
     else:
         lse = tl.load(stats_ptr, mask=mask_t, other=float("inf"))
         delta = tl.load(stats_ptr + plane, mask=mask_t, other=0.0)
@@ -592,6 +628,7 @@ def _attention_bwd_dq_kernel(
             norm = tl.load(stats_ptr + 2 * plane, mask=mask_t, other=0.0)
             dlse = tl.load(stats_ptr + 3 * plane, mask=mask_t, other=0.0)
 
+    LOW: tl.constexpr = HAS_WINDOW or bounds_ptr is not None
     offs_o = tl.program_id(1) * BLOCK_FO + tl.arange(0, BLOCK_FO)
     total = tl.zeros((BLOCK_M,), tl.float32)
     if OUT == "delta":
@@ -605,7 +642,7 @@ def _attention_bwd_dq_kernel(
         acc, total = _dq_step(
             acc, total, start + _masked_tile(i, begin, end) * BLOCK_N, q, do, lse, delta, dlse, norm, low, high, b, h // GROUP,
             k_ptr, k_tail, v_ptr, v_tail, q_pos_ptr, k_pos_ptr, padding_ptr, offs_t, offs_o, T, S, unit, H, F, stride_kb, stride_kt,
-            stride_kh, stride_vb, stride_vt, stride_vh, P, PV, CHUNKS_P, CHUNKS_PV, PRECISION, EXACT, TMA, BLOCK_N, BLOCK_F, OUT, True,
+            stride_kh, stride_vb, stride_vt, stride_vh, P, PV, CHUNKS_P, CHUNKS_PV, PRECISION, EXACT, TMA, BLOCK_N, BLOCK_F, OUT, LOW, True,
         )  # fmt: skip
     if padding_ptr is None:
         for i in range(begin, end):
@@ -613,7 +650,7 @@ def _attention_bwd_dq_kernel(
                 acc, total, start + i * BLOCK_N, q, do, lse, delta, dlse, norm, low, high, b, h // GROUP,
                 k_ptr, k_tail, v_ptr, v_tail, q_pos_ptr, k_pos_ptr, None, offs_t, offs_o, T, S, unit, H, F, stride_kb, stride_kt,
                 stride_kh, stride_vb, stride_vt, stride_vh, P, PV, CHUNKS_P, CHUNKS_PV, PRECISION, EXACT, TMA,
-                BLOCK_N, BLOCK_F, OUT, False,
+                BLOCK_N, BLOCK_F, OUT, LOW, False,
             )  # fmt: skip
 
     if OUT == "delta":
@@ -775,7 +812,7 @@ def attention_backward(
     k_pos = None if k_pos is None else k_pos.contiguous()
     dlse = None if dlse is None else dlse.contiguous()
     exact = _exact(q.dtype, precision)
-    stats = lse.new_empty(4 if exact else 2, B, H, T)  # lse, delta; norm, dlse
+    stats = lse.new_empty((4 if exact else 2) * B * H, cdiv(T, 16) * 16)  # B * H rows each of lse, delta; norm, dlse
 
     masks = (_padding(key_padding_mask), _sequence_bounds(cu_seqlens, T))
     chunks_p, chunks_pv = _chunks(P, q.dtype), _chunks(PV, q.dtype)
@@ -801,7 +838,8 @@ def attention_backward(
     config = _config("attention_dkdv", q, k, v, q_pos)
     grid = (cdiv(S, config["BLOCK_N"]) * B * Hkv,)
     sources = *_sources(do, chunks_pv, config["BLOCK_M"], tma), *_sources(q, chunks_p, config["BLOCK_M"], tma)
-    arguments = (*sources, k, v, q_pos, k_pos, *masks, stats, dk, dv)
+    rows_of_stats = TensorDescriptor(stats, list(stats.shape), list(stats.stride()), [1, config["BLOCK_M"]]) if tma else stats
+    arguments = (*sources, k, v, q_pos, k_pos, *masks, rows_of_stats, dk, dv)
     strides = (*dk.stride()[:3], *dv.stride()[:3])
     launch(_attention_bwd_dkdv_kernel, grid, *arguments, *scalars, *strides, scale, **flags, TMA=tma, **config)
     if q_pos is not None:
