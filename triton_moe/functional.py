@@ -27,7 +27,7 @@ from torch.autograd.function import once_differentiable
 from . import _check
 from .kernels.attention import attention_backward, attention_forward
 from .kernels.common import input_precision
-from .kernels.gating import MAX_EXPERTS, gating_backward, gating_forward, routing_plan
+from .kernels.gating import MAX_EXPERTS, Plan, gating_backward, gating_forward, routing_plan
 from .kernels.position import rope_rotate, xl_keys, xl_query
 from .kernels.projection import (
     dropout_rows,
@@ -38,6 +38,7 @@ from .kernels.projection import (
     value_backward,
     value_forward,
 )
+from .kernels.sets import sets_pay
 
 __all__ = [
     "XL",
@@ -77,15 +78,14 @@ class Routing(NamedTuple):
     """What `gating` chose. Only the first two fields are needed to build one by hand.
 
     weights: [N, H, TOP_K] float32, differentiable; experts: [N, H, TOP_K] int32 in [0, E), in order of selection;
-    logits: [N, H, E] float32, differentiable; order, offsets: the routes sorted by expert (kernels.gating.routing_plan), made
-    from `experts` where absent.
+    logits: [N, H, E] float32, differentiable; plan: the orders in which the projections work (kernels.gating.Plan), made from
+    `experts` where absent.
     """
 
     weights: Tensor
     experts: Tensor
     logits: Tensor | None = None
-    order: Tensor | None = None
-    offsets: Tensor | None = None
+    plan: Plan | None = None
 
 
 class RoPE(NamedTuple):
@@ -219,6 +219,12 @@ def _add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return b if a is None else a if b is None else a + b
 
 
+def _routing_plan(experts: Tensor, E: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """The plans of experts [sides, N, H, TOP_K], stacked, for projections in this dtype."""
+    _, N, H, TOP_K = experts.shape
+    return routing_plan(experts, E, sets_pay(N, H, E, TOP_K, dtype))
+
+
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """total + a @ b in one pass, into `total`, which is a fresh tensor."""
     return total.addmm_(a, b)
@@ -235,12 +241,13 @@ def _sum_leading(x: Tensor, keep: int) -> Tensor:
 class _Gating(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, sel, seed, n_heads, top_k, mode, dropout, stream):
-        weights, experts, logits = gating_forward(x, sel, seed, n_heads, top_k, mode, dropout, stream)
-        ctx.mark_non_differentiable(experts)
+        weights, experts, logits = gating_forward(x, sel, seed, 1, n_heads, top_k, mode, dropout, stream)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, sel, weights, experts, logits)
         ctx.mode = mode
-        return weights, experts, logits
+        experts = experts[0]
+        ctx.mark_non_differentiable(experts)
+        return weights[0], experts, logits[0]
 
     @staticmethod
     @once_differentiable
@@ -282,7 +289,8 @@ def gating(
     x, sel = _cast(_compute_dtype(x), x.reshape(_tokens(x), D), sel)
     seed = _seed(seed, x.device, p > 0)
     weights, experts, logits = _Gating.apply(x, sel, seed, n_heads, top_k, mode, p, STREAM_GATE)
-    return Routing(weights, experts, logits, *routing_plan(experts, sel.shape[0] // n_heads))
+    plan = _routing_plan(experts[None], sel.shape[0] // n_heads, x.dtype)
+    return Routing(weights, experts, logits, Plan(*(t[0] for t in plan)))
 
 
 def _check_gate(name: str, sel: Tensor, n_heads: int, top_k: int, what: str = "top_k") -> None:
@@ -300,29 +308,29 @@ def _check_gate(name: str, sel: Tensor, n_heads: int, top_k: int, what: str = "t
 
 class _ValueProjection(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, w, weights, experts, order, offsets):
+    def forward(ctx, x, w, weights, experts, *plan):
         ctx.precision = input_precision(x.dtype)
-        v, u = value_forward(x, w, weights, experts, order, offsets, ctx.precision)
-        ctx.save_for_backward(x, w, weights, experts, order, offsets, u)
+        v, u = value_forward(x, w, weights, experts, *plan, ctx.precision)
+        ctx.save_for_backward(x, w, weights, experts, *plan, u)
         return v
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dv):
-        return *value_backward(dv, *ctx.saved_tensors, ctx.precision), None, None, None
+        return *value_backward(dv, *ctx.saved_tensors, ctx.precision), None, *[None] * len(Plan._fields)
 
 
 class _OutputProjection(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, a, w, weights, experts, order, offsets):
+    def forward(ctx, a, w, weights, experts, *plan):
         ctx.precision = input_precision(a.dtype)
-        ctx.save_for_backward(a, w, weights, experts, order, offsets)
-        return output_forward(a, w, weights, experts, order, offsets, ctx.precision)
+        ctx.save_for_backward(a, w, weights, experts, *plan)
+        return output_forward(a, w, weights, experts, *plan, ctx.precision)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        return *output_backward(dy, *ctx.saved_tensors, ctx.precision), None, None, None
+        return *output_backward(dy, *ctx.saved_tensors, ctx.precision), None, *[None] * len(Plan._fields)
 
 
 def value_projection(x: Tensor, w: Tensor, routing: Routing) -> Tensor:
@@ -336,7 +344,7 @@ def value_projection(x: Tensor, w: Tensor, routing: Routing) -> Tensor:
     _check.integer("the head width of w", _check.tensor("w", w, None, D, None).shape[2], 1)
     N = _tokens(x)
     routing, (x2, w2) = _routed(x, N, w, routing, {"x": x, "w": w})
-    v = _ValueProjection.apply(x2.reshape(N, D), w2, *routing[:2], routing.order, routing.offsets)
+    v = _ValueProjection.apply(x2.reshape(N, D), w2, *routing[:2], *routing.plan)
     return v.view(*x.shape[:-1], *v.shape[1:])
 
 
@@ -354,7 +362,7 @@ def output_projection(a: Tensor, w: Tensor, routing: Routing) -> Tensor:
     H = routing.weights.shape[1]
     if a.shape[-2] != H:
         raise ValueError(f"a must have shape [..., {H}, {w.shape[1]}] for a routing of {H} heads, got {list(a.shape)}")
-    y = _OutputProjection.apply(a2.reshape(N, H, P), w2, *routing[:2], routing.order, routing.offsets)
+    y = _OutputProjection.apply(a2.reshape(N, H, P), w2, *routing[:2], *routing.plan)
     return y.view(*a.shape[:-2], w.shape[2])
 
 
@@ -372,16 +380,21 @@ def _routed(x: Tensor, N: int, w: Tensor, routing: Routing, tensors: dict) -> tu
     H = _check.integer("the number of heads of routing", weights.shape[1], 1)
     if w.shape[0] == 0 or w.shape[0] % H:
         raise ValueError(f"w must have H * E experts for a routing of H = {H} heads, got {w.shape[0]}")
-    _check.integer("TOP_K of routing", weights.shape[2], 1, w.shape[0] // H)
-    if routing.order is None or routing.offsets is None:
-        experts = experts.clamp(0, w.shape[0] // H - 1)  # whatever it holds, no access leaves the tensors
-        order, offsets = routing_plan(experts, w.shape[0] // H)
-        routing = routing._replace(experts=experts, order=order, offsets=offsets)
+    E, TOP_K = w.shape[0] // H, weights.shape[2]
+    _check.integer("TOP_K of routing", TOP_K, 1, E)
+    if routing.plan is None:
+        experts = experts.clamp(0, E - 1)  # whatever it holds, no access leaves the tensors
+        plan = Plan(*(t[0] for t in _routing_plan(experts[None], E, _compute_dtype(x))))
+        routing = routing._replace(experts=experts, plan=plan)
     else:
-        for name, plan, size in (("order", routing.order, experts.numel()), ("offsets", routing.offsets, w.shape[0] + 1)):
-            _check.tensor(f"routing.{name}", plan, size)
-            if plan.dtype != torch.int32 or plan.device != x.device:
-                raise TypeError(f"routing.{name} must be int32 on {x.device}, got {plan.dtype} on {plan.device}")
+        plan = _check.instance("routing.plan", routing.plan, Plan)
+        _check.tensor("routing.plan.set_order", plan.set_order, ndim=1)
+        sizes = (experts.numel(), w.shape[0] + 1)
+        sizes += (N * H, H * math.comb(E, TOP_K) + 1, N) if plan.set_order.numel() else (0, 0, 0)
+        for name, t, size in zip(Plan._fields, plan, sizes, strict=True):
+            _check.tensor(f"routing.plan.{name}", t, size)
+            if t.dtype != torch.int32 or t.device != x.device:
+                raise TypeError(f"routing.plan.{name} must be int32 on {x.device}, got {t.dtype} on {t.device}")
     return routing, _cast(_compute_dtype(x), *tensors.values())
 
 
@@ -570,23 +583,23 @@ class _MoEConfig(NamedTuple):
 def _moe_forward(x, gate_input, keys, values, expert_sel, bias, o_bias, seed, c: _MoEConfig):
     """x [N, D], gate_input [N, D] or None -> y [N, D_out], logits [N, E], and the tensors `_moe_backward` takes."""
     gate_x = x if gate_input is None else gate_input
-    weights, experts, logits = gating_forward(gate_x, expert_sel, seed, 1, c.top_k, c.mode, c.expert_dropout, STREAM_GATE)
-    order, offsets = routing_plan(experts, expert_sel.shape[0])
+    weights, experts, logits = gating_forward(gate_x, expert_sel, seed, 1, 1, c.top_k, c.mode, c.expert_dropout, STREAM_GATE)
+    order, offsets = (t[0] for t in routing_plan(experts, expert_sel.shape[0], False)[:2])
     y, z = mlp_forward(
-        x, keys, values, bias, o_bias, seed, weights, experts, order, offsets,
+        x, keys, values, bias, o_bias, seed, weights[0], experts[0], order, offsets,
         c.activation, c.dropout, STREAM_ACTIVATION, c.precision,
     )  # fmt: skip
     saved = (
         x, gate_input, keys, values, expert_sel, bias, o_bias, seed, weights, experts, logits, order, offsets, z
     )  # fmt: skip
-    return y, logits.view(logits.shape[0], logits.shape[2]), saved
+    return y, logits.view(x.shape[0], expert_sel.shape[0]), saved
 
 
 def _moe_backward(dy, dlogits, saved, c: _MoEConfig):
     """-> gradients of x, gate_input, keys, values, expert_sel, bias, o_bias (None where the input was None)."""
     x, gate_input, keys, values, expert_sel, bias, o_bias, seed, weights, experts, logits, order, offsets, z = saved
     dx, dkeys, dvalues, dbias, dweights = mlp_backward(
-        dy, x, keys, values, bias, o_bias, seed, weights, experts, order, offsets, z,
+        dy, x, keys, values, bias, o_bias, seed, weights[0], experts[0], order, offsets, z,
         c.activation, c.dropout, STREAM_ACTIVATION, c.precision,
     )  # fmt: skip
     dlogits = None if dlogits is None else dlogits.reshape(logits.shape)
@@ -727,8 +740,9 @@ def _expert_out(o: Tensor, H: int) -> Tensor:
 def _head_forward(x, k_src, v_src, q, k, v, o, sel_v, sel_o, pos, mask, cu_seqlens, seed, c: _HeadConfig):
     """x [B, T, D], k_src and v_src [B, S, D] or None -> y [B, T, D], logits_v, logits_o, and what `_head_backward` takes.
 
-    The tensors kept are: the 13 inputs, the output side's (weights, experts, logits, order, offsets), the value side's same five
-    and u (None where it has none of its own), then those of the attention.
+    The tensors kept are: the 13 inputs; what the gates on x made (weights, experts, logits and the five of the plan, each with the
+    sides as another first axis: value and output, or output alone); the same of the value gate on k_src (None without one); u
+    (None with one expert); then those of the attention.
     """
     B, T, D = x.shape
     H, P = c.n_heads, q.shape[0] // c.n_heads
@@ -737,23 +751,22 @@ def _head_forward(x, k_src, v_src, q, k, v, o, sel_v, sel_o, pos, mask, cu_seqle
     S = ks.shape[1]
     x2, k2, v2 = x.reshape(B * T, D), ks.reshape(B * S, D), vs.reshape(B * S, D)
 
-    def route(tokens, sel, stream):
-        weights, experts, logits = gating_forward(tokens, sel, seed, H, c.top_k, "sigmoid", c.expert_dropout, stream)
-        return weights, experts, logits, *routing_plan(experts, sel.shape[0] // H)
+    def route(tokens, sel, sides, stream):
+        gates = gating_forward(tokens, sel, seed, sides, H, c.top_k, "sigmoid", c.expert_dropout, stream)
+        return *gates, *_routing_plan(gates[1], sel.shape[0] // (sides * H), tokens.dtype)
 
-    route_o = route(x2, sel_o, STREAM_GATE_O)
-    route_v: tuple[Tensor | None, ...] = (None,) * 5
+    both = k_src is None and sel_v is not None
+    route_x = route(x2, torch.cat([sel_v, sel_o]), 2, STREAM_GATE_V) if both else route(x2, sel_o, 1, STREAM_GATE_O)
+    route_k: tuple[Tensor | None, ...] = (None,) * len(route_x)
+    if v.ndim == 3 and k_src is not None:
+        route_k = route(k2, sel_o if sel_v is None else sel_v, 1, STREAM_GATE_V)
+    (weights_v, experts_v, logits_v, *plan_v), (weights_o, experts_o, logits_o, *plan_o) = _sides(route_x, route_k)
+
     u = None
     if v.ndim == 2:  # one expert: a dense value projection
-        values = v2 @ v.t()
+        values, logits_v = v2 @ v.t(), None
     else:
-        if sel_v is not None:
-            route_v = route(k2, sel_v, STREAM_GATE_V)
-        elif k_src is not None:
-            route_v = route(k2, sel_o, STREAM_GATE_V)
-        weights_v, experts_v, _, order_v, offsets_v = route_o if route_v[0] is None else route_v
-        values, u = value_forward(v2, v, weights_v, experts_v, order_v, offsets_v, c.precision)
-
+        values, u = value_forward(v2, v, weights_v, experts_v, *plan_v, c.precision)
     queries = x2 @ q.t()
     if c.dropout > 0:
         queries = dropout_rows(queries, seed, c.dropout, STREAM_QUERY)
@@ -761,20 +774,25 @@ def _head_forward(x, k_src, v_src, q, k, v, o, sel_v, sel_o, pos, mask, cu_seqle
         queries.view(B, T, H, P), (k2 @ k.t()).view(B, S, H, P), values.view(B, S, H, P),
         pos, None, None, mask, cu_seqlens, _attention_config(c, P),
     )  # fmt: skip
-    weights_o, experts_o, logits_o, order_o, offsets_o = route_o
-    y = output_forward(a.view(B * T, H, P), _expert_out(o, H), weights_o, experts_o, order_o, offsets_o, c.precision)
+    y = output_forward(a.view(B * T, H, P), _expert_out(o, H), weights_o, experts_o, *plan_o, c.precision)
     y = y.view(B, T, y.shape[1])
-    logits_v = None if v.ndim == 2 else logits_o if route_v[2] is None else route_v[2]
     inputs = (x, k_src, v_src, q, k, v, o, sel_v, sel_o, pos, mask, cu_seqlens, seed)
-    return y, logits_v, logits_o, (*inputs, *route_o, *route_v, u, *attention_saved)
+    return y, logits_v, logits_o, (*inputs, *route_x, *route_k, u, *attention_saved)
+
+
+def _sides(route_x, route_k):
+    """What `_head_forward` kept of the gates -> the value side's and the output side's, one and the same where they share it."""
+    output = [t[-1] for t in route_x]
+    if route_k[0] is not None:
+        return [t[0] for t in route_k], output
+    return [t[0] for t in route_x] if len(route_x[0]) == 2 else output, output
 
 
 def _head_backward(dy, dlogits_v, dlogits_o, saved, c: _HeadConfig):
     """-> gradients of x, k_src, v_src, q, k, v, o, sel_v, sel_o, pos (None where the input was None)."""
     x, k_src, v_src, q, k, v, o, sel_v, sel_o, pos, _, _, seed = saved[:13]
-    weights_o, experts_o, logits_o, order_o, offsets_o = saved[13:18]
-    weights_v, experts_v, logits_v, order_v, offsets_v, u = saved[18:24]
-    attention_saved = saved[24:]
+    route_x, route_k, u, attention_saved = saved[13:21], saved[21:29], saved[29], saved[30:]
+    (weights_v, experts_v, _, *plan_v), (weights_o, experts_o, _, *plan_o) = _sides(route_x, route_k)
     a = attention_saved[11]
     B, T, D = x.shape
     H, P = c.n_heads, q.shape[0] // c.n_heads
@@ -783,16 +801,9 @@ def _head_backward(dy, dlogits_v, dlogits_o, saved, c: _HeadConfig):
     S = ks.shape[1]
     x2, k2, v2 = x.reshape(B * T, D), ks.reshape(B * S, D), vs.reshape(B * S, D)
 
-    da, do, dweights_o = output_backward(
-        dy.reshape(B * T, dy.shape[2]),
-        a.view(B * T, H, P),
-        _expert_out(o, H),
-        weights_o,
-        experts_o,
-        order_o,
-        offsets_o,
-        c.precision,
-    )
+    dy = dy.reshape(B * T, dy.shape[2])
+    a = a.view(B * T, H, P)
+    da, do, dweights_o = output_backward(dy, a, _expert_out(o, H), weights_o, experts_o, *plan_o, c.precision)
     if o.ndim == 2:
         do = do.permute(2, 0, 1).reshape(o.shape)
     dqueries, dkeys, dvalues, dpos, _, _ = _attention_backward(
@@ -804,31 +815,35 @@ def _head_backward(dy, dlogits_v, dlogits_o, saved, c: _HeadConfig):
     dq, dk = dqueries.t() @ x2, dkeys.t() @ k2
 
     # each side's gradient is one tensor that the products are added to; a source that was left out is another one
-    dsel_v = dsel_shared = None
+    dweights_v = None
     if v.ndim == 2:
         dvalues = dvalues.view(B * S, H * P)
         dv2, dv = dvalues @ v, dvalues.t() @ v2
-    elif weights_v is None:  # both sides share the output side's routing
-        dv2, dv, dweights = value_backward(dvalues, v2, v, weights_o, experts_o, order_o, offsets_o, u, c.precision)
-        dweights_o = dweights_o + dweights
-        dlogits_o = _add(dlogits_o, dlogits_v)
     else:
-        dv2, dv, dweights_v = value_backward(dvalues, v2, v, weights_v, experts_v, order_v, offsets_v, u, c.precision)
+        dv2, dv, dweights_v = value_backward(dvalues, v2, v, weights_v, experts_v, *plan_v, u, c.precision)
     dk2 = dkeys @ k if v_src is not None else _add_product(dv2, dkeys, k)
-    if weights_v is not None:
+
+    sel_x, dweights, dlogits = sel_o, dweights_o[None], dlogits_o
+    dsel_k = None
+    if route_k[0] is not None:
         sel = sel_o if sel_v is None else sel_v
-        dgate_v, dsel = gating_backward(dweights_v, dlogits_v, k2, sel, weights_v, experts_v, logits_v, "sigmoid")
-        dk2 = _add_product(dk2, dgate_v, sel)
-        dsel_v, dsel_shared = (None, dsel) if sel_v is None else (dsel, None)
+        dgate, dsel_k = gating_backward(dweights_v[None], dlogits_v, k2, sel, *route_k[:3], "sigmoid")
+        dk2 = _add_product(dk2, dgate, sel)
+    elif sel_v is not None:  # both sides in one
+        sel_x, dweights = torch.cat([sel_v, sel_o]), torch.stack([dweights_v, dweights_o])
+        if dlogits_v is not None or dlogits_o is not None:
+            none = torch.zeros_like(route_x[2][0])
+            dlogits = torch.stack([none if g is None else g for g in (dlogits_v, dlogits_o)])
+    elif dweights_v is not None:  # both sides share the output side's routing
+        dweights, dlogits = dweights + dweights_v, _add(dlogits_o, dlogits_v)
     dx = dqueries @ q if k_src is not None else _add_product(dk2, dqueries, q)
-    dgate_o, dsel_o = gating_backward(dweights_o, dlogits_o, x2, sel_o, weights_o, experts_o, logits_o, "sigmoid")
-    dx = _add_product(dx, dgate_o, sel_o)
-    dsel_o = _add(dsel_o, dsel_shared)
-    if v_src is None:
-        dv2 = None
-    if k_src is None:
-        dk2 = None
-    return dx, dk2, dv2, dq, dk, dv, do, dsel_v, dsel_o, dpos
+    dgate, dsel_x = gating_backward(dweights, dlogits, x2, sel_x, *route_x[:3], "sigmoid")
+    dx = _add_product(dx, dgate, sel_x)
+
+    dsel_v, dsel_o = (None, dsel_x) if len(sel_x) == len(sel_o) else dsel_x.split(len(sel_o))
+    if dsel_k is not None:
+        dsel_v, dsel_o = (None, dsel_o + dsel_k) if sel_v is None else (dsel_k, dsel_o)
+    return dx, None if k_src is None else dk2, None if v_src is None else dv2, dq, dk, dv, do, dsel_v, dsel_o, dpos
 
 
 class _SwitchHead(torch.autograd.Function):
@@ -1022,7 +1037,7 @@ class _BlockConfig(NamedTuple):
     moe: _MoEConfig
 
 
-HEAD_INPUTS, HEAD_SAVED = 10, 37  # lengths of the tuples above
+HEAD_INPUTS, HEAD_SAVED = 10, 43  # lengths of the tuples above
 
 
 def _norm_forward(x, weight, bias, eps):

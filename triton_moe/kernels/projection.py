@@ -435,7 +435,7 @@ def _gate_rows(a, s):
 # ---- value projection
 
 
-def _value_forward_fake(x, w, weights, experts, order, offsets, precision):
+def _value_forward_fake(x, w, weights, experts, order, offsets, set_order, set_offsets, token_order, precision):
     N, H, _ = weights.shape
     return x.new_empty(N, H, w.shape[2]), x.new_empty(weights.numel(), w.shape[2])
 
@@ -443,32 +443,33 @@ def _value_forward_fake(x, w, weights, experts, order, offsets, precision):
 @opaque(_value_forward_fake)
 def value_forward(
     x: torch.Tensor, w: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor, order: torch.Tensor,
-    offsets: torch.Tensor, precision: str,
+    offsets: torch.Tensor, set_order: torch.Tensor, set_offsets: torch.Tensor, token_order: torch.Tensor, precision: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """x [N, D], w [H*E, D, P], weights and experts [N, H, TOP_K] -> v [N, H, P] and each route's product u [N*H*TOP_K, P]."""
     N, H, TOP_K = weights.shape
-    if sets.fits(N, H, w.shape[0] // H, TOP_K, w.shape[2], x.dtype):
-        return sets.gather(x, w, weights.contiguous(), experts.contiguous())
+    if set_order.numel() and sets.fits(N, H, w.shape[0] // H, TOP_K, w.shape[2], x.dtype):
+        return sets.gather(x, w, weights.contiguous(), experts.contiguous(), set_order, set_offsets)
     u = _grouped_gemm(rows(x), w, None, order, offsets, H * TOP_K, precision)
     return _combine(u, weights.contiguous().view(-1), TOP_K).view(N, H, w.shape[2]), u
 
 
-def _value_backward_fake(dv, x, w, weights, experts, order, offsets, u, precision):
+def _value_backward_fake(dv, x, w, weights, experts, order, offsets, set_order, set_offsets, token_order, u, precision):
     return x.new_empty(x.shape), w.new_empty(w.shape), weights.new_empty(weights.shape)
 
 
 @opaque(_value_backward_fake)
 def value_backward(
     dv: torch.Tensor, x: torch.Tensor, w: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor, order: torch.Tensor,
-    offsets: torch.Tensor, u: torch.Tensor, precision: str,
+    offsets: torch.Tensor, set_order: torch.Tensor, set_offsets: torch.Tensor, token_order: torch.Tensor, u: torch.Tensor,
+    precision: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """-> dx [N, D], dw [H*E, D, P], d weights [N, H, TOP_K]."""
     N, H, TOP_K = weights.shape
     x, dv = rows(x), dv.contiguous().view(N * H, dv.shape[2])
     dweights = _route_dot(u, dv, TOP_K).view(N, H, TOP_K)
     gated = _gate_rows(dv, weights.contiguous().view(-1))
-    if sets.fits(N, H, w.shape[0] // H, TOP_K, w.shape[2], x.dtype):
-        dx = sets.spread(gated, w.transpose(1, 2), experts.contiguous())
+    if set_order.numel() and sets.fits(N, H, w.shape[0] // H, TOP_K, w.shape[2], x.dtype):
+        dx = sets.spread(gated, w.transpose(1, 2), experts.contiguous(), token_order)
     else:
         dx = _combine(_grouped_gemm(gated, w.transpose(1, 2), None, order, offsets, 1, precision), None, H * TOP_K)
     dw = _grouped_dw(x, gated, order, offsets, H * TOP_K, 1, precision)
@@ -478,37 +479,40 @@ def value_backward(
 # ---- output projection
 
 
-def _output_forward_fake(a, w, weights, experts, order, offsets, precision):
+def _output_forward_fake(a, w, weights, experts, order, offsets, set_order, set_offsets, token_order, precision):
     return a.new_empty(a.shape[0], w.shape[2])
 
 
 @opaque(_output_forward_fake)
 def output_forward(
     a: torch.Tensor, w: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor, order: torch.Tensor,
-    offsets: torch.Tensor, precision: str,
+    offsets: torch.Tensor, set_order: torch.Tensor, set_offsets: torch.Tensor, token_order: torch.Tensor, precision: str,
 ) -> torch.Tensor:  # fmt: skip
     """a [N, H, P], w [H*E, P, D], weights and experts [N, H, TOP_K] -> y [N, D]."""
     N, H, TOP_K = weights.shape
     gated = _gate_rows(a.contiguous().view(N * H, a.shape[2]), weights.contiguous().view(-1))
-    if sets.fits(N, H, w.shape[0] // H, TOP_K, w.shape[1], a.dtype):
-        return sets.spread(gated, w, experts.contiguous())
+    if set_order.numel() and sets.fits(N, H, w.shape[0] // H, TOP_K, w.shape[1], a.dtype):
+        return sets.spread(gated, w, experts.contiguous(), token_order)
     return _combine(_grouped_gemm(gated, w, None, order, offsets, 1, precision), None, H * TOP_K)
 
 
-def _output_backward_fake(dy, a, w, weights, experts, order, offsets, precision):
+def _output_backward_fake(dy, a, w, weights, experts, order, offsets, set_order, set_offsets, token_order, precision):
     return a.new_empty(a.shape), w.new_empty(w.shape), weights.new_empty(weights.shape)
 
 
 @opaque(_output_backward_fake)
 def output_backward(
     dy: torch.Tensor, a: torch.Tensor, w: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor, order: torch.Tensor,
-    offsets: torch.Tensor, precision: str,
+    offsets: torch.Tensor, set_order: torch.Tensor, set_offsets: torch.Tensor, token_order: torch.Tensor, precision: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """-> da [N, H, P], dw [H*E, P, D], d weights [N, H, TOP_K]."""
     N, H, TOP_K = weights.shape
     dy, a, s = rows(dy), a.contiguous().view(N * H, a.shape[2]), weights.contiguous().view(-1)
-    if sets.fits(N, H, w.shape[0] // H, TOP_K, w.shape[1], a.dtype):
-        da, dweights = sets.gather(dy, w.transpose(1, 2), weights.contiguous(), experts.contiguous(), a.view(N, H, a.shape[1]))
+    if set_order.numel() and sets.fits(N, H, w.shape[0] // H, TOP_K, w.shape[1], a.dtype):
+        w = w.transpose(1, 2)
+        da, dweights = sets.gather(
+            dy, w, weights.contiguous(), experts.contiguous(), set_order, set_offsets, a.view(N, H, a.shape[1])
+        )
     else:
         b = _grouped_gemm(dy, w.transpose(1, 2), None, order, offsets, H * TOP_K, precision)
         da, dweights = _combine(b, s, TOP_K).view(N, H, a.shape[1]), _route_dot(b, a, TOP_K)

@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 
 from .. import tuning
-from .common import INTERPRET, cdiv, find_tile, key_dtype, launch, next_power_of_2, rows
+from .common import INTERPRET, cdiv, find_tile, launch, next_power_of_2, rows
 
 CONFIGS = {
     "gather": {
@@ -46,40 +46,14 @@ CONFIGS = {
 MAX_TOP_K = 4
 
 
+def sets_pay(N: int, H: int, E: int, TOP_K: int, dtype: torch.dtype) -> bool:
+    """Whether sets are few and full enough for these kernels to pay, so that a plan should sort by them."""
+    return dtype != torch.float32 and TOP_K <= MAX_TOP_K and 3 * TOP_K >= E and H * E <= 64 and 128 * math.comb(E, TOP_K) <= N
+
+
 def fits(N: int, H: int, E: int, TOP_K: int, P: int, dtype: torch.dtype) -> bool:
-    """Whether these kernels serve a projection: measured to pay where sets are few and full and the tiles fit."""
-    few_experts = TOP_K <= MAX_TOP_K and TOP_K * next_power_of_2(P) <= 512 and 3 * TOP_K >= E and H * E <= 64
-    return dtype != torch.float32 and few_experts and 128 * math.comb(E, TOP_K) <= N
-
-
-@triton.jit
-def _binomial(n, k):
-    """C(n, k) for k = 1, 2, 3, 4."""
-    two = n * (n - 1) // 2
-    three = two * (n - 2) // 3
-    return tl.where(k == 1, n, tl.where(k == 2, two, tl.where(k == 3, three, three * (n - 3) // 4)))
-
-
-@triton.jit
-def _keys_kernel(
-    experts_ptr, set_ptr, signature_ptr, N,
-    H: tl.constexpr, TOP_K: tl.constexpr, SETS: tl.constexpr, SORTED_HEADS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """set[n*H + h] = h*SETS + the rank of the set that (n, h) chose; signature[n] = the ranks of the first heads as digits."""
-    offs_n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask_n = offs_n < N
-    signature = tl.zeros((BLOCK,), tl.int32)
-    for h in range(H):
-        rank = tl.zeros((BLOCK,), tl.int32)
-        for j in range(TOP_K):
-            e = tl.load(experts_ptr + (offs_n * H + h) * TOP_K + j, mask=mask_n, other=0)
-            place = tl.full((BLOCK,), 1, tl.int32)  # 1 + how many of the set are smaller
-            for i in range(TOP_K):
-                place += (tl.load(experts_ptr + (offs_n * H + h) * TOP_K + i, mask=mask_n, other=0) < e).to(tl.int32)
-            rank += _binomial(e, place)
-        tl.store(set_ptr + offs_n * H + h, h * SETS + rank, mask=mask_n)
-        signature = tl.where(h < SORTED_HEADS, signature * SETS + rank, signature)
-    tl.store(signature_ptr + offs_n, signature, mask=mask_n)
+    """Whether these kernels serve a projection: few sets, and tiles that fit."""
+    return TOP_K * next_power_of_2(P) <= 512 and sets_pay(N, H, E, TOP_K, dtype)
 
 
 @triton.jit
@@ -228,30 +202,13 @@ def _config(name: str, x: torch.Tensor) -> dict[str, int]:
     return dict(tuning.lookup(CONFIGS[name], x.dtype, INTERPRET) if large else CONFIGS[name]["half_small"])
 
 
-def _keys(experts, E):
-    """-> set [N*H], signature [N], and how many values each can take."""
-    N, H, TOP_K = experts.shape
-    sets = math.comb(E, TOP_K)
-    heads = H
-    while heads > 1 and sets**heads >= 2**31:  # as many heads as fit an int32: any order is right
-        heads -= 1
-    keys = experts.new_empty(N * H, dtype=key_dtype(H * sets))
-    signature = experts.new_empty(N, dtype=key_dtype(sets**heads))
-    block = 1024 if INTERPRET else 128
-    meta = {"H": H, "TOP_K": TOP_K, "SETS": sets, "SORTED_HEADS": heads, "BLOCK": block}
-    launch(_keys_kernel, (cdiv(N, block),), experts, keys, signature, N, **meta, num_warps=4)
-    return keys, signature, H * sets
-
-
-def gather(x, w, s, experts, a=None):
-    """x [N, D], w [H*E, D, P], s and experts [N, H, TOP_K] -> v [N, H, P] and b [N*H*TOP_K, P]; with a [N, H, P] instead of b the
-    dots b . a, float32 [N*H*TOP_K]."""
+def gather(x, w, s, experts, order, offsets, a=None):
+    """x [N, D], w [H*E, D, P], s and experts [N, H, TOP_K], a plan's set_order and set_offsets -> v [N, H, P] and
+    b [N*H*TOP_K, P]; with a [N, H, P] instead of b the dots b . a, float32 [N*H*TOP_K]."""
     x = rows(x)
     (N, D), (H, TOP_K), P = x.shape, experts.shape[1:], w.shape[2]
     E = w.shape[0] // H
-    keys, _, groups = _keys(experts, E)
-    key, order = torch.sort(keys, stable=True)
-    ranges = torch.searchsorted(key, torch.arange(groups + 1, device=x.device, dtype=key.dtype), out_int32=True)
+    groups = offsets.shape[0] - 1
     v = x.new_empty(N, H, P)
     out = x.new_empty(N * H * TOP_K, P) if a is None else x.new_empty(N * H * TOP_K, dtype=torch.float32)
     config = _config("gather", x)
@@ -260,7 +217,7 @@ def gather(x, w, s, experts, a=None):
         config["BLOCK_M"], config["num_stages"] = min(config["BLOCK_M"], 64), min(config["num_stages"], 3)
     launch(
         _gather_kernel, (cdiv(N * H, config["BLOCK_M"]) + groups,),
-        x, w, s, experts, v, out, v if a is None else a.contiguous(), out, order, ranges, groups,
+        x, w, s, experts, v, out, v if a is None else a.contiguous(), out, order, offsets, groups,
         H=H, E=E, TOP_K=TOP_K, D=D, P=P, stride_xn=x.stride(0),
         stride_wg=w.stride(0), stride_wk=w.stride(1), stride_wn=w.stride(2), DOT=a is not None,
         BLOCK_G=next_power_of_2(groups, 1), BLOCK_P=BLOCK_P, **config,
@@ -268,12 +225,10 @@ def gather(x, w, s, experts, a=None):
     return v, out
 
 
-def spread(gated, w, experts):
-    """gated [N*H*TOP_K, P], w [H*E, P, D], experts [N, H, TOP_K] -> y [N, D]."""
+def spread(gated, w, experts, order):
+    """gated [N*H*TOP_K, P], w [H*E, P, D], experts [N, H, TOP_K], a plan's token_order -> y [N, D]."""
     (N, H, TOP_K), P, D = experts.shape, gated.shape[1], w.shape[2]
     E = w.shape[0] // H
-    _, signature, _ = _keys(experts, E)
-    order = torch.sort(signature, stable=True)[1]
     config = _config("spread", gated)
     config["BLOCK_N"] = min(config["BLOCK_N"], next_power_of_2(D))
     config["BLOCK_K"] = min(config["BLOCK_K"], next_power_of_2(P))
