@@ -777,10 +777,11 @@ def attention_forward(
 
 
 def _attention_backward_fake(
-    do, dlse, q, k, v, q_pos, k_pos, key_padding_mask, cu_seqlens, o, lse, causal, window, scale, precision
+    do, dlse, q, k, v, q_pos, k_pos, key_padding_mask, cu_seqlens, o, lse, causal, window, scale, precision, joint=False
 ):
     dq_pos = q.new_empty(0) if q_pos is None else q_pos.new_empty(q_pos.shape)
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dq_pos
+    dq = q.new_empty(*q.shape[:2], q.shape[2] + k.shape[2], q.shape[3]) if joint else q.new_empty(q.shape)
+    return dq, k.new_empty(0 if joint else k.shape), v.new_empty(v.shape), dq_pos
 
 
 @opaque(_attention_backward_fake)
@@ -800,11 +801,14 @@ def attention_backward(
     window: int,
     scale: float,
     precision: str,
+    joint: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dq, dk, dv and dq_pos (empty without q_pos), contiguous, from the gradients of o and lse (None: zero)."""
-    dq, dk, dv, dq_pos = _attention_backward_fake(
-        do, dlse, q, k, v, q_pos, k_pos, key_padding_mask, cu_seqlens, o, lse, causal, window, scale, precision
+    """dq, dk, dv and dq_pos (empty without q_pos), contiguous, from the gradients of o and lse (None: zero). With `joint`, where
+    T = S, dq and dk come as one tensor [B, T, H + Hkv, P], and dk is empty."""
+    first, second, dv, dq_pos = _attention_backward_fake(
+        do, dlse, q, k, v, q_pos, k_pos, key_padding_mask, cu_seqlens, o, lse, causal, window, scale, precision, joint
     )
+    dq, dk = first.split([q.shape[2], k.shape[2]], 2) if joint else (first, second)
     B, T, H, P = q.shape
     S, Hkv, PV = k.shape[1], k.shape[2], v.shape[3]
     do, q, k, v, o = rows(do), rows(q), rows(k), rows(v), rows(o)
@@ -844,4 +848,4 @@ def attention_backward(
     launch(_attention_bwd_dkdv_kernel, grid, *arguments, *scalars, *strides, scale, **flags, TMA=tma, **config)
     if q_pos is not None:
         launch_dq(dq_pos, "dq_pos", "attention_dq_pos")
-    return dq, dk, dv, dq_pos
+    return first, second, dv, dq_pos

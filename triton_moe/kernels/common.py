@@ -141,11 +141,6 @@ def rows(x: torch.Tensor) -> torch.Tensor:
     return x if constant else x.contiguous()
 
 
-def key_dtype(count: int) -> torch.dtype:
-    """The narrowest integers that hold 0 ... count: a radix sort takes a pass for each byte."""
-    return torch.uint8 if count <= 255 else torch.int16 if count <= 32767 else torch.int32
-
-
 def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 

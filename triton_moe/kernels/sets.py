@@ -36,7 +36,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .. import tuning
-from .common import INTERPRET, cdiv, find_tile, key_dtype, launch, next_power_of_2, rows
+from .common import INTERPRET, cdiv, find_tile, launch, next_power_of_2, rows
 
 TILE = 128  # rows of one tile in the tables; kernels take it whole or in parts
 
@@ -60,14 +60,14 @@ CONFIGS = {
 MAX_TOP_K = 4
 
 
-def gather_fits(N: int, H: int, E: int, TOP_K: int, dtype: torch.dtype) -> bool:
-    """Whether `gather` serves a projection: sets must be few and full."""
-    return dtype != torch.float32 and TOP_K <= MAX_TOP_K and TILE * math.comb(E, TOP_K) <= N
+def fits(N: int, H: int, E: int, TOP_K: int, dtype: torch.dtype) -> bool:
+    """Whether these kernels serve a projection, and its plan therefore sorts by sets: those must be few and full."""
+    return dtype != torch.float32 and TOP_K <= MAX_TOP_K and E <= 64 and TILE * math.comb(E, TOP_K) <= N
 
 
-def spread_fits(N: int, H: int, E: int, TOP_K: int, dtype: torch.dtype) -> bool:
-    """Whether `spread` does: tiles must not visit many experts that few of their rows chose."""
-    return gather_fits(N, H, E, TOP_K, dtype) and 3 * TOP_K >= E and H * E <= 64
+def joint(H: int, E: int, TOP_K: int) -> bool:
+    """Whether `spread` takes all heads in one pass: tiles must not visit many experts that few of their rows chose."""
+    return 3 * TOP_K >= E and H * E <= 64
 
 
 # ---- jit helpers
@@ -110,36 +110,6 @@ def _lowest(bits):
 
 
 # ---- kernels
-
-
-@triton.jit
-def _binomial(n, k):
-    """C(n, k) for k = 1, 2, 3, 4."""
-    two = n * (n - 1) // 2
-    three = two * (n - 2) // 3
-    return tl.where(k == 1, n, tl.where(k == 2, two, tl.where(k == 3, three, three * (n - 3) // 4)))
-
-
-@triton.jit
-def _keys_kernel(
-    experts_ptr, set_ptr, signature_ptr, N,
-    H: tl.constexpr, TOP_K: tl.constexpr, SETS: tl.constexpr, SORTED_HEADS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """set[n*H + h] = h*SETS + the rank of the set that (n, h) chose; signature[n] = the ranks of the first heads as digits."""
-    offs_n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask_n = offs_n < N
-    signature = tl.zeros((BLOCK,), tl.int32)
-    for h in range(H):
-        rank = tl.zeros((BLOCK,), tl.int32)
-        for j in range(TOP_K):
-            e = tl.load(experts_ptr + (offs_n * H + h) * TOP_K + j, mask=mask_n, other=0)
-            place = tl.full((BLOCK,), 1, tl.int32)  # 1 + how many of the set are smaller
-            for i in range(TOP_K):
-                place += (tl.load(experts_ptr + (offs_n * H + h) * TOP_K + i, mask=mask_n, other=0) < e).to(tl.int32)
-            rank += _binomial(e, place)
-        tl.store(set_ptr + offs_n * H + h, h * SETS + rank, mask=mask_n)
-        signature = tl.where(h < SORTED_HEADS, signature * SETS + rank, signature)
-    tl.store(signature_ptr + offs_n, signature, mask=mask_n)
 
 
 @triton.jit
@@ -361,32 +331,6 @@ def _weight_descriptor(w: torch.Tensor, transposed: bool, block_k: int, block_n:
     return TensorDescriptor.from_tensor(w, [1, block_n, block_k] if transposed else [1, block_k, block_n])
 
 
-def _keys(experts, E):
-    """-> set [N*H], signature [N], and how many values each can take."""
-    N, H, TOP_K = experts.shape
-    sets = math.comb(E, TOP_K)
-    heads = H
-    while heads > 1 and sets**heads >= 2**31:  # as many heads as fit an int32: any order is right
-        heads -= 1
-    keys = experts.new_empty(N * H, dtype=key_dtype(H * sets))
-    signature = experts.new_empty(N, dtype=key_dtype(sets**heads))
-    block = 1024 if INTERPRET else 128
-    meta = {"H": H, "TOP_K": TOP_K, "SETS": sets, "SORTED_HEADS": heads, "BLOCK": block}
-    launch(_keys_kernel, (cdiv(N, block),), experts, keys, signature, N, **meta, num_warps=4)
-    return keys, signature, H * sets
-
-
-def set_order(experts, E):
-    keys, _, groups = _keys(experts, E)
-    key, order = torch.sort(keys, stable=True)
-    groups = torch.arange(groups + 1, device=experts.device, dtype=key.dtype)
-    return order.to(torch.int32), torch.searchsorted(key, groups, out_int32=True)
-
-
-def token_order(experts, E):
-    return torch.sort(_keys(experts, E)[1], stable=True)[1].to(torch.int32)
-
-
 def gather(x, w, transposed, s, experts, order, offsets, a=None, keep=True):
     """x [N, D], w [H*E, D, P] (or transposed, [H*E, P, D]), s and experts [N, H, TOP_K], the rows n*H + h in the order of their
     sets and where those begin -> v [N, H, P] and u [N*H*TOP_K, P], empty unless `keep`; with a [N, H, P] the dots u . a instead,
@@ -433,9 +377,9 @@ def _columns(P: int) -> tuple[int, int]:
     return (half, rest) if half >= 64 and 4 * rest <= half and not INTERPRET else (whole, 0)
 
 
-def pack(a, s, experts, order, E):
+def _pack(a, s, experts, order, E):
     """a [N, H, P], s and experts [N, H, TOP_K], the tokens in the order of their signatures -> packed [rows, P padded] and the
-    experts that each tile visits, int64 [tiles], both for `spread`; and each route's row in packed, int32 [N*H*TOP_K]."""
+    experts that each tile visits, int64 [tiles], both for `_spread`; and each route's row in packed, int32 [N*H*TOP_K]."""
     a, (N, H, TOP_K), P = a.contiguous(), experts.shape, a.shape[2]
     tiles, width = cdiv(N, TILE), P + -P % 32
     visited = experts.new_empty(tiles, dtype=torch.int64)
@@ -452,13 +396,9 @@ def pack(a, s, experts, order, E):
     return packed, visited, place
 
 
-def spread(packed, visited, w, transposed, order, N, base=None, b=None, c=None):
-    """What `pack` returned, w [H*E, P, D] (or transposed, [H*E, D, P]), the same order of the N tokens -> y [N, D].
-
-    With base [N, D], or b [N, C] and c [C, D] of few columns C, y = base + b c + the projection in one pass over y.
-    """
-    HE, D, w = w.shape[0], w.shape[1 if transposed else 2], _padded(w, not transposed)
-    y = packed.new_empty(N, D)
+def _spread(packed, visited, w, transposed, order, y, base, b, c):
+    """What `_pack` returned, w [H*E, P, D] (or transposed, [H*E, D, P]), the same order of the tokens -> y [N, D], filled in."""
+    HE, (N, D), w = w.shape[0], y.shape, _padded(w, not transposed)
     config = _config("spread", packed)
     P, C = packed.shape[1], 0 if b is None else b.shape[1]
     if P % config["BLOCK_K"]:
@@ -470,4 +410,24 @@ def spread(packed, visited, w, transposed, order, N, base=None, b=None, c=None):
         _weight_descriptor(w, transposed, config["BLOCK_K"], config["BLOCK_N"]), y, base, b, c, order, visited, N,
         HE=HE, P=P, D=D, C=C, TRANSPOSED=transposed, TILE=TILE, BLOCK_C=next_power_of_2(C), **config,
     )  # fmt: skip
-    return y
+
+
+def spread(a, w, transposed, s, experts, set_order, token_order, base=None, b=None, c=None):
+    """a [N, H, P], w [H*E, P, D] (or transposed, [H*E, D, P]), s and experts [N, H, TOP_K], a plan's orders -> y [N, D], and the
+    packed gated rows with each route's place in them, None where heads went one by one.
+
+    With base [N, D], or b [N, C] and c [C, D] of few columns C, y = base + b c + the projection in one pass over y.
+    """
+    N, H, TOP_K = experts.shape
+    E, D = w.shape[0] // H, w.shape[1 if transposed else 2]
+    y = a.new_empty(N, D)
+    if joint(H, E, TOP_K):
+        packed, visited, place = _pack(a, s, experts, token_order, E)
+        _spread(packed, visited, w, transposed, token_order, y, base, b, c)
+        return y, packed, place
+    for h in range(H):  # a head's rows come in the order of its sets
+        one, order = slice(h, h + 1), set_order[h * N : (h + 1) * N] // H
+        packed, visited, _ = _pack(a[:, one], s[:, one].contiguous(), experts[:, one].contiguous(), order, E)
+        _spread(packed, visited, w[h * E : (h + 1) * E], transposed, order, y, base, b, c)
+        base, b, c = y, None, None
+    return y, None, None
