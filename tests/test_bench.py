@@ -194,6 +194,27 @@ def test_peers_of_the_projections_compute_the_same(name, build, monkeypatch):
         assert all(g.any() for g in torch.autograd.grad(result.sum(), task.leaves))
 
 
+@pytest.mark.parametrize("P", [20, 24])
+def test_rivals_of_attention_compute_the_same(P):
+    """Widths that are no multiple of 8 go through the padding, both ways, and more than once."""
+    row = bench.attention_row(2, P, 24, "cpu", B=2)
+    p = row.inputs()
+    truth = row.reference(p, None).transpose(1, 2)
+    d = torch.randn_like(truth)
+    expected = torch.autograd.grad(truth, [p["q"], p["k"], p["v"]], d)
+
+    def attend(q, k, v, scale):
+        assert q.shape[-1] == 24
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+
+    task = bench.rival_attention(p, attend)
+    for _ in range(2):
+        result = task.call()
+        torch.testing.assert_close(result, truth)
+        for actual, right in zip(torch.autograd.grad(result, task.leaves, d), expected, strict=True):
+            torch.testing.assert_close(actual.transpose(1, 2), right)
+
+
 @pytest.mark.gpu
 def test_rows_are_timed_on_a_gpu(tmp_path):
     path = tmp_path / "bench.json"

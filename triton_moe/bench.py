@@ -30,7 +30,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch.nn.functional import pad
 
 from .demo import DenseAttention, DenseBlock, DenseMLP, positive, switchall_weights, write_atomically, write_problem
 
@@ -93,6 +92,7 @@ class Row:
     milliseconds: Target | None = None  # bounds on our forward's time itself
     best: dict[str, Target] = field(default_factory=dict)  # bounds over the fastest rival
     packed: int | None = None  # the batch is one row of packed sequences, the last of this length
+    kernels: str = ""  # rows with the same name here share kernels, and so the process that compiles them
 
 
 def leaves(inputs: Inputs) -> dict[str, torch.Tensor]:
@@ -167,12 +167,12 @@ def runnable(row: Row, task: Task, work: str) -> Callable[[], Any]:
     if work == FORWARD:
 
         def forward():
-            with torch.no_grad(), task.context(), autocast(row, "cuda"):
+            with torch.no_grad(), autocast(row, "cuda"), task.context():
                 return task.call()
 
         return forward
 
-    with torch.no_grad(), task.context(), autocast(row, "cuda"):
+    with torch.no_grad(), autocast(row, "cuda"), task.context():
         cotangent = torch.randn_like(task.call())
 
     def both():
@@ -269,7 +269,7 @@ def floor_ms(row: Row, task: Task, output: torch.Tensor, work: str) -> float:
 def sides(row: Row, inputs: Inputs, rival: Rival) -> tuple[Task, Mix]:
     """Ours and the rival's; ours compiled where the rival is."""
     theirs = rival.build(inputs)
-    function = torch.compile(row.ours, dynamic=False) if rival.compiled else row.ours
+    function = compiled(row.ours) if rival.compiled else row.ours
     return task(row, inputs, function), theirs if isinstance(theirs, list) else [(1.0, theirs)]
 
 
@@ -393,12 +393,15 @@ def quick_autotuning(threads: int):
         Autotuner.prune_configs = prune
 
 
-def prepare_row(group: str, index: int, full: bool) -> Result | None:
-    """In a process of its own: check a row, and run everything once, so that the compilers' caches on disk hold it.
+def prepare_rows(group: str, indices: list[int], full: bool) -> list[Result | None]:
+    """In a process of its own: check rows, and run everything once, so that the compilers' caches on disk hold it."""
+    rows = GROUPS[group]("cuda", full)
+    with quick_autotuning(threads=6):
+        return [prepare_row(rows[i]) for i in indices]
 
-    None where the row could not be checked for any reason but a wrong result: another process may have had the memory.
-    """
-    row = GROUPS[group]("cuda", full)[index]
+
+def prepare_row(row: Row) -> Result | None:
+    """None where the row could not be checked for any reason but a wrong result: another process may have had the memory."""
     try:
         inputs = seeded_inputs(row)
         checked = Result(row.name, error=check(row, inputs))
@@ -406,17 +409,13 @@ def prepare_row(group: str, index: int, full: bool) -> Result | None:
         return failure(row, wrong)
     except Exception:
         return None
-    with quick_autotuning(threads=4):
-        for rival in row.rivals:
-            try:
-                ours, theirs = sides(row, inputs, rival)
-                for t in (ours, *(t for _, t in theirs)):
-                    for work in row.flops:
-                        if work != BACKWARD:
-                            runnable(row, t, work)()
-            except Exception:  # it will be reported when it fails again
-                pass
-    del inputs
+    for rival in row.rivals:
+        with contextlib.suppress(Exception):  # it will be reported when it fails again
+            ours, theirs = sides(row, inputs, rival)
+            for t in (ours, *(t for _, t in theirs if rival.name not in (BALANCED, INTERPOLATED))):  # those have their own rows
+                for work in row.flops:
+                    if work != BACKWARD:
+                        runnable(row, t, work)()
     torch.compiler.reset()
     gc.collect()
     torch.cuda.empty_cache()
@@ -425,18 +424,26 @@ def prepare_row(group: str, index: int, full: bool) -> Result | None:
 
 def prepare(rows: dict[tuple[str, int], Row], full: bool) -> dict[tuple[str, int], Result | None]:
     """What `prepare_row` returned for each row; those with the most to compile go first."""
+    families: dict[tuple[str, str], list[int]] = {}
+    for (group, i), row in rows.items():
+        families.setdefault((group, row.kernels or row.name), []).append(i)
     memory = torch.cuda.get_device_properties(0).total_memory
-    workers = min(len(rows), (os.cpu_count() or 1) - 2, memory // (10 << 30))
+    workers = min(len(families), (os.cpu_count() or 1) - 2, memory // (10 << 30))
     if workers < 2:
         return {}
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # each of the processes would start as many as there are cores
-    order = sorted(rows, key=lambda key: sum(1 + 4 * (not rival.graph) for rival in rows[key].rivals), reverse=True)
-    checked = {}
+
+    def weight(family):
+        group, indices = family[0][0], family[1]
+        return -sum(1 + 3 * (rival.name in AUTOTUNED) for i in indices for rival in rows[group, i].rivals)
+
+    checked: dict[tuple[str, int], Result | None] = {}
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        jobs = {key: pool.submit(prepare_row, *key, full) for key in order}
-        for key, job in jobs.items():
+        order = sorted(families.items(), key=weight)
+        jobs = [(group, indices, pool.submit(prepare_rows, group, indices, full)) for (group, _), indices in order]
+        for group, indices, job in jobs:
             with contextlib.suppress(BrokenProcessPool):  # what the others could not do is done before the row is timed
-                checked[key] = job.result()
+                checked.update(zip(((group, i) for i in indices), job.result(), strict=True))
     return checked
 
 
@@ -470,11 +477,6 @@ def op_dtype(device: str) -> torch.dtype:
     return torch.bfloat16 if device == "cuda" else torch.float32
 
 
-def plain(t: torch.Tensor) -> torch.Tensor:
-    """A leaf of its own with the same values."""
-    return t.detach().clone().requires_grad_(t.requires_grad)
-
-
 def products(x: torch.Tensor, *widths: int) -> Task:
     """x [..., D] through matrices [D, widths[0]], [widths[0], widths[1]], ... by cuBLAS."""
     x = x.detach().flatten(0, -2).requires_grad_()
@@ -496,10 +498,10 @@ def compiled(function: Callable) -> Callable:
     return torch.compile(function, dynamic=False)
 
 
-def module_task(module: torch.nn.Module, inputs: Inputs, *, compiled: bool = False, take=lambda result: result) -> Task:
+def module_task(module: torch.nn.Module, inputs: Inputs, *, compiling: bool = False, take=lambda result: result) -> Task:
     x = inputs["x"]
     module = module.to(x.device)
-    function = torch.compile(module, dynamic=False) if compiled else module
+    function = compiled(module) if compiling else module
     return Task(lambda: take(function(x)), [x, *module.parameters()])
 
 
@@ -568,12 +570,14 @@ def projection_rows(device: str, full: bool) -> list[Row]:
     for shape in SHAPES[1:]:
         found += three(shape, device, [Target(2.2, 1.5)] * 3, peers=full)
     found += three(first, device, skew=0.7)
-    for shape in [*(first._replace(P=P) for P in (64, 112, 100, 76, 132)), first._replace(D=412)]:
-        found += three(shape, device, widths=True)
-    return found
+    for P in (64, 76, 100, 112, 132) if full else (64, 100):
+        made = three(first._replace(P=P), device, widths=True)
+        found += made if full else made[-1:]
+    return found + three(first._replace(D=412), device, widths=True) if full else found
 
 
 VALUE, OUTPUT, BOTH_SIDES = Target(1.25, 1.1), Target(1.75, 1.2), Target(1.6, 1.25)
+BALANCED, INTERPOLATED = "ours, balanced", "ours per FLOP at P 64 and 128"
 
 
 def three(
@@ -592,11 +596,11 @@ def three(
         row = make(s, device, skew, target, peers)
         if skew:
             balanced = make(s, device, 0.0, None, False)
-            rival = Rival("ours, balanced", functools.partial(own, balanced), dict.fromkeys(row.flops, Target(1.25, 1.1)))
+            rival = Rival(BALANCED, functools.partial(own, balanced), dict.fromkeys(row.flops, Target(1.25, 1.1)))
             row = replace(row, name=f"{row.name}, skewed", rivals=(rival,))
         elif widths and (s.P not in (64, 128) or s.D != 1024):
             between = {P: make(s._replace(P=P, D=1024), device, 0.0, None, False) for P in (64, 128)}
-            row = replace(row, rivals=(*row.rivals, Rival("ours per FLOP at P 64 and 128", interpolation(row, s.P, between))))
+            row = replace(row, rivals=(*row.rivals, Rival(INTERPOLATED, interpolation(row, s.P, between))))
         made.append(row)
     return made
 
@@ -608,24 +612,9 @@ def own(row: Row, _: Inputs) -> Task:
 def interpolation(row: Row, P: int, between: dict[int, Row]) -> Callable[[Inputs], Mix]:
     """The time of as many FLOPs as `row` has, at a rate between (beyond 128: past) those of the rows for two other widths."""
     (low, slow), (high, fast) = between.items()
-    at = (P - low) / (high - low)
-    shares = [(share * row.flops[work] / other.flops[work], other)
-              for share, other in ((1 - at, slow), (at, fast)) if share for work in list(row.flops)[:1]]  # fmt: skip
-    return lambda p: [(share, own(other, p)) for share, other in shares]
-
-
-def routed(s: Shape, device: str, skew: float, **tensors) -> Inputs:
-    """With a routing from random logits, whose gates are a leaf of their own."""
-    from .functional import gating
-
-    logits = torch.randn(s.N, s.H * s.E, device=device) + skew * torch.randn(s.H * s.E, device=device)
-    routing = gating(logits, torch.eye(s.H * s.E, device=device), n_heads=s.H, top_k=s.TOP_K)
-    gates = routing.weights.detach().view(s.B, s.T, s.H, s.TOP_K).requires_grad_()
-    return {**tensors, "gates": gates, "routing": routing}
-
-
-def routing_of(p: Inputs):
-    return p["routing"]._replace(weights=p["gates"].flatten(0, 1))
+    at, work = (P - low) / (high - low), next(iter(row.flops))
+    parts = [(share * row.flops[work] / other.flops[work], other) for share, other in ((1 - at, slow), (at, fast)) if share]
+    return lambda p: [(share, own(other, p)) for share, other in parts]
 
 
 def projection_flops(N: int, D: int, H: int, TOP_K: int, P: int) -> float:
@@ -633,68 +622,52 @@ def projection_flops(N: int, D: int, H: int, TOP_K: int, P: int) -> float:
     return 2.0 * N * D * H * P * TOP_K
 
 
-def value_row(s: Shape, device: str, skew: float, target: Target | None, peers: bool) -> Row:
-    dtype, wide = op_dtype(device), s.H * s.TOP_K * s.P
+def one_side_row(s: Shape, device: str, skew: float, target: Target | None, peers: bool, *, side: str) -> Row:
+    """side: "value", x [B, T, D] to heads, or "output", a [B, T, H, P] to the model's width."""
+    dtype, wide, E = op_dtype(device), s.H * s.TOP_K * s.P, s.H * s.E
+    name, one_token, matrix = ("x", [s.D], [s.D, s.P]) if side == "value" else ("a", [s.H, s.P], [s.P, s.D])
+    widths, known = ((s.D, wide), VALUE_PEERS) if side == "value" else ((wide, s.D), OUTPUT_PEERS)
 
     def inputs():
-        w = randn(s.H * s.E, s.D, s.P, std=s.D**-0.5, device=device, dtype=dtype)
-        return routed(s, device, skew, x=randn(s.B, s.T, s.D, device=device, dtype=dtype), w=w)
+        from .functional import gating
+
+        tokens = randn(s.B, s.T, *one_token, device=device, dtype=dtype)
+        w = randn(E, *matrix, std=matrix[0] ** -0.5, device=device, dtype=dtype)
+        logits = torch.randn(s.N, E, device=device) + skew * torch.randn(E, device=device)
+        routing = gating(logits, torch.eye(E, device=device), n_heads=s.H, top_k=s.TOP_K)
+        gates = routing.weights.detach().view(s.B, s.T, s.H, s.TOP_K).requires_grad_()
+        return {name: tokens, "w": w, "gates": gates, "routing": routing}
 
     def ours(p):
-        from .functional import value_projection
+        from . import functional
 
-        return value_projection(p["x"], p["w"], routing_of(p))
+        project = getattr(functional, f"{side}_projection")
+        return project(p[name], p["w"], p["routing"]._replace(weights=p["gates"].flatten(0, 1)))
 
     def truth(p, experts):
         from . import reference
 
-        return reference.value_projection(p["x"], p["w"], p["gates"].flatten(0, 1), experts)
+        return getattr(reference, f"{side}_projection")(p[name], p["w"], p["gates"].flatten(0, 1), experts)
 
-    gemm = Rival(f"cuBLAS GEMM {s.N} x {s.D} x {wide}", lambda p: products(p["x"], wide), {FORWARD: target} if target else {})
+    def gemm(p):
+        return products(torch.randn(s.N, widths[0], device=device, dtype=dtype), widths[1])
+
+    cublas = Rival(f"cuBLAS GEMM {s.N} x {widths[0]} x {widths[1]}", gemm, {FORWARD: target} if target else {})
     return Row(
-        f"value projection, {s}",
+        f"{side} projection, {s}",
         inputs,
         ours,
         truth,
-        batched=("x", "gates"),
+        batched=(name, "gates"),
         flops={FORWARD: projection_flops(s.N, s.D, s.H, s.TOP_K, s.P)},
-        rivals=(gemm, *(Rival(name, functools.partial(build, s)) for name, build in VALUE_PEERS.items() if peers)),
+        kernels=str(s),
+        rivals=(cublas, *(Rival(peer, functools.partial(build, s)) for peer, build in known.items() if peers)),
         experts=lambda p: p["routing"].experts[-s.T :],
     )
 
 
-def output_row(s: Shape, device: str, skew: float, target: Target | None, peers: bool) -> Row:
-    dtype, wide = op_dtype(device), s.H * s.TOP_K * s.P
-
-    def inputs():
-        w = randn(s.H * s.E, s.P, s.D, std=s.P**-0.5, device=device, dtype=dtype)
-        return routed(s, device, skew, a=randn(s.B, s.T, s.H, s.P, device=device, dtype=dtype), w=w)
-
-    def ours(p):
-        from .functional import output_projection
-
-        return output_projection(p["a"], p["w"], routing_of(p))
-
-    def truth(p, experts):
-        from . import reference
-
-        return reference.output_projection(p["a"], p["w"], p["gates"].flatten(0, 1), experts)
-
-    gemm = Rival(
-        f"cuBLAS GEMM {s.N} x {wide} x {s.D}",
-        lambda p: products(torch.randn(s.N, wide, device=device, dtype=dtype), s.D),
-        {FORWARD: target} if target else {},
-    )
-    return Row(
-        f"output projection, {s}",
-        inputs,
-        ours,
-        truth,
-        batched=("a", "gates"),
-        flops={FORWARD: projection_flops(s.N, s.D, s.H, s.TOP_K, s.P)},
-        rivals=(gemm, *(Rival(name, functools.partial(build, s)) for name, build in OUTPUT_PEERS.items() if peers)),
-        experts=lambda p: p["routing"].experts[-s.T :],
-    )
+value_row = functools.partial(one_side_row, side="value")
+output_row = functools.partial(one_side_row, side="output")
 
 
 def both_sides_row(s: Shape, device: str, skew: float, target: Target | None, peers: bool) -> Row:
@@ -729,6 +702,9 @@ def both_sides_row(s: Shape, device: str, skew: float, target: Target | None, pe
         v = reference.value_projection(p["x"], p["v"], value.weights, value.experts)
         return reference.output_projection(v, p["o"], output.weights, output.experts)
 
+    known = [
+        Rival(peer, functools.partial(build, s), graph=peer not in SYNCHRONISING) for peer, build in BOTH_PEERS.items() if peers
+    ]
     gemms = Rival("6 cuBLAS GEMMs", lambda p: products(p["x"], wide, s.D), {BOTH: target} if target else {})
     return Row(
         f"value and output projection, gates included, {s}",
@@ -737,14 +713,8 @@ def both_sides_row(s: Shape, device: str, skew: float, target: Target | None, pe
         truth,
         batched=("x",),
         flops={BOTH: 6 * projection_flops(s.N, s.D, s.H, s.TOP_K, s.P)},
-        rivals=(
-            gemms,
-            *(
-                Rival(name, functools.partial(build, s), graph=name not in SYNCHRONISING)
-                for name, build in BOTH_PEERS.items()
-                if peers
-            ),
-        ),
+        kernels=str(s),
+        rivals=(gemms, *known),
         experts=lambda p: [gate.experts for gate in gates(p)],
     )
 
@@ -892,13 +862,14 @@ def cvmm_output(package, a, w, weights, experts):
     return package.cvmm(a, selection, w)
 
 
-def in_bfloat16() -> contextlib.AbstractContextManager:
-    return torch.autocast("cuda", torch.bfloat16)  # without it cvmm computes in float32
-
-
 def one_side_cvmm(function: Callable, s: Shape, p: Inputs) -> Task:
     package, arguments = importlib.import_module("switchhead.cvmm"), given(s, p)
-    return Task(lambda: function(package, *arguments), [], in_bfloat16)
+
+    def call():
+        with torch.autocast("cuda", torch.bfloat16):  # without it cvmm computes in float32
+            return function(package, *arguments)
+
+    return Task(call, [])
 
 
 def both_cvmm(s: Shape, p: Inputs) -> Task:
@@ -906,11 +877,12 @@ def both_cvmm(s: Shape, p: Inputs) -> Task:
     x, v, o, sel_v, sel_o = parameters = leaves_of(p)
 
     def call():
-        (value, chosen_v), (output, chosen_o) = choose(x, sel_v, s), choose(x, sel_o, s)
-        a = cvmm_value(package, x, v, value, flat_experts(chosen_v, s.E))
-        return cvmm_output(package, a, o, output, flat_experts(chosen_o, s.E))
+        with torch.autocast("cuda", torch.bfloat16):
+            (value, chosen_v), (output, chosen_o) = choose(x, sel_v, s), choose(x, sel_o, s)
+            a = cvmm_value(package, x, v, value, flat_experts(chosen_v, s.E))
+            return cvmm_output(package, a, o, output, flat_experts(chosen_o, s.E))
 
-    return Task(call, parameters, in_bfloat16)
+    return Task(call, parameters)
 
 
 # github.com/shawntan/scattermoe: weights [.., out, in].
@@ -947,7 +919,8 @@ def both_scattermoe(s: Shape, p: Inputs) -> Task:
 
 
 ALL, GROUPED, CVMM, SCATTER = "cuBLAS over all experts, then the gates", "torch grouped_mm", "public cvmm", "ScatterMoE"
-SYNCHRONISING = (CVMM, SCATTER)
+PUBLIC_HEAD, PUBLIC_MOE = "public SwitchHead", "public sigma-MoE (moe_layer)"
+SYNCHRONISING, AUTOTUNED = (CVMM, SCATTER), (CVMM, PUBLIC_HEAD, PUBLIC_MOE)
 VALUE_PEERS = {
     ALL: value_by_all,
     GROUPED: functools.partial(one_side_grouped, grouped_value),
@@ -973,16 +946,15 @@ def mlp_rows(device: str, full: bool) -> list[Row]:
         mlp_row(32, 4, 1024, "relu", device, dense=Target(0.4, 0.22), scatter=FASTER, memory=Target(0.5, 0.35), public=True),
         mlp_row(128, 8, 1024, "relu", device, scatter=FASTER, public=full),
     ]
-    others = [(32, 4, 1024, "swiglu"), (16, 4, 412, "relu"), (387, 16, 1024, "relu")]
+    others = [(16, 4, 412, "relu")]
     if full:
-        cross = (
-            (E, K, D, act) for E, K in ((16, 4), (32, 4), (128, 8), (387, 16)) for D in (412, 1024) for act in ("relu", "swiglu")
-        )
+        cross = [(E, K, D, phi) for E, K in MLPS for D in (412, 1024) for phi in ("relu", "swiglu")]
         others = [shape for shape in cross if shape not in ((32, 4, 1024, "relu"), (128, 8, 1024, "relu"))]
     return rows + [mlp_row(*shape, device) for shape in others]
 
 
-FASTER = Target(1 / 2.5, 1 / 4)
+MLPS = ((16, 4), (32, 4), (128, 8), (387, 16))  # E, TOP_K
+FASTER = Target(1 / 2.5, 1 / 4)  # than ScatterMoE
 
 
 class DenseSwiGLU(torch.nn.Module):
@@ -1047,7 +1019,7 @@ def mlp_row(
         return reference.sigma_moe(p["x"], moe_weights(p), top_k=TOP_K, activation=activation, experts=experts)[0]
 
     def dense_mlp(p):
-        return module_task((DenseSwiGLU if gated else DenseMLP)(D, E * G), p, compiled=True)
+        return module_task((DenseSwiGLU if gated else DenseMLP)(D, E * G), p, compiling=True)
 
     def public_moe(p):
         # Both public packages register the same operator; switchhead's copy of the file also knows bfloat16 and serves both.
@@ -1082,7 +1054,7 @@ def mlp_row(
         Rival("ScatterMoE (bfloat16 parameters)", scattermoe, {BOTH: scatter} if scatter else {}, graph=False),
     ]
     if public:
-        rivals.append(Rival("public sigma-MoE (moe_layer)", public_moe, graph=False))
+        rivals.append(Rival(PUBLIC_MOE, public_moe, graph=False))
     return Row(
         f"sigma-MoE E {E} G {G} TOP_K {TOP_K} D {D}, {activation}",
         inputs,
@@ -1106,10 +1078,15 @@ def attention_rows(device: str, full: bool) -> list[Row]:
             rows += [attention_row(2, 20, 24, device, B=2, window=7), packed_row(2, 20, [5, 24], device)]
             rows.append(xl_row(2, 20, 48, 24, device, B=2))
         return rows
-    rows = [attention_row(H, P, T, device) for H, P in ((4, 64), (16, 64), (4, 128)) for T in (1024, 4096)]
+    rows = [attention_row(H, P, 4096, device) for H, P in ((4, 64), (16, 64), (4, 128))]
     rows += [attention_row(4, P, T, device) for P in (76, 100, 132) for T in (1024, 4096)]
     if full:
-        rows += [attention_row(H, P, T, device) for H, P in ((16, 64), (4, 128), (4, 100)) for T in (512, 16384)]
+        rows += [
+            attention_row(H, P, T, device)
+            for H, P in ((16, 64), (4, 128), (4, 100))
+            for T in (512, 1024, 16384)
+            if P != 100 or T != 1024
+        ]
         rows += [attention_row(4, P, T, device) for P in (41, 82, 96, 112, 256) for T in (1024, 4096)]
         rows += [attention_row(4, P, 4096, device, window=512) for P in (64, 128, 100)]
         rows += [packed_row(4, P, PACKED, device) for P in (64, 128)]
@@ -1130,76 +1107,135 @@ def attention_flops(N: int, T: int, H: int, P: int, window: int | None = None) -
     return 4.0 * N / T * causal_pairs(T, window) * H * P  # two products
 
 
-ATTENTION_WORK = {FORWARD: 1.0, BOTH: 3.5, BACKWARD: 2.5}
-
-
 def stored(B: int, T: int, H: int, P: int, device: str) -> torch.Tensor:
     """[B, T, H, P] as a layer stores it: rows start at multiples of 16 bytes."""
     pitch = -(-P // 8) * 8
     return torch.randn(B, T, H, pitch, device=device).to(op_dtype(device))[..., :P].requires_grad_()
 
 
-def attention_row(H: int, P: int, T: int, device: str, *, B: int | None = None, window: int | None = None) -> Row:
-    B = B or 32768 // T
-
-    def inputs():
-        return {name: stored(B, T, H, P, device) for name in ("q", "k", "v")}
+def attention_case(
+    name: str,
+    shape: tuple[int, int, int, int],
+    device: str,
+    flops: float,
+    rivals: Sequence[Rival],
+    *,
+    options: Callable = lambda package, p: {},
+    reference_options: Callable | None = None,
+    extra: Callable[[], Inputs] = dict,
+    **more,
+) -> Row:
+    """shape: B, T, H, P; options: the keywords of `attention` in this package (functional or reference) for these inputs."""
 
     def ours(p):
-        from .functional import attention
+        from . import functional
 
-        return attention(p["q"], p["k"], p["v"], window=window)
+        return functional.attention(p["q"], p["k"], p["v"], **options(functional, p))
 
     def truth(p, _):
         from . import reference
 
-        return reference.attention(p["q"], p["k"], p["v"], window=window)
+        return reference.attention(p["q"], p["k"], p["v"], **(reference_options or options)(reference, p))
 
-    cudnn, flash, flex = (sdpa(CUDNN), sdpa(FLASH), flex_attention(T, window))
-    if window:
-        rivals, best = (Rival(FLEX, flex),), {}
-    elif P % 8:
-        rivals = (Rival(f"{CUDNN}, padded", cudnn), Rival(f"{FLASH}, padded", flash), Rival(f"{FLEX}, padded", flex))
-        best = dict.fromkeys((FORWARD, BACKWARD), Target(1.0, 1 / 1.3))
-    else:
-        bounds = {FORWARD: Target(1 / 0.85, 1.0), BACKWARD: Target(1 / 0.7, 1 / 0.85)}
-        rivals, best = (Rival(CUDNN, cudnn, bounds if P in (64, 128) and T == 4096 else {}),), {}
-        if T == 4096:
-            rivals += (Rival(f"{CUDNN}, deterministic", sdpa(CUDNN, deterministic_algorithms)),)
-        if P > 128:
-            rivals += (Rival(FLASH, flash), Rival(FLEX, flex))
-    flops = attention_flops(B * T, T, H, P, window)
     return Row(
-        f"attention, causal{f', window {window}' if window else ''}, H {H} P {P}, T {T}",
-        inputs,
+        f"attention, causal, {name}H {shape[2]} P {shape[3]}, T {shape[1]}",
+        lambda: {**{leaf: stored(*shape, device) for leaf in ("q", "k", "v")}, **extra()},
         ours,
         truth,
         batched=("q", "k", "v"),
-        flops={work: share * flops for work, share in ATTENTION_WORK.items()},
-        rivals=rivals,
-        best=best,
+        flops={FORWARD: flops, BOTH: 3.5 * flops, BACKWARD: 2.5 * flops},
+        rivals=tuple(rivals),
+        kernels=f"{name}P {shape[3]}",
+        **more,
+    )
+
+
+def attention_row(H: int, P: int, T: int, device: str, *, B: int | None = None, window: int | None = None) -> Row:
+    B = B or 32768 // T
+    cudnn, flash, flex = sdpa(CUDNN), sdpa(FLASH), flex_attention(T, window)
+    flops = attention_flops(B * T, T, H, P, window)
+    if window:
+        rivals = [Rival(FLEX, flex)]
+        return attention_case(
+            f"window {window}, ", (B, T, H, P), device, flops, rivals, options=lambda package, p: {"window": window}
+        )
+    if P % 8:
+        rivals = [Rival(f"{CUDNN}, padded", cudnn), Rival(f"{FLASH}, padded", flash), Rival(f"{FLEX}, padded", flex)]
+        best = dict.fromkeys((FORWARD, BACKWARD), Target(1.0, 1 / 1.3))
+        return attention_case("", (B, T, H, P), device, flops, rivals, best=best)
+    bounds = {FORWARD: Target(1 / 0.85, 1.0), BACKWARD: Target(1 / 0.7, 1 / 0.85)}
+    rivals = [Rival(CUDNN, cudnn, bounds if P in (64, 128) and T == 4096 else {})]
+    if T == 4096:
+        rivals.append(Rival(f"{CUDNN}, deterministic", sdpa(CUDNN, deterministic_algorithms)))
+    if P > 128:
+        rivals += [Rival(FLASH, flash), Rival(FLEX, flex)]
+    return attention_case("", (B, T, H, P), device, flops, rivals)
+
+
+def packed_row(H: int, P: int, lengths: list[int], device: str) -> Row:
+    """Sequences packed into one row of the batch."""
+    N, ends = sum(lengths), torch.tensor(lengths).cumsum(0).tolist()
+    return attention_case(
+        f"{len(lengths)} sequences packed, ",
+        (1, N, H, P),
+        device,
+        sum(attention_flops(n, n, H, P) for n in lengths),
+        [Rival(FLEX, flex_attention(N, ends=ends))],
+        options=lambda package, p: {"cu_seqlens": p["cu_seqlens"]},
+        reference_options=lambda package, p: {},  # it is given the last sequence alone
+        extra=lambda: {"cu_seqlens": torch.tensor([0, *ends], dtype=torch.int32, device=device)},
+        packed=lengths[-1],
+    )
+
+
+def xl_row(H: int, P: int, D: int, T: int, device: str, *, B: int = 32) -> Row:
+    """Transformer-XL positions, against none."""
+    without = attention_row(H, P, T, device, B=B)
+    plain = Rival(
+        "our plain attention", lambda p: Task(lambda: without.ours(p), [p["q"], p["k"], p["v"]]), {FORWARD: Target(3.0, 2.0)}
+    )
+    return attention_case(
+        f"Transformer-XL of width {D}, ",
+        (B, T, H, P),
+        device,
+        attention_flops(B * T, T, H, P),
+        [plain],
+        options=lambda package, p: {"position": package.XL(p["weight"])},
+        extra=lambda: {"weight": randn(H * P, D, std=D**-0.5, device=device, dtype=op_dtype(device))},
     )
 
 
 CUDNN, FLASH, FLEX = "cuDNN", "FlashAttention-2", "FlexAttention"
 
 
-def rival_attention(p: Inputs, attend: Callable, context=contextlib.nullcontext, compiling: bool = False) -> Task:
+class Widen(torch.autograd.Function):
+    """x copied to the front channels of `wide`, whose others are 0: one pass over memory, and none for the gradient."""
+
+    @staticmethod
+    def forward(ctx, x, wide):
+        ctx.width = x.shape[-1]
+        ctx.mark_dirty(wide)
+        wide[..., : ctx.width].copy_(x)
+        return wide
+
+    @staticmethod
+    def backward(ctx, d):
+        return d[..., : ctx.width], None
+
+
+def rival_attention(p: Inputs, attend: Callable, context=contextlib.nullcontext) -> Task:
     """attend(q, k, v, scale) on [B, H, T, P], the width padded to a multiple of 8 where it is none; the padding is timed."""
-    q, k, v = (p[name].detach().transpose(1, 2).contiguous().requires_grad_() for name in ("q", "k", "v"))
+    q, k, v = inputs = [p[name].detach().transpose(1, 2).contiguous().requires_grad_() for name in ("q", "k", "v")]
     P = q.shape[-1]
-    extra = -P % 8
+    if P % 8 == 0:
+        return Task(lambda: attend(q, k, v, P**-0.5), inputs, context)
+    wide = [torch.zeros(*t.shape[:-1], P + -P % 8, device=t.device, dtype=t.dtype) for t in inputs]
 
-    def padded(q, k, v):
-        return attend(pad(q, (0, extra)), pad(k, (0, extra)), pad(v, (0, extra)), P**-0.5)[..., :P]
+    def padded():
+        q, k, v = (Widen.apply(t, buffer.detach()) for t, buffer in zip(inputs, wide, strict=True))
+        return attend(q, k, v, P**-0.5)[..., :P]
 
-    def aligned(q, k, v):
-        return attend(q, k, v, P**-0.5)
-
-    function = padded if extra else aligned
-    if extra or compiling:
-        function = compiled(function)
-    return Task(lambda: function(q, k, v), [q, k, v], context)
+    return Task(padded, inputs, context)
 
 
 def sdpa(name: str, also: Callable = contextlib.nullcontext) -> Callable[[Inputs], Task]:
@@ -1221,7 +1257,7 @@ def sdpa(name: str, also: Callable = contextlib.nullcontext) -> Callable[[Inputs
 @contextlib.contextmanager
 def deterministic_algorithms():
     fill = torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False
     try:
         yield
@@ -1251,78 +1287,10 @@ def flex_attention(T: int, window: int | None = None, ends: list[int] | None = N
 
         mask = flex.create_block_mask(sees, None, None, T, T, device=device)
 
-        def attend(q, k, v, scale):
-            return flex.flex_attention(q, k, v, block_mask=mask, scale=scale)
-
-        return rival_attention(p, attend, compiling=True)
+        function = compiled(flex.flex_attention)  # uncompiled it writes all scores
+        return rival_attention(p, lambda q, k, v, scale: function(q, k, v, block_mask=mask, scale=scale))
 
     return build
-
-
-def packed_row(H: int, P: int, lengths: list[int], device: str) -> Row:
-    N = sum(lengths)
-    ends = torch.tensor(lengths).cumsum(0).tolist()
-
-    def inputs():
-        cu_seqlens = torch.tensor([0, *ends], dtype=torch.int32, device=device)
-        return {**{name: stored(1, N, H, P, device) for name in ("q", "k", "v")}, "cu_seqlens": cu_seqlens}
-
-    def ours(p):
-        from .functional import attention
-
-        return attention(p["q"], p["k"], p["v"], cu_seqlens=p["cu_seqlens"])
-
-    def truth(p, _):
-        from . import reference
-
-        return reference.attention(p["q"], p["k"], p["v"])
-
-    flops = sum(attention_flops(n, n, H, P) for n in lengths)
-    return Row(
-        f"attention, causal, {len(lengths)} sequences packed into {N}, H {H} P {P}",
-        inputs,
-        ours,
-        truth,
-        batched=("q", "k", "v"),
-        flops={work: share * flops for work, share in ATTENTION_WORK.items()},
-        rivals=(Rival(FLEX, flex_attention(N, ends=ends)),),
-        packed=lengths[-1],
-    )
-
-
-def xl_row(H: int, P: int, D: int, T: int, device: str, *, B: int = 32) -> Row:
-    dtype = op_dtype(device)
-
-    def inputs():
-        made = {name: stored(B, T, H, P, device) for name in ("q", "k", "v")}
-        return {**made, "weight": randn(H * P, D, std=D**-0.5, device=device, dtype=dtype)}
-
-    def ours(p):
-        from .functional import XL, attention
-
-        return attention(p["q"], p["k"], p["v"], position=XL(p["weight"]))
-
-    def truth(p, _):
-        from . import reference
-
-        return reference.attention(p["q"], p["k"], p["v"], position=reference.XL(p["weight"]))
-
-    def without(p):
-        from .functional import attention
-
-        q, k, v = (p[name] for name in ("q", "k", "v"))
-        return Task(lambda: attention(q, k, v), [q, k, v])
-
-    flops = attention_flops(B * T, T, H, P)
-    return Row(
-        f"attention, Transformer-XL positions of width {D}, H {H} P {P}, T {T}",
-        inputs,
-        ours,
-        truth,
-        batched=("q", "k", "v"),
-        flops={work: share * flops for work, share in ATTENTION_WORK.items()},
-        rivals=(Rival("our plain attention", without, {FORWARD: Target(3.0, 2.0)}),),
-    )
 
 
 # Layers: SwitchHead against dense attention, SwitchAll against a dense block
@@ -1373,7 +1341,7 @@ def switchhead_row(D, H, E, TOP_K, P, B, T, device, *, dense: Target | None = No
         return reference.switchhead(p["x"], head_weights(p), top_k=TOP_K, position=position, experts=experts)
 
     def dense_attention(p):
-        return module_task(DenseAttention(D, D // 64), p, compiled=True)
+        return module_task(DenseAttention(D, D // 64), p, compiling=True)
 
     def public_switchhead(p):
         package = importlib.import_module("switchhead")
@@ -1397,9 +1365,10 @@ def switchhead_row(D, H, E, TOP_K, P, B, T, device, *, dense: Target | None = No
                 memory=Target(0.7, 0.5),
                 compiled=True,
             ),
-            Rival("public SwitchHead", public_switchhead, {BOTH: public} if public else {}, graph=False),
+            Rival(PUBLIC_HEAD, public_switchhead, {BOTH: public} if public else {}, graph=False),
         ),
         autocast=device == "cuda",
+        kernels=f"P {P}",
         experts=experts,
     )
 
@@ -1439,7 +1408,7 @@ def switchall_row(D, H, E, TOP_K, P, MOE_E, G, MOE_TOP_K, B, T, device) -> Row:
         return reference.switchall(p["x"], switchall_weights(p), **tops, position=position, experts=experts)[0]
 
     def dense_block(p):
-        return module_task(DenseBlock(D, D // 64, MOE_E * G), p, compiled=True, take=lambda result: result[0])
+        return module_task(DenseBlock(D, D // 64, MOE_E * G), p, compiling=True, take=lambda result: result[0])
 
     dense = layer_projection_flops(B * T, D, H, TOP_K, P) + 4.0 * B * T * D * G * MOE_TOP_K
     attention = attention_flops(B * T, T, H, P)
@@ -1596,9 +1565,10 @@ def run(args: argparse.Namespace) -> int:
             found = measure(row, args.repeats, device == "cuda", checked.get(key))
             show(row.name, found)
             results += found
+            if args.json:  # at every row, for whoever interrupts it
+                write_atomically(args.json, as_json(about, results))
     if device == "cuda":
         print(f"\n{time.perf_counter() - start:.0f} s")
     if args.json:
-        write_atomically(args.json, as_json(about, results))
         print(f"wrote {args.json}")
     return 1 if any(result.failed for result in results) else 0
