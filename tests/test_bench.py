@@ -100,6 +100,18 @@ def test_a_rival_that_is_not_installed_is_named(capsys):
     assert "public SwitchHead: not installed (No module named 'no_such_rival')" in capsys.readouterr().out
 
 
+def test_the_reason_a_rival_does_not_run_is_kept():
+    problem = bench.shortened(RuntimeError("at 81:27:\n" + "    source\n" * 99 + "both operands must have the same dtype"))
+    assert problem.startswith("RuntimeError: at 81:27: ") and problem.endswith("both operands must have the same dtype")
+    assert len(problem) < 240 and bench.shortened(ValueError("no")) == "ValueError: no"
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_every_row_has_a_name_of_its_own_and_a_rival(full):
+    rows = [row for group in bench.GROUPS.values() for row in group("cuda", full)]  # none of them makes its inputs yet
+    assert len({row.name for row in rows}) == len(rows) and all(row.rivals for row in rows)
+
+
 def test_a_timed_line_says_everything(capsys):
     result = bench.Result(
         "row",
@@ -216,9 +228,10 @@ def test_rivals_of_attention_compute_the_same(P):
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore")  # rivals warn as they like
 def test_rows_are_timed_on_a_gpu(tmp_path):
     path = tmp_path / "bench.json"
-    assert run("--repeats", "3", "--json", str(path)) == 0
+    assert run("--only", "gating,attention", "--repeats", "3", "--json", str(path)) == 0
     rows = json.loads(path.read_text())["rows"]
     timed = [row for row in rows if row["problem"] is None]
     assert {row["row"] for row in timed} == {row["row"] for row in rows}  # some rival of every row is there

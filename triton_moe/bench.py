@@ -332,6 +332,12 @@ def seeded_inputs(row: Row) -> Inputs:
     return row.inputs()
 
 
+def shortened(problem: Exception) -> str:
+    """On one line; compilers put the place first and the reason last."""
+    text = " ".join(f"{type(problem).__name__}: {problem}".split())
+    return text if len(text) < 240 else f"{text[:80]} ... {text[-150:]}"
+
+
 def failure(row: Row, problem: Exception) -> Result:
     return Result(row.name, problem=f"{type(problem).__name__}: {problem}", failed=True)
 
@@ -352,8 +358,7 @@ def measure(row: Row, repeats: int, timed: bool, checked: Result | None = None) 
         try:
             results += compare(row, inputs, rival, error, repeats)
         except Exception as problem:  # out of memory, or a rival that does not run here
-            text = f"{type(problem).__name__}: {problem}".split("\n")[0]
-            results.append(Result(row.name, rival=rival.name, problem=text, error=error))
+            results.append(Result(row.name, rival=rival.name, problem=shortened(problem), error=error))
         gc.collect()
         torch.cuda.empty_cache()
     for work, target in row.best.items():
