@@ -155,7 +155,7 @@ def test_attention_counts_the_pairs_it_computes():
 
 def test_an_interpolation_is_the_time_of_as_many_flops():
     shape = bench.SHAPES[0]
-    rows = {P: bench.value_row(shape._replace(P=P), "cpu", 0.0, None, False) for P in (64, 112, 128)}
+    rows = {P: bench.value_row(shape._replace(P=P), "cpu", 0.0, None, ()) for P in (64, 112, 128)}
     # At one second per FLOP the time of a row is its FLOPs, whatever the width.
     tiny = {P: replace(rows[P], inputs=dict) for P in (64, 128)}
     mix = bench.interpolation(rows[112], 112, tiny)({})
@@ -169,9 +169,7 @@ def test_an_interpolation_is_the_time_of_as_many_flops():
 
 
 def routed_inputs(shape: bench.Shape, name: str) -> dict:
-    row = {"value": bench.value_row, "output": bench.output_row, "both": bench.both_sides_row}[name](
-        shape, "cpu", 0.0, None, False
-    )
+    row = {"value": bench.value_row, "output": bench.output_row, "both": bench.both_sides_row}[name](shape, "cpu", 0.0, None, ())
     torch.manual_seed(0)
     p = row.inputs()
     experts = p["routing"].experts if "routing" in p else row.experts(p)

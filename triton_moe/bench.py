@@ -74,6 +74,7 @@ class Rival:
     memory: Target | None = None
     compiled: bool = False  # by torch.compile; then ours is too
     graph: bool = True  # False: it synchronises with the host, so nothing captures it
+    compiles: bool = False  # other things than ours, when first run
 
 
 @dataclass(frozen=True)
@@ -359,14 +360,12 @@ def measure(row: Row, repeats: int, timed: bool, checked: Result | None = None) 
             results += compare(row, inputs, rival, error, repeats)
         except Exception as problem:  # out of memory, or a rival that does not run here
             results.append(Result(row.name, rival=rival.name, problem=shortened(problem), error=error))
-        gc.collect()
-        torch.cuda.empty_cache()
+        release()
     for work, target in row.best.items():
         against = [result for result in results if result.work == work and result.rival_ms]
         if against:
             fastest = min(against, key=lambda result: result.rival_ms)
             fastest.target, fastest.rival = target, f"{fastest.rival} (the fastest)"
-    torch.compiler.reset()
     return results
 
 
@@ -398,57 +397,61 @@ def quick_autotuning(threads: int):
         Autotuner.prune_configs = prune
 
 
-def prepare_rows(group: str, indices: list[int], full: bool) -> list[Result | None]:
-    """In a process of its own: check rows, and run everything once, so that the compilers' caches on disk hold it."""
+def prepare_rows(group: str, indices: list[int], full: bool, rival: str | None) -> list[Result | None]:
+    """In a process of its own: check rows, or run a rival of theirs once. The caches on disk then hold what was compiled."""
     rows = GROUPS[group]("cuda", full)
     with quick_autotuning(threads=6):
-        return [prepare_row(rows[i]) for i in indices]
+        return [check_row(rows[i]) if rival is None else run_once(rows[i], rival) for i in indices]
 
 
-def prepare_row(row: Row) -> Result | None:
+def check_row(row: Row) -> Result | None:
     """None where the row could not be checked for any reason but a wrong result: another process may have had the memory."""
     try:
-        inputs = seeded_inputs(row)
-        checked = Result(row.name, error=check(row, inputs))
+        return Result(row.name, error=check(row, seeded_inputs(row)))
     except AssertionError as wrong:
         return failure(row, wrong)
     except Exception:
         return None
+    finally:
+        release()
+
+
+def run_once(row: Row, name: str) -> None:
     for rival in row.rivals:
-        with contextlib.suppress(Exception):  # it will be reported when it fails again
-            ours, theirs = sides(row, inputs, rival)
-            for t in (ours, *(t for _, t in theirs if rival.name not in (BALANCED, INTERPOLATED))):  # those have their own rows
-                for work in row.flops:
-                    if work != BACKWARD:
-                        runnable(row, t, work)()
+        if rival.name == name:
+            with contextlib.suppress(Exception):  # it will be reported when it fails again
+                ours, theirs = sides(row, seeded_inputs(row), rival)
+                for t in ([ours] if rival.compiled else []) + [t for _, t in theirs]:
+                    for work in row.flops:
+                        if work != BACKWARD:
+                            runnable(row, t, work)()
+            release()
+
+
+def release() -> None:
     torch.compiler.reset()
     gc.collect()
     torch.cuda.empty_cache()
-    return checked
 
 
-def prepare(rows: dict[tuple[str, int], Row], full: bool) -> dict[tuple[str, int], Result | None]:
-    """What `prepare_row` returned for each row; those with the most to compile go first."""
-    families: dict[tuple[str, str], list[int]] = {}
+def prepare(rows: dict[tuple[str, int], Row], full: bool) -> dict[tuple[str, int], Result]:
+    """What `check_row` returned for each row, after the same processes have compiled what the rivals need."""
+    jobs: dict[tuple[str, str, str | None], list[int]] = {}  # one process for what shares kernels
     for (group, i), row in rows.items():
-        families.setdefault((group, row.kernels or row.name), []).append(i)
+        for rival in (None, *(rival.name for rival in row.rivals if rival.compiled or rival.compiles)):
+            jobs.setdefault((group, row.kernels or row.name, rival), []).append(i)
     memory = torch.cuda.get_device_properties(0).total_memory
-    workers = min(len(families), (os.cpu_count() or 1) - 2, memory // (10 << 30))
+    workers = min(len(jobs), (os.cpu_count() or 1) - 2, memory // (10 << 30))
     if workers < 2:
         return {}
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # each of the processes would start as many as there are cores
-
-    def weight(family):
-        group, indices = family[0][0], family[1]
-        return -sum(1 + 3 * (rival.name in AUTOTUNED) for i in indices for rival in rows[group, i].rivals)
-
-    checked: dict[tuple[str, int], Result | None] = {}
+    checked: dict[tuple[str, int], Result] = {}
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        order = sorted(families.items(), key=weight)
-        jobs = [(group, indices, pool.submit(prepare_rows, group, indices, full)) for (group, _), indices in order]
-        for group, indices, job in jobs:
+        order = sorted(jobs, key=lambda job: (job[2] not in AUTOTUNED, job[2] is not None))  # the longest first
+        running = [(job, pool.submit(prepare_rows, job[0], jobs[job], full, job[2])) for job in order]
+        for job, future in running:
             with contextlib.suppress(BrokenProcessPool):  # what the others could not do is done before the row is timed
-                checked.update(zip(((group, i) for i in indices), job.result(), strict=True))
+                checked.update({(job[0], i): found for i, found in zip(jobs[job], future.result(), strict=True) if found})
     return checked
 
 
@@ -571,9 +574,9 @@ def projection_rows(device: str, full: bool) -> list[Row]:
         tiny = Shape(2, 3, 2, 20, 48, 2, 24)
         return [*three(tiny, device), *three(tiny, device, skew=0.7)] if full else three(tiny, device)
     first = SHAPES[0]
-    found = three(first, device, [VALUE, OUTPUT, BOTH_SIDES], peers=True)
+    found = three(first, device, [VALUE, OUTPUT, BOTH_SIDES], peers=PEERS if full else (ALL, GROUPED, SCATTER))
     for shape in SHAPES[1:]:
-        found += three(shape, device, [Target(2.2, 1.5)] * 3, peers=full)
+        found += three(shape, device, [Target(2.2, 1.5)] * 3, peers=PEERS if full else ())
     found += three(first, device, skew=0.7)
     for P in (64, 76, 100, 112, 132) if full else (64, 100):
         made = three(first._replace(P=P), device, widths=True)
@@ -582,7 +585,6 @@ def projection_rows(device: str, full: bool) -> list[Row]:
 
 
 VALUE, OUTPUT, BOTH_SIDES = Target(1.25, 1.1), Target(1.75, 1.2), Target(1.6, 1.25)
-BALANCED, INTERPOLATED = "ours, balanced", "ours per FLOP at P 64 and 128"
 
 
 def three(
@@ -590,7 +592,7 @@ def three(
     device: str,
     targets: Sequence[Target | None] = (None, None, None),
     *,
-    peers: bool = False,
+    peers: Sequence[str] = (),
     skew: float = 0.0,
     widths: bool = False,
 ) -> list[Row]:
@@ -600,12 +602,14 @@ def three(
     for make, target in zip((value_row, output_row, both_sides_row), targets, strict=True):
         row = make(s, device, skew, target, peers)
         if skew:
-            balanced = make(s, device, 0.0, None, False)
-            rival = Rival(BALANCED, functools.partial(own, balanced), dict.fromkeys(row.flops, Target(1.25, 1.1)))
+            balanced = make(s, device, 0.0, None, ())
+            bounds = dict.fromkeys(row.flops, Target(1.25, 1.1))
+            rival = Rival("ours, balanced", functools.partial(own, balanced), bounds)
             row = replace(row, name=f"{row.name}, skewed", rivals=(rival,))
         elif widths and (s.P not in (64, 128) or s.D != 1024):
-            between = {P: make(s._replace(P=P, D=1024), device, 0.0, None, False) for P in (64, 128)}
-            row = replace(row, rivals=(*row.rivals, Rival(INTERPOLATED, interpolation(row, s.P, between))))
+            between = {P: make(s._replace(P=P, D=1024), device, 0.0, None, ()) for P in (64, 128)}
+            rival = Rival("ours per FLOP at P 64 and 128", interpolation(row, s.P, between))
+            row = replace(row, rivals=(*row.rivals, rival))
         made.append(row)
     return made
 
@@ -627,7 +631,7 @@ def projection_flops(N: int, D: int, H: int, TOP_K: int, P: int) -> float:
     return 2.0 * N * D * H * P * TOP_K
 
 
-def one_side_row(s: Shape, device: str, skew: float, target: Target | None, peers: bool, *, side: str) -> Row:
+def one_side_row(s: Shape, device: str, skew: float, target: Target | None, peers: Sequence[str], *, side: str) -> Row:
     """side: "value", x [B, T, D] to heads, or "output", a [B, T, H, P] to the model's width."""
     dtype, wide, E = op_dtype(device), s.H * s.TOP_K * s.P, s.H * s.E
     name, one_token, matrix = ("x", [s.D], [s.D, s.P]) if side == "value" else ("a", [s.H, s.P], [s.P, s.D])
@@ -666,7 +670,7 @@ def one_side_row(s: Shape, device: str, skew: float, target: Target | None, peer
         batched=(name, "gates"),
         flops={FORWARD: projection_flops(s.N, s.D, s.H, s.TOP_K, s.P)},
         kernels=str(s),
-        rivals=(cublas, *(Rival(peer, functools.partial(build, s)) for peer, build in known.items() if peers)),
+        rivals=(cublas, *(Rival(peer, functools.partial(known[peer], s), compiles=True) for peer in peers)),
         experts=lambda p: p["routing"].experts[-s.T :],
     )
 
@@ -675,7 +679,7 @@ value_row = functools.partial(one_side_row, side="value")
 output_row = functools.partial(one_side_row, side="output")
 
 
-def both_sides_row(s: Shape, device: str, skew: float, target: Target | None, peers: bool) -> Row:
+def both_sides_row(s: Shape, device: str, skew: float, target: Target | None, peers: Sequence[str]) -> Row:
     dtype, wide = op_dtype(device), s.H * s.TOP_K * s.P
 
     def inputs():
@@ -708,7 +712,7 @@ def both_sides_row(s: Shape, device: str, skew: float, target: Target | None, pe
         return reference.output_projection(v, p["o"], output.weights, output.experts)
 
     known = [
-        Rival(peer, functools.partial(build, s), graph=peer not in SYNCHRONISING) for peer, build in BOTH_PEERS.items() if peers
+        Rival(peer, functools.partial(BOTH_PEERS[peer], s), graph=peer not in SYNCHRONISING, compiles=True) for peer in peers
     ]
     gemms = Rival("6 cuBLAS GEMMs", lambda p: products(p["x"], wide, s.D), {BOTH: target} if target else {})
     return Row(
@@ -924,6 +928,7 @@ def both_scattermoe(s: Shape, p: Inputs) -> Task:
 
 
 ALL, GROUPED, CVMM, SCATTER = "cuBLAS over all experts, then the gates", "torch grouped_mm", "public cvmm", "ScatterMoE"
+PEERS = (ALL, GROUPED, CVMM, SCATTER)
 PUBLIC_HEAD, PUBLIC_MOE = "public SwitchHead", "public sigma-MoE (moe_layer)"
 SYNCHRONISING, AUTOTUNED = (CVMM, SCATTER), (CVMM, PUBLIC_HEAD, PUBLIC_MOE)
 VALUE_PEERS = {
@@ -948,7 +953,7 @@ def mlp_rows(device: str, full: bool) -> list[Row]:
     if device == "cpu":
         return [mlp_row(6, 2, 48, activation, device, G=16, B=2, T=24) for activation in ("relu", "swiglu")[: 1 + full]]
     rows = [
-        mlp_row(32, 4, 1024, "relu", device, dense=Target(0.4, 0.22), scatter=FASTER, memory=Target(0.5, 0.35), public=True),
+        mlp_row(32, 4, 1024, "relu", device, dense=Target(0.4, 0.22), scatter=FASTER, memory=Target(0.5, 0.35), public=full),
         mlp_row(128, 8, 1024, "relu", device, scatter=FASTER, public=full),
     ]
     others = [(16, 4, 412, "relu")]
@@ -1056,10 +1061,10 @@ def mlp_row(
             memory=memory,
             compiled=True,
         ),
-        Rival("ScatterMoE (bfloat16 parameters)", scattermoe, {BOTH: scatter} if scatter else {}, graph=False),
+        Rival("ScatterMoE (bfloat16 parameters)", scattermoe, {BOTH: scatter} if scatter else {}, graph=False, compiles=True),
     ]
     if public:
-        rivals.append(Rival(PUBLIC_MOE, public_moe, graph=False))
+        rivals.append(Rival(PUBLIC_MOE, public_moe, graph=False, compiles=True))
     return Row(
         f"sigma-MoE E {E} G {G} TOP_K {TOP_K} D {D}, {activation}",
         inputs,
@@ -1160,12 +1165,16 @@ def attention_row(H: int, P: int, T: int, device: str, *, B: int | None = None, 
     cudnn, flash, flex = sdpa(CUDNN), sdpa(FLASH), flex_attention(T, window)
     flops = attention_flops(B * T, T, H, P, window)
     if window:
-        rivals = [Rival(FLEX, flex)]
+        rivals = [Rival(FLEX, flex, compiles=True)]
         return attention_case(
             f"window {window}, ", (B, T, H, P), device, flops, rivals, options=lambda package, p: {"window": window}
         )
     if P % 8:
-        rivals = [Rival(f"{CUDNN}, padded", cudnn), Rival(f"{FLASH}, padded", flash), Rival(f"{FLEX}, padded", flex)]
+        rivals = [
+            Rival(f"{CUDNN}, padded", cudnn),
+            Rival(f"{FLASH}, padded", flash),
+            Rival(f"{FLEX}, padded", flex, compiles=True),
+        ]
         best = dict.fromkeys((FORWARD, BACKWARD), Target(1.0, 1 / 1.3))
         return attention_case("", (B, T, H, P), device, flops, rivals, best=best)
     bounds = {FORWARD: Target(1 / 0.85, 1.0), BACKWARD: Target(1 / 0.7, 1 / 0.85)}
@@ -1173,7 +1182,7 @@ def attention_row(H: int, P: int, T: int, device: str, *, B: int | None = None, 
     if T == 4096:
         rivals.append(Rival(f"{CUDNN}, deterministic", sdpa(CUDNN, deterministic_algorithms)))
     if P > 128:
-        rivals += [Rival(FLASH, flash), Rival(FLEX, flex)]
+        rivals += [Rival(FLASH, flash), Rival(FLEX, flex, compiles=True)]
     return attention_case("", (B, T, H, P), device, flops, rivals)
 
 
@@ -1185,7 +1194,7 @@ def packed_row(H: int, P: int, lengths: list[int], device: str) -> Row:
         (1, N, H, P),
         device,
         sum(attention_flops(n, n, H, P) for n in lengths),
-        [Rival(FLEX, flex_attention(N, ends=ends))],
+        [Rival(FLEX, flex_attention(N, ends=ends), compiles=True)],
         options=lambda package, p: {"cu_seqlens": p["cu_seqlens"]},
         reference_options=lambda package, p: {},  # it is given the last sequence alone
         extra=lambda: {"cu_seqlens": torch.tensor([0, *ends], dtype=torch.int32, device=device)},
@@ -1370,7 +1379,7 @@ def switchhead_row(D, H, E, TOP_K, P, B, T, device, *, dense: Target | None = No
                 memory=Target(0.7, 0.5),
                 compiled=True,
             ),
-            Rival(PUBLIC_HEAD, public_switchhead, {BOTH: public} if public else {}, graph=False),
+            Rival(PUBLIC_HEAD, public_switchhead, {BOTH: public} if public else {}, graph=False, compiles=True),
         ),
         autocast=device == "cuda",
         kernels=f"P {P}",
@@ -1550,7 +1559,7 @@ def run(args: argparse.Namespace) -> int:
     about = header(device, args.repeats)
     print(", ".join(f"{key} {value}" for key, value in about.items()))
     rows = {(name, i): row for name in names for i, row in enumerate(GROUPS[name](device, args.full))}
-    checked: dict[tuple[str, int], Result | None] = {}
+    checked: dict[tuple[str, int], Result] = {}
     if device == "cuda":
         print("bfloat16, random inputs; ratio = our median time over the rival's, both measured in turns in this run;")
         print("TFLOP/s = useful work alone; floor = FLOPs at 717 TFLOP/s or bytes at 4.27 TB/s (an H200's), whichever takes")
