@@ -100,6 +100,25 @@ def test_a_rival_that_is_not_installed_is_named(capsys):
     assert "public SwitchHead: not installed (No module named 'no_such_rival')" in capsys.readouterr().out
 
 
+@interpreted
+def test_another_process_checks_the_rows():
+    """On its own copy of the seeded inputs."""
+    rows = {("gating", 0): bench.gating_rows("cpu", False)[0], ("attention", 0): bench.attention_rows("cpu", False)[0]}
+    alone = {key: replace(row, rivals=()) for key, row in rows.items()}
+    checked = bench.prepare(alone, "cpu", False, processes=1)
+    assert set(checked) == set(rows)
+    for key, row in rows.items():
+        (here,) = bench.measure(row, 1, timed=False)
+        assert checked[key].error == here.error and not checked[key].failed
+        assert bench.measure(row, 1, timed=False, checked=checked[key])[0].error == here.error
+
+
+def test_a_row_that_failed_in_its_process_is_not_timed():
+    row = bench.gating_rows("cpu", False)[0]
+    failed = bench.failure(row, AssertionError("wrong"))
+    assert bench.measure(replace(row, inputs=lambda: pytest.fail("was run")), 1, timed=True, checked=failed) == [failed]
+
+
 def test_the_reason_a_rival_does_not_run_is_kept():
     problem = bench.shortened(RuntimeError("at 81:27:\n" + "    source\n" * 99 + "both operands must have the same dtype"))
     assert problem.startswith("RuntimeError: at 81:27: ") and problem.endswith("both operands must have the same dtype")
@@ -110,6 +129,57 @@ def test_the_reason_a_rival_does_not_run_is_kept():
 def test_every_row_has_a_name_of_its_own_and_a_rival(full):
     rows = [row for group in bench.GROUPS.values() for row in group("cuda", full)]  # none of them makes its inputs yet
     assert len({row.name for row in rows}) == len(rows) and all(row.rivals for row in rows)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Runs everything once; then ours takes 1 ms, the rival 2 and its second part 3, and with the backward three times that."""
+
+    def alternate(runs, repeats):
+        times = [1.0 if isinstance(run(), torch.Tensor) else 3.0 for run in runs]
+        return [(i + 1) * time for i, time in enumerate(times)]
+
+    monkeypatch.setattr(bench, "alternate", alternate)
+    monkeypatch.setattr(bench, "peak_memory", lambda run: 10.0)
+    monkeypatch.setattr(bench, "captured", lambda run: run)
+
+
+def plain_attention(p):
+    return bench.rival_attention(p, lambda *qkv: torch.nn.functional.scaled_dot_product_attention(*qkv[:3], is_causal=True))
+
+
+@interpreted
+def test_every_direction_faces_every_rival_and_the_fastest_counts(clock):
+    target = bench.Target(1.0, 0.5)
+    rivals = (
+        bench.Rival("slow", lambda p: [(2.0, plain_attention(p))], {bench.FORWARD: bench.Target(3.0, 2.0)}),
+        bench.Rival("fast", plain_attention, {}),
+        bench.Rival("broken", lambda p: bench.Task(lambda: p["missing"], [])),
+    )
+    row = replace(bench.attention_row(2, 20, 24, "cpu", B=2), rivals=rivals, best={bench.FORWARD: target})
+    results = bench.measure(row, 1, timed=True, checked=bench.Result(row.name, error=1e-7))
+    assert [(r.rival, r.work, r.ratio) for r in results[:3]] == [("slow", work, 0.25) for work in row.flops]
+    assert (results[2].ours_ms, results[2].rival_ms) == (2, 8)
+    assert [(r.rival, r.ratio) for r in results[3:5]] == [("fast (the fastest)", 0.5), ("fast", 0.5)]
+    assert results[0].target == bench.Target(3.0, 2.0) and results[3].target == target and results[4].target is None
+    assert results[0].rival_mib == 20 and results[3].flops == row.flops[bench.FORWARD]
+    assert results[6].problem == "KeyError: 'missing'" and len(results) == 7
+    bench.show(row.name, results)
+    json.loads(bench.as_json({}, results))
+
+
+def test_a_backward_within_the_noise_has_no_time():
+    one = bench.Result("row", ours_ms=1.0, rival_ms=1.0, floor_ms=0.1)
+    assert bench.difference(one, one, 1.0, None).problem
+
+
+@interpreted
+def test_an_interpolated_rival_is_timed_as_its_parts(clock):
+    shape = bench.Shape(2, 3, 2, 20, 48, 2, 24)
+    rows = {P: bench.value_row(shape._replace(P=P), "cpu", 0.0, None, ()) for P in (64, 96, 128)}
+    rival = bench.Rival("between", bench.interpolation(rows[96], 96, {P: rows[P] for P in (64, 128)}))
+    (result,) = bench.measure(replace(rows[96], rivals=(rival,)), 1, timed=True, checked=bench.Result("", error=1e-7))
+    assert result.rival_ms == pytest.approx(0.5 * 2 * 96 / 64 + 0.5 * 3 * 96 / 128)
 
 
 def test_a_timed_line_says_everything(capsys):

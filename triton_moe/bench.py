@@ -313,6 +313,8 @@ def compare(row: Row, inputs: Inputs, rival: Rival, error: float, repeats: int) 
 
 
 def difference(forward: Result, both: Result, flops: float, target: Target | None) -> Result:
+    if not (both.ours_ms > forward.ours_ms and both.rival_ms > forward.rival_ms):
+        return Result(both.row, BACKWARD, both.rival, error=both.error, problem="the backward drowns in the noise")
     return Result(
         both.row,
         BACKWARD,
@@ -397,9 +399,9 @@ def quick_autotuning(threads: int):
         Autotuner.prune_configs = prune
 
 
-def prepare_rows(group: str, indices: list[int], full: bool, rival: str | None) -> list[Result | None]:
+def prepare_rows(group: str, device: str, full: bool, indices: list[int], rival: str | None) -> list[Result | None]:
     """In a process of its own: check rows, or run a rival of theirs once. The caches on disk then hold what was compiled."""
-    rows = GROUPS[group]("cuda", full)
+    rows = GROUPS[group](device, full)
     with quick_autotuning(threads=6):
         return [check_row(rows[i]) if rival is None else run_once(rows[i], rival) for i in indices]
 
@@ -434,21 +436,16 @@ def release() -> None:
     torch.cuda.empty_cache()
 
 
-def prepare(rows: dict[tuple[str, int], Row], full: bool) -> dict[tuple[str, int], Result]:
+def prepare(rows: dict[tuple[str, int], Row], device: str, full: bool, processes: int) -> dict[tuple[str, int], Result]:
     """What `check_row` returned for each row, after the same processes have compiled what the rivals need."""
     jobs: dict[tuple[str, str, str | None], list[int]] = {}  # one process for what shares kernels
     for (group, i), row in rows.items():
         for rival in (None, *(rival.name for rival in row.rivals if rival.compiled or rival.compiles)):
             jobs.setdefault((group, row.kernels or row.name, rival), []).append(i)
-    memory = torch.cuda.get_device_properties(0).total_memory
-    workers = min(len(jobs), (os.cpu_count() or 1) - 2, memory // (10 << 30))
-    if workers < 2:
-        return {}
-    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # each of the processes would start as many as there are cores
+    order = sorted(jobs, key=lambda job: (job[2] not in AUTOTUNED, job[2] is not None))  # the longest first
     checked: dict[tuple[str, int], Result] = {}
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        order = sorted(jobs, key=lambda job: (job[2] not in AUTOTUNED, job[2] is not None))  # the longest first
-        running = [(job, pool.submit(prepare_rows, job[0], jobs[job], full, job[2])) for job in order]
+    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        running = [(job, pool.submit(prepare_rows, job[0], device, full, jobs[job], job[2])) for job in order]
         for job, future in running:
             with contextlib.suppress(BrokenProcessPool):  # what the others could not do is done before the row is timed
                 checked.update({(job[0], i): found for i, found in zip(jobs[job], future.result(), strict=True) if found})
@@ -1104,7 +1101,7 @@ def attention_rows(device: str, full: bool) -> list[Row]:
     return rows
 
 
-PACKED = [1024 + 512 * (7 * i % 13) for i in range(7)] + [2048]  # lengths of sequences packed into one row
+PACKED = [1024, 4608, 1536, 5120, 8192, 5632, 4608, 2048]  # lengths of sequences packed into one row, 32768 in all
 
 
 def causal_pairs(T: int, window: int | None = None) -> float:
@@ -1165,7 +1162,7 @@ def attention_row(H: int, P: int, T: int, device: str, *, B: int | None = None, 
     cudnn, flash, flex = sdpa(CUDNN), sdpa(FLASH), flex_attention(T, window)
     flops = attention_flops(B * T, T, H, P, window)
     if window:
-        rivals = [Rival(FLEX, flex, compiles=True)]
+        rivals = [Rival(f"{FLEX}, padded" if P % 8 else FLEX, flex, compiles=True)]
         return attention_case(
             f"window {window}, ", (B, T, H, P), device, flops, rivals, options=lambda package, p: {"window": window}
         )
@@ -1566,7 +1563,11 @@ def run(args: argparse.Namespace) -> int:
         print("longer; error = the largest relative error of output and gradients against reference/ in float64;")
         print("peak memory = above the inputs and results, ours and the rival's")
         print(f"checking and compiling {len(rows)} rows ...", end=" ", flush=True)
-        checked = prepare(rows, args.full)
+        memory = torch.cuda.get_device_properties(0).total_memory
+        processes = min((os.cpu_count() or 1) - 2, memory // (10 << 30))
+        if processes > 1:
+            os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # each process would start as many as there are cores
+            checked = prepare(rows, device, args.full, processes)
         print(f"{time.perf_counter() - start:.0f} s")
     else:
         print("no GPU: tiny shapes in float32, to check results only; times in the interpreter mean nothing")
