@@ -453,8 +453,9 @@ def _dkdv_step(
     p = _probability(s, lse[None, :], norm, visible, scale, EXACT, MASKED)
     do = _load_rows(do_ptr, do_tail, b, h, t, stride_dob, stride_dot, stride_doh, mask_t, PV, CHUNKS_PV, BLOCK_M, TMA)
     dv = _add_dots(dv, p.to(do[0].dtype), do, CHUNKS_PV, PRECISION)
+    dp = _dot_rows(v, do, CHUNKS_PV, PRECISION)
     delta = _load_stats(stats_ptr, row + plane, t, T, 0.0, BLOCK_M, TMA, MASKED)
-    ds = _dot_rows(v, do, CHUNKS_PV, PRECISION) - delta[None, :]
+    ds = dp - delta[None, :]
     if EXACT:
         ds += _load_stats(stats_ptr, row + 3 * plane, t, T, 0.0, BLOCK_M, TMA, MASKED)[None, :]
     dk = _add_dots(dk, (p * ds).to(q[0].dtype), q, CHUNKS_P, PRECISION)
