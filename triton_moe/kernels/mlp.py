@@ -24,7 +24,6 @@ NOTE [Columns]
 import torch
 import triton
 import triton.language as tl
-from torch.nn.functional import pad
 
 from .. import tuning
 from .common import INTERPRET, cdiv, find_tile, launch, next_power_of_2, opaque, rows, uniform
@@ -41,14 +40,19 @@ CONFIGS = {
         "float32": {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "PARTS": 4, "num_warps": 8, "num_stages": 2},
         "interpret": {"BLOCK_M": 256, "BLOCK_N": 256, "BLOCK_K": 256, "PARTS": 1, "num_warps": 1, "num_stages": 1},
     },
-    "down": {
-        "half": {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 128, "PARTS": 1, "num_warps": 4, "num_stages": 2},
+    "down": {  # the whole width of a row at once
+        "half": {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 128, "PARTS": 1, "num_warps": 4, "num_stages": 3},
+        "float32": {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "PARTS": 1, "num_warps": 8, "num_stages": 2},
+        "interpret": {"BLOCK_M": 256, "BLOCK_N": 256, "BLOCK_K": 256, "PARTS": 1, "num_warps": 1, "num_stages": 1},
+    },
+    "down_wide": {  # for wider rows
+        "half": {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "PARTS": 1, "num_warps": 8, "num_stages": 3},
         "float32": {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "PARTS": 4, "num_warps": 8, "num_stages": 2},
         "interpret": {"BLOCK_M": 256, "BLOCK_N": 256, "BLOCK_K": 256, "PARTS": 1, "num_warps": 1, "num_stages": 1},
     },
 }
 
-COLUMNS = 256  # of [N*TOP_K, D] at a time, a multiple of every BLOCK_N; see NOTE [Columns]
+COLUMNS = 512  # of [N*TOP_K, D] at a time, at most; see NOTE [Columns]
 FEW_ELEMENTS = 1 << 24  # of [N*TOP_K, D] that are made at once
 
 
@@ -85,17 +89,27 @@ def _keep(seed_ptr, token, column, dropout, STREAM: tl.constexpr):
 
 
 @triton.jit
-def _halves(x, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    return tl.split(tl.permute(tl.reshape(x, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
-
-
-@triton.jit
 def _up_bwd_columns(
     b, n, weight, seed_ptr, z_ptr, u_ptr, dz_ptr, token, offs_m, mask_m, group, dropout, G: tl.constexpr,
     ACTIVATION: tl.constexpr, GATED: tl.constexpr, HAS_DROPOUT: tl.constexpr, STREAM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Store d z and the gated u of the columns n ...; return their share of d weight."""
+    """Store d z and the gated u of the columns n ...; return their share of d weight.
+
+    A part of the columns at a time: all at once need twice the registers, and only one program would fit a multiprocessor.
+    """
+    MOST: tl.constexpr = 32 if GATED else 64
+    if BLOCK_N > MOST:
+        HALF: tl.constexpr = BLOCK_N // 2
+        left, right = tl.split(tl.permute(tl.reshape(b, (BLOCK_M, 2, HALF)), (0, 2, 1)))
+        dweight = _up_bwd_columns(
+            left, n, weight, seed_ptr, z_ptr, u_ptr, dz_ptr, token, offs_m, mask_m, group, dropout,
+            G, ACTIVATION, GATED, HAS_DROPOUT, STREAM, BLOCK_M, HALF,
+        )  # fmt: skip
+        return dweight + _up_bwd_columns(
+            right, n + HALF, weight, seed_ptr, z_ptr, u_ptr, dz_ptr, token, offs_m, mask_m, group, dropout,
+            G, ACTIVATION, GATED, HAS_DROPOUT, STREAM, BLOCK_M, HALF,
+        )  # fmt: skip
     width: tl.constexpr = 2 * G if GATED else G
     offs_n = n + tl.arange(0, BLOCK_N)
     mask = mask_m[:, None] & (offs_n < G)[None, :]
@@ -189,13 +203,10 @@ def _up_bwd_kernel(
     w_ptrs = w_ptr + group.to(tl.int64) * stride_wg + offs_n.to(tl.int64)[None, :] * stride_wn
     b, _ = product(a_ptrs, w_ptrs, offs_n, G, KA, K, stride_wk, 0, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, PARTS)
 
-    # Half the columns at a time: all at once need twice the registers, and only one program would fit a multiprocessor.
-    weight = tl.load(weights_ptr + route, mask=mask_m, other=0.0)
-    args = weight, seed_ptr, z_ptr, u_ptr, dz_ptr, route // TOP_K, offs_m, mask_m, group, dropout
-    n = (pid % tiles_n) * BLOCK_N
-    left, right = _halves(b, BLOCK_M, BLOCK_N)
-    dweight = _up_bwd_columns(left, n, *args, G, ACTIVATION, GATED, HAS_DROPOUT, STREAM, BLOCK_M, BLOCK_N // 2)
-    dweight += _up_bwd_columns(right, n + BLOCK_N // 2, *args, G, ACTIVATION, GATED, HAS_DROPOUT, STREAM, BLOCK_M, BLOCK_N // 2)
+    dweight = _up_bwd_columns(
+        b, (pid % tiles_n) * BLOCK_N, tl.load(weights_ptr + route, mask=mask_m, other=0.0), seed_ptr, z_ptr, u_ptr, dz_ptr,
+        route // TOP_K, offs_m, mask_m, group, dropout, G, ACTIVATION, GATED, HAS_DROPOUT, STREAM, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
     tl.store(dweights_ptr + (pid % tiles_n).to(tl.int64) * R + route, dweight, mask=mask_m)
 
 
@@ -206,18 +217,24 @@ def _down_kernel(
     PRECISION: tl.constexpr, BLOCK_G: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """c[r] = a[place of r] w[expert of r], all N columns in one program. The last columns of c, N to PITCH, become zeros."""
-    group, first, end = find_tile(offsets_ptr, tl.program_id(0), GROUPS, BLOCK_M, BLOCK_G)
+    """c[r] = a[place of r] w[expert of r]; the last columns of c, N to PITCH, become zeros.
+
+    A program takes all columns where a fits one BLOCK_K: it stays while tiles of w pass by. Otherwise it takes one tile.
+    """
+    ALL: tl.constexpr = K <= BLOCK_K
+    tiles_n: tl.constexpr = 1 if ALL else (N + BLOCK_N - 1) // BLOCK_N
+    pid = tl.program_id(0)
+    group, first, end = find_tile(offsets_ptr, pid // tiles_n, GROUPS, BLOCK_M, BLOCK_G)
     if first >= end:
         return
     offs_m = first + tl.arange(0, BLOCK_M)
     mask_m = offs_m < end
     route = tl.load(order_ptr + offs_m, mask=mask_m, other=0)
-    offs_n, offs_k = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+    offs_n, offs_k = (pid % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     a_ptrs = a_ptr + tl.minimum(offs_m, end - 1).to(tl.int64)[:, None] * K
     w_ptrs = w_ptr + group.to(tl.int64) * stride_wg + offs_n.to(tl.int64)[None, :] * stride_wn
     c_ptrs = c_ptr + route.to(tl.int64)[:, None] * PITCH
-    if K <= BLOCK_K:  # the rows stay, only w moves
+    if ALL:
         a = tl.load(a_ptrs + offs_k[None, :], mask=(offs_k < K)[None, :], other=0.0)
         w_ptrs += offs_k.to(tl.int64)[:, None] * stride_wk
         for n in range(0, N, BLOCK_N):
@@ -226,11 +243,8 @@ def _down_kernel(
             acc = tl.dot(a, w, input_precision=PRECISION)
             tl.store(c_ptrs + offs[None, :], acc.to(c_ptr.dtype.element_ty), mask=mask_m[:, None] & (offs < PITCH)[None, :])
     else:
-        for n in range(0, N, BLOCK_N):
-            offs = n + offs_n
-            w_tile = w_ptrs + n * stride_wn
-            acc, _ = product(a_ptrs, w_tile, offs, N, K, K, stride_wk, 0, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, PARTS)
-            tl.store(c_ptrs + offs[None, :], acc.to(c_ptr.dtype.element_ty), mask=mask_m[:, None] & (offs < PITCH)[None, :])
+        acc, _ = product(a_ptrs, w_ptrs, offs_n, N, K, K, stride_wk, 0, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, PARTS)
+        tl.store(c_ptrs + offs_n[None, :], acc.to(c_ptr.dtype.element_ty), mask=mask_m[:, None] & (offs_n < PITCH)[None, :])
 
 
 # ---- launchers
@@ -244,8 +258,13 @@ def _aligned(width, x):
 
 def _padded(x):
     """x, or a copy with columns of zeros, so that rows are multiples of 16 bytes: others load element by element or in pieces."""
-    extra = _aligned(x.shape[-1], x) - x.shape[-1]
-    return pad(x, (0, extra)) if extra else x
+    width = _aligned(x.shape[-1], x)
+    if width == x.shape[-1]:
+        return x
+    x = x.contiguous()
+    padded = x.new_empty(*x.shape[:-1], width)
+    _combine(x.view(-1, x.shape[-1]), None, 1, y=padded.view(-1, width))
+    return padded
 
 
 def _config(name, x, R, N, K):
@@ -263,15 +282,20 @@ def _down(a, w, order, offsets, top_k, bias, d_out, precision):
     R = order.shape[0]
     y = a.new_empty(R // top_k, d_out)
     width = w.shape[2]
-    columns = width if R * width <= FEW_ELEMENTS else COLUMNS
-    c = a.new_empty(R, _aligned(columns, a))
+    columns = width
+    if R * width > FEW_ELEMENTS:  # equal shares
+        columns = cdiv(cdiv(width, cdiv(width, COLUMNS)), 64) * 64
+    c = a.new_empty(R, _aligned(min(columns, width), a))
     for n in range(0, width, columns):
         w_here, y_here = w[:, :, n : n + columns], y[:, n : n + columns]
         N = w_here.shape[2]
         pitch = _aligned(N, a)
         config = _config("down", a, R, N, K)
+        if config["BLOCK_K"] < K:
+            config = _config("down_wide", a, R, N, K)
+        tiles_n = 1 if config["BLOCK_K"] >= K else cdiv(N, config["BLOCK_N"])
         launch(
-            _down_kernel, (cdiv(R, config["BLOCK_M"]) + groups if R else 0,),
+            _down_kernel, ((cdiv(R, config["BLOCK_M"]) + groups) * tiles_n if R else 0,),
             a, w_here, c, order, offsets, groups, N=N, K=K,
             stride_wg=w.stride(0), stride_wk=w.stride(1), stride_wn=w.stride(2), PITCH=pitch,
             PRECISION=precision, BLOCK_G=next_power_of_2(groups, 1), **config,
@@ -352,6 +376,7 @@ def mlp_backward(
         **_up_args(G, TOP_K, activation, dropout, stream, precision, config, w, groups),
     )  # fmt: skip
     dvalues = _grouped_dw(u, dy, order, offsets, 0, TOP_K, precision, size=(G, d_out))
+    del u
     dkeys = _grouped_dw(x, dz, order, offsets, TOP_K, 0, precision, size=(D, dz.shape[1]))
     dbias = keys.new_empty(0, keys.shape[2])
     if bias is not None:  # the weight gradient of an input that is always one

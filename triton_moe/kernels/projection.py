@@ -135,7 +135,8 @@ def _grouped_gemm_kernel(
 
 @triton.jit
 def _combine_kernel(
-    c_ptr, s_ptr, bias_ptr, y_ptr, M, N: tl.constexpr, J: tl.constexpr, stride_cm: tl.constexpr, stride_ym: tl.constexpr,
+    c_ptr, s_ptr, bias_ptr, y_ptr, M, N: tl.constexpr, WIDTH: tl.constexpr, J: tl.constexpr,
+    stride_cm: tl.constexpr, stride_ym: tl.constexpr,
     HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     tiles_n = tl.cdiv(N, BLOCK_N)
@@ -144,10 +145,11 @@ def _combine_kernel(
     offs_n = (pid % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_m, mask_n = offs_m < M, offs_n < N
     mask = mask_m[:, None] & mask_n[None, :]
+    mask_c = mask & (offs_n < WIDTH)[None, :]
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for j in tl.range(0, J, loop_unroll_factor=4):
         rows = offs_m * J + j
-        c = tl.load(c_ptr + rows[:, None] * stride_cm + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)
+        c = tl.load(c_ptr + rows[:, None] * stride_cm + offs_n[None, :], mask=mask_c, other=0.0).to(tl.float32)
         if HAS_SCALE:
             c *= tl.load(s_ptr + rows, mask=mask_m, other=0.0)[:, None]
         acc += c
@@ -323,14 +325,15 @@ def _tile(M, N):
 
 
 def _combine(c, s, J, bias=None, y=None):
-    """c [M*J, N], s [M*J] float32 or None -> y [M, N], into `y` if there is one."""
+    """c [M*J, N], s [M*J] float32 or None -> y [M, N], into `y` if there is one: of fewer columns, or of more, which become
+    the bias or zeros."""
     M = c.shape[0] // J
     y = c.new_empty(M, c.shape[1]) if y is None else y
     N = y.shape[1]
     tiles_m, tiles_n, tile = _tile(M, N)
     launch(
         _combine_kernel, (tiles_m * tiles_n,),
-        c, c if s is None else s, c if bias is None else bias, y, M, N, J, c.stride(0), y.stride(0),
+        c, c if s is None else s, c if bias is None else bias, y, M, N, c.shape[1], J, c.stride(0), y.stride(0),
         HAS_SCALE=s is not None, HAS_BIAS=bias is not None, **tile,
     )  # fmt: skip
     return y
@@ -359,8 +362,10 @@ def _grouped_dw(a, b, order, offsets, div_a, div_b, precision, size=None, order_
     groups, (I, J), R = offsets.shape[0] - 1, size or (a.shape[1], b.shape[1]), order.shape[0]
     dw = a.new_empty(groups, I, J)
     config = dict(tuning.lookup(CONFIGS["grouped_dw"], a.dtype, INTERPRET))
-    config["BLOCK_I"] = min(config["BLOCK_I"], next_power_of_2(I))
-    config["BLOCK_J"] = min(config["BLOCK_J"], next_power_of_2(J))
+    for name, width in (("BLOCK_I", I), ("BLOCK_J", J)):
+        block = min(config[name], next_power_of_2(width))
+        half = max(16, block // 2)
+        config[name] = half if cdiv(width, half) * half < cdiv(width, block) * block else block
     if INTERPRET:
         config["BLOCK_R"] = min(config["BLOCK_R"], next_power_of_2(R))
     tiles = cdiv(I, config["BLOCK_I"]) * cdiv(J, config["BLOCK_J"])
