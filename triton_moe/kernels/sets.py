@@ -351,11 +351,9 @@ def gather(x, w, transposed, s, experts, order, offsets, a=None, keep=True):
     BLOCK_P, BLOCK_Q = _columns(P)
     if (BLOCK_P + BLOCK_Q) * min(TOP_K, 2) <= 192 and config["num_warps"] == 8:  # two small tiles on one multiprocessor
         config["num_warps"], config["num_stages"] = 4, 3
-    if BLOCK_Q and BLOCK_P > 64:  # as much shared memory as there is
+    if BLOCK_P + BLOCK_Q > 128:  # as much shared memory as there is
         config["num_stages"] = min(config["num_stages"], 3)
-    if BLOCK_P > 128:
-        config["BLOCK_M"] = min(config["BLOCK_M"], 64)
-    if TOP_K > 2:  # the sum of the first two waits in registers
+    if BLOCK_P > 128 or TOP_K > 2:  # the sum of the first two waits in registers
         config["BLOCK_M"], config["num_stages"] = min(config["BLOCK_M"], 64), min(config["num_stages"], 3)
     w_desc = _weight_descriptor(w, transposed, config["BLOCK_K"], BLOCK_P)
     launch(
