@@ -19,10 +19,10 @@ def run(*argv: str) -> int:
     return bench.run(parser.parse_args(argv))
 
 
-def test_an_unknown_name_lists_the_names(capsys):
-    assert run("--only", "moe,layer") == 2
+def test_an_unknown_group_lists_the_groups(capsys):
+    assert run("--only", "mlp,layer") == 2
     error = capsys.readouterr().err
-    assert error == "triton_moe bench: no row is called 'layer'; there are layers, moe, switchall, ops\n"
+    assert error == ("triton_moe bench: there is no group 'layer'; the groups are gating, projection, mlp, attention, layers\n")
 
 
 def test_a_json_file_that_cannot_be_written_stops_it_first(tmp_path, capsys):
@@ -33,13 +33,13 @@ def test_a_json_file_that_cannot_be_written_stops_it_first(tmp_path, capsys):
 @interpreted
 def test_right_kernels_pass_and_no_ratio_is_printed_without_a_gpu(tmp_path, capsys):
     path = tmp_path / "bench.json"
-    assert run("--only", "moe,layers", "--json", str(path)) == 0
+    assert run("--only", "mlp,layers", "--json", str(path)) == 0
     out = capsys.readouterr().out
-    assert out.count("agrees with the reference") == 2 and "ratio" not in out and "mean nothing" in out
+    assert out.count("agrees with the reference") == 3 and "ratio" not in out and "mean nothing" in out
 
     report = json.loads(path.read_text())
     assert report["torch"] == torch.__version__ and report["triton"] and report["device"].startswith("cpu")
-    assert [row["row"].split()[0] for row in report["rows"]] == ["sigma-MoE", "SwitchHead"]
+    assert [row["row"].split()[0] for row in report["rows"]] == ["sigma-MoE", "SwitchHead", "SwitchAll"]
     for row in report["rows"]:
         assert 0 < row["error"] < 1e-5 and not row["failed"]
         assert row["ours_ms"] is None and row["ratio"] is None
@@ -67,19 +67,27 @@ def test_a_wrong_kernel_is_reported_and_not_timed(wrong, tmp_path, capsys, monke
     monkeypatch.setattr(functional, "sigma_moe", planted)
     monkeypatch.setattr(bench, "compare", lambda *_: pytest.fail("a row that failed its check was timed"))
     path = tmp_path / "bench.json"
-    assert run("--only", "moe", "--json", str(path)) == 1
+    assert run("--only", "mlp", "--json", str(path)) == 1
     assert "not timed: failed its check: " in capsys.readouterr().out
     (row,) = json.loads(path.read_text())["rows"]
     assert row["failed"] and row["problem"] and row["error"] is None and row["ours_ms"] is None
-    assert not bench.measure(bench.moe("cpu")[0], repeats=1, timed=True)[0].ours_ms
+    assert not bench.measure(bench.mlp_rows("cpu", False)[0], repeats=1, timed=True)[0].ours_ms
 
 
 @interpreted
-@pytest.mark.parametrize("name", ["switchall", "ops"])
-def test_every_other_row_passes_its_check(name):
-    results = [result for row in bench.ROWS[name]("cpu") for result in bench.measure(row, 1, timed=False)]
+@pytest.mark.parametrize("group", ["gating", "projection", "mlp", "attention"])
+def test_every_other_row_passes_its_check(group):
+    results = [result for row in bench.GROUPS[group]("cpu", True) for result in bench.measure(row, 1, timed=False)]
     assert [result.problem for result in results] == [None] * len(results)
     assert all(0 < result.error < 1e-5 for result in results)
+
+
+@interpreted
+def test_a_packed_sequence_that_reaches_into_another_is_found(monkeypatch):
+    right = functional.attention
+    monkeypatch.setattr(functional, "attention", lambda q, k, v, cu_seqlens: right(q, k, v))
+    (result,) = bench.measure(bench.packed_row(2, 20, [5, 24], "cpu"), 1, timed=False)
+    assert result.failed and "AssertionError" in result.problem
 
 
 def test_a_rival_that_is_not_installed_is_named(capsys):
@@ -87,18 +95,110 @@ def test_a_rival_that_is_not_installed_is_named(capsys):
         import no_such_rival  # noqa: F401
 
     rival = bench.Rival("public SwitchHead", build)
-    (result,) = bench.compare(bench.layers("cpu")[0], {}, rival, error=1e-7, repeats=1)
-    bench.show(result)
+    results = bench.compare(bench.layer_rows("cpu", False)[0], {}, rival, error=1e-7, repeats=1)
+    bench.show("row", results)
     assert "public SwitchHead: not installed (No module named 'no_such_rival')" in capsys.readouterr().out
+
+
+@interpreted
+def test_another_process_checks_the_rows():
+    """On its own copy of the seeded inputs."""
+    rows = {("gating", 0): bench.gating_rows("cpu", False)[0], ("attention", 0): bench.attention_rows("cpu", False)[0]}
+    alone = {key: replace(row, rivals=()) for key, row in rows.items()}
+    checked = bench.prepare(alone, "cpu", False, processes=1)
+    assert set(checked) == set(rows)
+    for key, row in rows.items():
+        (here,) = bench.measure(row, 1, timed=False)
+        assert checked[key].error == here.error and not checked[key].failed
+        assert bench.measure(row, 1, timed=False, checked=checked[key])[0].error == here.error
+
+
+def test_a_row_that_failed_in_its_process_is_not_timed():
+    row = bench.gating_rows("cpu", False)[0]
+    failed = bench.failure(row, AssertionError("wrong"))
+    assert bench.measure(replace(row, inputs=lambda: pytest.fail("was run")), 1, timed=True, checked=failed) == [failed]
+
+
+def test_the_reason_a_rival_does_not_run_is_kept():
+    problem = bench.shortened(RuntimeError("at 81:27:\n" + "    source\n" * 99 + "both operands must have the same dtype"))
+    assert problem.startswith("RuntimeError: at 81:27: ") and problem.endswith("both operands must have the same dtype")
+    assert len(problem) < 240 and bench.shortened(ValueError("no")) == "ValueError: no"
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_every_row_has_a_name_of_its_own_and_a_rival(full):
+    rows = [row for group in bench.GROUPS.values() for row in group("cuda", full)]  # none of them makes its inputs yet
+    assert len({row.name for row in rows}) == len(rows) and all(row.rivals for row in rows)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Runs everything once; then ours takes 1 ms, the rival 2 and its second part 3, and with the backward three times that."""
+
+    def alternate(runs, repeats):
+        times = [1.0 if isinstance(run(), torch.Tensor) else 3.0 for run in runs]
+        return [(i + 1) * time for i, time in enumerate(times)]
+
+    monkeypatch.setattr(bench, "alternate", alternate)
+    monkeypatch.setattr(bench, "peak_memory", lambda run: 10.0)
+    monkeypatch.setattr(bench, "captured", lambda run: run)
+
+
+def plain_attention(p):
+    return bench.rival_attention(p, lambda *qkv: torch.nn.functional.scaled_dot_product_attention(*qkv[:3], is_causal=True))
+
+
+@interpreted
+def test_every_direction_faces_every_rival_and_the_fastest_counts(clock):
+    target = bench.Target(1.0, 0.5)
+    rivals = (
+        bench.Rival("slow", lambda p: [(2.0, plain_attention(p))], {bench.FORWARD: bench.Target(3.0, 2.0)}),
+        bench.Rival("fast", plain_attention, {}),
+        bench.Rival("broken", lambda p: bench.Task(lambda: p["missing"], [])),
+    )
+    row = replace(bench.attention_row(2, 20, 24, "cpu", B=2), rivals=rivals, best={bench.FORWARD: target})
+    results = bench.measure(row, 1, timed=True, checked=bench.Result(row.name, error=1e-7))
+    assert [(r.rival, r.work, r.ratio) for r in results[:3]] == [("slow", work, 0.25) for work in row.flops]
+    assert (results[2].ours_ms, results[2].rival_ms) == (2, 8)
+    assert [(r.rival, r.ratio) for r in results[3:5]] == [("fast (the fastest)", 0.5), ("fast", 0.5)]
+    assert results[0].target == bench.Target(3.0, 2.0) and results[3].target == target and results[4].target is None
+    assert results[0].rival_mib == 20 and results[3].flops == row.flops[bench.FORWARD]
+    assert results[6].problem == "KeyError: 'missing'" and len(results) == 7
+    bench.show(row.name, results)
+    json.loads(bench.as_json({}, results))
+
+
+def test_a_backward_within_the_noise_has_no_time():
+    one = bench.Result("row", ours_ms=1.0, rival_ms=1.0, floor_ms=0.1)
+    assert bench.difference(one, one, 1.0, None).problem
+
+
+@interpreted
+def test_an_interpolated_rival_is_timed_as_its_parts(clock):
+    shape = bench.Shape(2, 3, 2, 20, 48, 2, 24)
+    rows = {P: bench.value_row(shape._replace(P=P), "cpu", 0.0, None, ()) for P in (64, 96, 128)}
+    rival = bench.Rival("between", bench.interpolation(rows[96], 96, {P: rows[P] for P in (64, 128)}))
+    (result,) = bench.measure(replace(rows[96], rivals=(rival,)), 1, timed=True, checked=bench.Result("", error=1e-7))
+    assert result.rival_ms == pytest.approx(0.5 * 2 * 96 / 64 + 0.5 * 3 * 96 / 128)
 
 
 def test_a_timed_line_says_everything(capsys):
     result = bench.Result(
-        "row", bench.BOTH, "rival", error=1e-3, ours_ms=1.0, rival_ms=2.0, floor_ms=0.25, ours_mib=30.0, rival_mib=60.0
+        "row",
+        bench.BOTH,
+        "rival",
+        error=1e-3,
+        ours_ms=1.0,
+        rival_ms=2.0,
+        floor_ms=0.25,
+        flops=5e11,
+        ours_mib=30.0,
+        rival_mib=60.0,
     )
     result = replace(result, target=bench.Target(0.75, 0.4), memory=bench.Target(0.4, 0.3), graph=True)
-    bench.show(result)
+    bench.show("row", [result])
     line = capsys.readouterr().out
+    assert line.startswith("row\n    forward+backward: ours 1.000 ms, 500 TFLOP/s | rival 2.000 ms | ")
     assert "ratio 0.500: must reached (must 0.75, aim 0.4)" in line
     assert "floor 0.250 ms, 25 % of it reached" in line
     assert "peak memory 30 and 60 MiB, ratio 0.50: must MISSED (must 0.4, aim 0.3)" in line
@@ -107,16 +207,101 @@ def test_a_timed_line_says_everything(capsys):
 
 def test_floors_are_those_of_the_targets():
     forward = {
-        1024: bench.projection_flops(32768, 1024, 4, 2, 100) + bench.attention_flops(32768, 1024, 4, 100),
-        4096: bench.projection_flops(32768, 1024, 4, 2, 100) + bench.attention_flops(32768, 4096, 4, 100),
+        1024: bench.layer_projection_flops(32768, 1024, 4, 2, 100) + bench.attention_flops(32768, 1024, 4, 100),
+        4096: bench.layer_projection_flops(32768, 1024, 4, 2, 100) + bench.attention_flops(32768, 4096, 4, 100),
     }
     floors = {T: round(flops / bench.FLOPS_PER_SECOND * 1e3, 2) for T, flops in forward.items()}
     assert floors == {1024: 0.26, 4096: 0.37}
 
 
+def pairs(T: int, window: int) -> int:
+    return sum(0 <= i - j < window for i in range(T) for j in range(T))
+
+
+def test_attention_counts_the_pairs_it_computes():
+    assert bench.causal_pairs(64) == pytest.approx(pairs(64, 64), rel=0.02)
+    assert bench.causal_pairs(256, 64) == pytest.approx(pairs(256, 64), rel=0.02)
+
+
+def test_an_interpolation_is_the_time_of_as_many_flops():
+    shape = bench.SHAPES[0]
+    rows = {P: bench.value_row(shape._replace(P=P), "cpu", 0.0, None, ()) for P in (64, 112, 128)}
+    # At one second per FLOP the time of a row is its FLOPs, whatever the width.
+    tiny = {P: replace(rows[P], inputs=dict) for P in (64, 128)}
+    mix = bench.interpolation(rows[112], 112, tiny)({})
+    work = sum(share * rows[P].flops[bench.FORWARD] for (share, _), P in zip(mix, (64, 128), strict=True))
+    assert len(mix) == 2 and work == pytest.approx(rows[112].flops[bench.FORWARD])
+    (whole,) = bench.interpolation(rows[64], 64, tiny)({})
+    assert whole[0] == 1
+
+
+# The peers that need no GPU compute what the reference computes: what is timed is the same work.
+
+
+def routed_inputs(shape: bench.Shape, name: str) -> dict:
+    row = {"value": bench.value_row, "output": bench.output_row, "both": bench.both_sides_row}[name](shape, "cpu", 0.0, None, ())
+    torch.manual_seed(0)
+    p = row.inputs()
+    experts = p["routing"].experts if "routing" in p else row.experts(p)
+    return row, p, row.reference(p, experts).detach()
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("name", "build"),
+    [
+        ("value", bench.value_by_all),
+        ("output", bench.output_by_all),
+        ("both", bench.both_by_all),
+        ("value", bench.VALUE_PEERS[bench.GROUPED]),
+        ("output", bench.OUTPUT_PEERS[bench.GROUPED]),
+        ("both", bench.both_grouped),
+    ],
+)
+def test_peers_of_the_projections_compute_the_same(name, build, monkeypatch):
+    def grouped_mm(a, b, *, offs):  # torch's own takes bfloat16 on a GPU
+        starts = [0, *offs.tolist()]
+        return torch.cat([a[i:j] @ w for i, j, w in zip(starts, offs.tolist(), b, strict=False)])
+
+    monkeypatch.setattr(torch.nn.functional, "grouped_mm", grouped_mm, raising=False)
+    monkeypatch.setattr(bench, "compiled", lambda function: function)
+    shape = bench.Shape(2, 3, 2, 20, 48, 2, 24)
+    _, p, truth = routed_inputs(shape, name)
+    task = build(shape, p)
+    result = task.call()
+    torch.testing.assert_close(result.view(truth.shape), truth, rtol=1e-4, atol=1e-4)
+    if task.leaves:
+        assert all(g.any() for g in torch.autograd.grad(result.sum(), task.leaves))
+
+
+@pytest.mark.parametrize("P", [20, 24])
+def test_rivals_of_attention_compute_the_same(P):
+    """Widths that are no multiple of 8 go through the padding, both ways, and more than once."""
+    row = bench.attention_row(2, P, 24, "cpu", B=2)
+    p = row.inputs()
+    truth = row.reference(p, None).transpose(1, 2)
+    d = torch.randn_like(truth)
+    expected = torch.autograd.grad(truth, [p["q"], p["k"], p["v"]], d)
+
+    def attend(q, k, v, scale):
+        assert q.shape[-1] == 24
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+
+    task = bench.rival_attention(p, attend)
+    for _ in range(2):
+        result = task.call()
+        torch.testing.assert_close(result, truth)
+        for actual, right in zip(torch.autograd.grad(result, task.leaves, d), expected, strict=True):
+            torch.testing.assert_close(actual.transpose(1, 2), right)
+
+
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore")  # rivals warn as they like
 def test_rows_are_timed_on_a_gpu(tmp_path):
     path = tmp_path / "bench.json"
-    assert run("--only", "ops", "--repeats", "3", "--json", str(path)) == 0
+    assert run("--only", "gating,attention", "--repeats", "3", "--json", str(path)) == 0
     rows = json.loads(path.read_text())["rows"]
-    assert all(row["ratio"] > 0 and row["ours_ms"] > 0 and row["graph"] for row in rows)
+    timed = [row for row in rows if row["problem"] is None]
+    assert {row["row"] for row in timed} == {row["row"] for row in rows}  # some rival of every row is there
+    assert all(row["ratio"] > 0 and row["ours_ms"] > 0 for row in timed)
+    assert all(row["graph"] for row in timed if "cuBLAS" in row["rival"] or "cuDNN" in row["rival"])

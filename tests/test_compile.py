@@ -41,7 +41,7 @@ SPILLS: dict[tuple[str, str, str], int] = {
 }
 
 # kernels/sets.py, and a kernel that float32 needs with tf32 only.
-HALF_ONLY = {"_keys_kernel", "_lists_kernel", "_gather_kernel", "_spread_kernel", "_attention_bwd_delta_kernel"}
+HALF_ONLY = {"_lists_kernel", "_gather_kernel", "_spread_kernel", "_attention_bwd_delta_kernel"}
 
 # A kernel for each thing compile_case has to notice, and one that it must leave alone.
 SAMPLES = """

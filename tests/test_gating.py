@@ -1,12 +1,16 @@
+import itertools
+import math
+
 import pytest
 import torch
-from cases import ALL_DTYPES, CPU_DTYPES, check, randn, refused
+from cases import ALL_DTYPES, CPU_DTYPES, check, choices, randn, refused
 from hypothesis import given
 from hypothesis import strategies as st
 
 import reference
 from triton_moe import functional as F
 from triton_moe import testing
+from triton_moe.kernels import gating as kernels
 
 MODES = F.MODES
 
@@ -124,7 +128,7 @@ def test_strides_do_not_matter(data, device):
     x, sel = randn(6, 5, 12, device=device), randn(10, 12, device=device)
     expected = F.gating(x, sel, n_heads=2, top_k=2)
     r = F.gating(data.draw(testing.strided(x)), data.draw(testing.strided(sel)), n_heads=2, top_k=2)
-    for a, b in zip(expected, r, strict=True):
+    for a, b in zip((*expected[:3], *expected.plan), (*r[:3], *r.plan), strict=True):
         assert torch.equal(a, b)
 
 
@@ -132,15 +136,121 @@ def test_strides_do_not_matter(data, device):
 def test_expanded_tokens(dtype, device):
     row, sel = randn(12, device=device, dtype=dtype), randn(10, 12, device=device, dtype=dtype)
     expanded, contiguous = (F.gating(x, sel, n_heads=2, top_k=2) for x in (row.expand(9, 12), row.repeat(9, 1)))
-    for a, b in zip(expanded, contiguous, strict=True):
+    for a, b in zip(expanded[:3], contiguous[:3], strict=True):
         assert torch.equal(a, b)
 
 
-def test_plan_sorts_the_routes_stably_by_expert(device):
-    r = F.gating(randn(40, 12, device=device), randn(10, 12, device=device), n_heads=2, top_k=2)
-    expert = (r.experts + torch.tensor([[0], [5]], device=device)).flatten()
-    assert torch.equal(r.order.long(), expert.sort(stable=True).indices)
-    assert r.offsets.tolist() == [0, *torch.bincount(expert, minlength=10).cumsum(0).tolist()]
+@pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
+@pytest.mark.parametrize("N, D, H, E, K", [(37, 41, 2, 5, 3), (20, 24, 3, 13, 4), (9, 30, 1, 40, 3)])
+def test_two_sides_are_two_gates(N, D, H, E, K, dtype, device):
+    """Bitwise, masks included: each side draws from its own stream."""
+    x, sel = randn(N, D, device=device, dtype=dtype).detach(), randn(2 * H * E, D, device=device, dtype=dtype).detach()
+    seed = torch.tensor(3, device=device)
+    both = kernels.gating_forward(x, sel, seed, 2, H, K, "sigmoid", 0.3, 2)
+    grads = [randn(2, N, H, n, device=device).detach() for n in (K, E)]
+    dlogits, dsel = kernels.gating_backward(*grads, x, sel, *both, "sigmoid")
+    for side, sel_side in enumerate(sel.split(H * E)):
+        one = kernels.gating_forward(x, sel_side, seed, 1, H, K, "sigmoid", 0.3, 2 + side)
+        assert all(torch.equal(b[side], o[0]) for b, o in zip(both, one, strict=True))
+        dlogits_side, _ = kernels.gating_backward(*(g[side : side + 1] for g in grads), x, sel_side, *one, "sigmoid")
+        assert torch.equal(dlogits[:, side * H * E : (side + 1) * H * E], dlogits_side)
+    assert dlogits.dtype == dsel.dtype == dtype
+
+
+def revolving_door(E, K):
+    """The sets in an order in which neighbours differ in one expert: those without the last expert, then the rest reversed."""
+    if K in (0, E):
+        return [frozenset(range(K))]
+    return revolving_door(E - 1, K) + [s | {E - 1} for s in reversed(revolving_door(E - 1, K - 1))]
+
+
+def set_ranks(experts, E):
+    """[N, H], the rank of each chosen set."""
+    ranks = {chosen: rank for rank, chosen in enumerate(revolving_door(E, experts.shape[-1]))}
+    assert len(ranks) == math.comb(E, experts.shape[-1])
+    flat = [ranks[frozenset(row)] for row in experts.flatten(0, 1).tolist()]
+    return torch.tensor(flat, dtype=torch.int64, device=experts.device).view(experts.shape[:2])
+
+
+def check_plan(experts, E, sets):
+    """routing_plan of experts [sides, N, H, K] against stable sorts by torch."""
+    stacked = kernels.routing_plan(experts, E, sets)
+    N, H, K = experts.shape[1:]
+    assert all(t.dtype == torch.int32 for t in stacked)
+    for side, e in enumerate(experts):
+        plan = kernels.Plan(*(t[side] for t in stacked))
+        heads = torch.arange(H, device=e.device)[:, None]
+        keys = {"order": (e + heads * E).flatten()}
+        if sets:
+            S, ranks = math.comb(E, K), set_ranks(e, E)
+            keys["set_order"] = (ranks + heads[:, 0] * S).flatten()
+            signature, sorted_heads = torch.zeros_like(ranks[:, 0]), next(h for h in range(H, 0, -1) if S**h < 2**31 or h == 1)
+            for rank in ranks.T[:sorted_heads]:
+                signature = signature * S + torch.where(signature % 2 == 1, S - 1 - rank, rank)
+            keys["token_order"] = signature // -(-(S**sorted_heads) // kernels.MAX_SIGNATURES)
+        else:
+            assert plan.set_order.numel() == plan.set_offsets.numel() == plan.token_order.numel() == 0
+        for name, key in keys.items():
+            assert torch.equal(getattr(plan, name).long(), key.sort(stable=True).indices), name
+        for name, count in (("offsets", H * E), ("set_offsets", H * math.comb(E, K) if sets else -1)):
+            key = keys.get(name.replace("offsets", "order"))
+            if key is not None:
+                counts = torch.zeros(count, dtype=torch.int64, device=e.device).index_add_(0, key, torch.ones_like(key))
+                assert getattr(plan, name).tolist() == [0, *counts.cumsum(0).tolist()], name
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Chunks and tiles that a small problem has several of."""
+    monkeypatch.setattr(kernels, "CHUNKS", 5)
+    monkeypatch.setattr(kernels, "MIN_CHUNK", 16)
+    config = {"FEW": 32, "MANY": 16, "TILE": 1024, "num_warps": 4}
+    monkeypatch.setattr(kernels, "PLAN_CONFIG", config)
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("used", [None, "few"])
+@pytest.mark.parametrize(
+    "N, H, E, K, sets",
+    [
+        (1, 1, 1, 1, True), (0, 2, 4, 2, True), (137, 4, 4, 2, True), (100, 2, 5, 3, True), (80, 1, 8, 4, True),
+        (33, 12, 4, 2, True), (70, 1, 40, 3, False), (50, 3, 13, 13, False), (30, 1, 387, 2, False),
+    ],
+)  # fmt: skip
+def test_plan_sorts_stably(N, H, E, K, sets, used, small_tiles, device):
+    experts = [choices(N, H, E, K, device=device, seed=seed, used=K if used else None) for seed in (0, 1)]
+    check_plan(torch.stack(experts), E, sets)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "N, H, E, K, sets",
+    [
+        (32768, 4, 4, 2, True), (16384, 2, 5, 3, True), (32768, 2, 8, 4, True), (5000, 10, 6, 2, True), (131072, 1, 128, 8, False),
+        (32768, 1, 1024, 32, False), (1 << 20, 4, 4, 2, False), (32767, 32, 8, 4, False),
+    ],
+)  # fmt: skip
+def test_plan_sorts_stably_at_size(N, H, E, K, sets, device):
+    experts = torch.rand(2, N, H, E, device=device).argsort(-1)[..., :K].int()
+    check_plan(experts, E, sets)
+    check_plan(torch.arange(K, device=device, dtype=torch.int32).expand(2, N, H, K), E, sets)
+
+
+def test_neighbouring_sets_differ_in_one_expert(device):
+    for E, K in ((4, 2), (5, 3), (8, 4), (6, 1), (4, 4)):
+        sets = revolving_door(E, K)
+        assert all(len(a - b) == 1 for a, b in itertools.pairwise(sets))
+        experts = torch.tensor([sorted(s, reverse=True) for s in sets], dtype=torch.int32, device=device)[None, :, None]
+        assert kernels.routing_plan(experts, E, True)[2].tolist() == [list(range(len(sets)))]
+
+
+def test_experts_by_hand_may_repeat(device):
+    """Then what the sets mean is nobody's concern, but every item keeps one place."""
+    experts = torch.full((1, 70, 2, 3), 4, dtype=torch.int32, device=device)
+    experts[:, ::2] = torch.tensor([0, 0, 2], dtype=torch.int32, device=device)
+    order, _, set_order, _, token_order = kernels.routing_plan(experts, 5, True)
+    for t in (order, set_order, token_order):
+        assert torch.equal(t[0].sort().values.long(), torch.arange(t.numel(), device=device))
 
 
 def test_double_backward_is_refused(device):

@@ -9,25 +9,31 @@ from triton_moe.kernels.common import input_precision
 from triton_moe.kernels.gating import routing_plan
 
 
+def plan_of(experts, E):
+    return [t[0] for t in routing_plan(experts[None], E, True)]
+
+
 class Value(torch.autograd.Function):
     """The value projection as the launchers compute it, whatever the size."""
 
     @staticmethod
     def forward(ctx, x, w, weights, experts):
-        plan = routing_plan(experts, w.shape[0] // experts.shape[1])
-        v, u = projection.value_forward(x, w, weights, experts, *plan, input_precision(x.dtype))
+        plan = plan_of(experts, w.shape[0] // experts.shape[1])
+        v, u = projection.value_forward(x, w, weights, experts, *plan, True, input_precision(x.dtype))
         ctx.save_for_backward(x, w, weights, experts, *plan, u)
         return v
 
     @staticmethod
     def backward(ctx, dv):
-        return *projection.value_backward(dv, *ctx.saved_tensors, "ieee"), None
+        *saved, u = ctx.saved_tensors
+        gates = projection.value_backward_gates(dv, u, saved[2].shape[2])
+        return *projection.value_backward(dv, *saved, None, None, None, "ieee"), gates, None
 
 
 class Output(torch.autograd.Function):
     @staticmethod
     def forward(ctx, a, w, weights, experts):
-        plan = routing_plan(experts, w.shape[0] // experts.shape[1])
+        plan = plan_of(experts, w.shape[0] // experts.shape[1])
         ctx.save_for_backward(a, w, weights, experts, *plan)
         return projection.output_forward(a, w, weights, experts, *plan, input_precision(a.dtype))
 
@@ -48,10 +54,12 @@ SHAPES = [(1, 41, 1, 5, 2, 19), (70, 24, 2, 4, 2, 20), (150, 19, 3, 3, 1, 8), (9
 
 
 @pytest.mark.smoke
+@pytest.mark.parametrize("joint", [True, False], ids=["heads together", "one by one"])
 @pytest.mark.parametrize("used", [None, "few"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_values_and_gradients(shape, used, always, device):
+def test_values_and_gradients(shape, used, joint, always, device, monkeypatch):
     N, D, H, E, K, P = shape
+    monkeypatch.setattr(sets, "joint", lambda *_: joint)
     gates = {
         "weights": randn(N, H, K, device=device).detach().sigmoid().requires_grad_(),
         "experts": choices(N, H, E, K, device=device, used=K if used else None),
@@ -63,26 +71,28 @@ def test_values_and_gradients(shape, used, always, device):
     check(lambda **t: Output.apply(*t.values()), reference.output_projection, inputs | gates, repeats=1)
 
 
-def test_every_tile_visits_what_its_tokens_chose(always, device):
-    N, H, E, K = 150, 2, 4, 2
+@pytest.mark.parametrize("joint", [True, False], ids=["heads together", "one by one"])
+def test_what_else_reaches_x_is_added(joint, always, device, monkeypatch):
+    monkeypatch.setattr(sets, "joint", lambda *_: joint)
+    N, D, H, E, K, P = 140, 24, 2, 4, 2, 20
     experts = choices(N, H, E, K, device=device)
-    keys, signature, groups = sets._keys(experts, E)
-    assert groups == 12
-    chosen = [frozenset(e) for e in experts.view(-1, K).tolist()]
-    by_key = {}
-    for key, members, row in zip(keys.tolist(), chosen, range(N * H), strict=True):
-        assert by_key.setdefault(key, members) == members and key // 6 == row % H
-    assert len(set(by_key)) == 12 and max(by_key) == 11
-    pairs = keys.view(N, H) - torch.arange(H, device=device) * 6
-    assert signature.tolist() == (pairs[:, 0] * 6 + pairs[:, 1]).tolist()
+    half = {"device": device, "dtype": torch.float16}
+    x, w, dv = randn(N, D, **half).detach(), randn(H * E, D, P, **half).detach(), randn(N, H, P, **half).detach()
+    base, dlogits, sel = randn(N, D, **half).detach(), randn(N, H * E, **half).detach(), randn(H * E, D, **half).detach()
+    args = dv, x, w, randn(N, H, K, device=device).detach(), experts, *plan_of(experts, E)
+    plain, dw = projection.value_backward(*args, None, None, None, "ieee")
+    added, dw_again = projection.value_backward(*args, base, dlogits, sel, "ieee")
+    assert torch.equal(dw, dw_again)
+    expected = plain.double() + base.double() + dlogits.double() @ sel.double()
+    torch.testing.assert_close(added.double(), expected, rtol=3e-3, atol=3e-3 * float(expected.std()))
 
 
 def test_fits_where_sets_are_few_and_full():
-    assert sets.fits(32768, 4, 4, 2, 128, torch.bfloat16)
-    assert not sets.fits(32768, 4, 4, 2, 128, torch.float32)
-    assert not sets.fits(500, 4, 4, 2, 128, torch.bfloat16)
-    assert not sets.fits(32768, 4, 16, 2, 128, torch.bfloat16)
-    assert not sets.fits(1 << 20, 1, 32, 4, 128, torch.bfloat16)
+    assert sets.fits(32768, 4, 4, 2, torch.bfloat16) and sets.joint(4, 4, 2)
+    assert not sets.fits(32768, 4, 4, 2, torch.float32)
+    assert not sets.fits(500, 4, 4, 2, torch.bfloat16)
+    assert sets.fits(32768, 4, 16, 2, torch.bfloat16) and not sets.joint(4, 16, 2)
+    assert not sets.fits(1 << 20, 1, 32, 4, torch.bfloat16)
 
 
 @pytest.mark.gpu
@@ -100,6 +110,6 @@ def test_a_token_does_not_depend_on_its_batch(dtype, device):
         return F.value_projection(x[rows], w_v, routing), F.output_projection(a[rows], w_o, routing)
 
     half = torch.arange(0, N, 2, device=device)
-    assert sets.fits(len(half), H, E, K, P, dtype)
+    assert sets.fits(len(half), H, E, K, dtype)
     for whole, part in zip(run(slice(None)), run(half), strict=True):
         assert torch.equal(whole[half], part)

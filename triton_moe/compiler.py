@@ -160,22 +160,23 @@ def _seed():
 
 
 def _route(dtype, N, H, E, TOP_K, D):
-    """weights, experts, order, offsets"""
-    from .kernels import gating
+    """weights, experts and the fields of a plan"""
+    from .kernels import gating, sets
 
-    args = _empty(dtype, N, D), _empty(dtype, H * E, D), None, H, TOP_K, "sigmoid", 0.0, 0
+    args = _empty(dtype, N, D), _empty(dtype, H * E, D), None, 1, H, TOP_K, "sigmoid", 0.0, 0
     weights, experts, _ = gating.gating_forward(*args)
-    return weights, experts, *gating.routing_plan(experts, E)
+    plan = gating.routing_plan(experts, E, sets.fits(N, H, E, TOP_K, dtype))
+    return weights[0], experts[0], *(t[0] for t in plan)
 
 
-def _gating(dtype, H, E, TOP_K, D, mode, dropout, N=4096):
+def _gating(dtype, sides, H, E, TOP_K, D, mode, dropout, N=4096):
     import torch
 
-    from .kernels import gating
+    from .kernels import gating, sets
 
-    x, sel, seed = _empty(dtype, N, D), _empty(dtype, H * E, D), _seed() if dropout else None
-    routing = gating.gating_forward(x, sel, seed, H, TOP_K, mode, dropout, 0)
-    gating.routing_plan(routing[1], E)
+    x, sel, seed = _empty(dtype, N, D), _empty(dtype, sides * H * E, D), _seed() if dropout else None
+    routing = gating.gating_forward(x, sel, seed, sides, H, TOP_K, mode, dropout, 0)
+    gating.routing_plan(routing[1], E, sets.fits(N, H, E, TOP_K, dtype))
     gating.gating_backward(torch.empty_like(routing[0]), torch.empty_like(routing[2]), x, sel, *routing, mode)
 
 
@@ -186,11 +187,14 @@ def _projection(dtype, H, E, TOP_K, P, D, N=4096):
 
     precision = common.input_precision(dtype)
     x, w_v, w_o = _empty(dtype, N, D), _empty(dtype, H * E, D, P), _empty(dtype, H * E, P, D)
-    weights, experts, order, offsets = _route(dtype, N, H, E, TOP_K, D)
-    v, u = projection.value_forward(x, w_v, weights, experts, order, offsets, precision)
-    projection.value_backward(torch.empty_like(v), x, w_v, weights, experts, order, offsets, u, precision)
-    y = projection.output_forward(v, w_o, weights, experts, order, offsets, precision)
-    projection.output_backward(torch.empty_like(y), v, w_o, weights, experts, order, offsets, precision)
+    routing = _route(dtype, N, H, E, TOP_K, D)
+    v, u = projection.value_forward(x, w_v, *routing, True, precision)
+    gates = projection.value_backward_gates(torch.empty_like(v), u, TOP_K)
+    dlogits, sel = _empty(dtype, N, H * E), _empty(dtype, H * E, D)
+    for added in ((None, None, None), (x, dlogits, sel)):
+        projection.value_backward(torch.empty_like(v), x, w_v, gates, *routing[1:], *added, precision)
+    y = projection.output_forward(v, w_o, *routing, precision)
+    projection.output_backward(torch.empty_like(y), v, w_o, *routing, precision)
     projection.dropout_rows(y, _seed(), 0.1, 0)
 
 
@@ -204,7 +208,7 @@ def _mlp(dtype, E, G, TOP_K, D, activation, bias, dropout, N=4096):
         _empty(dtype, E, G, D),
         (_empty(dtype, *keys.shape[::2]), _empty(dtype, D)) if bias else (None, None),
     )
-    args = keys, values, *biases, _seed() if dropout else None, *_route(dtype, N, 1, E, TOP_K, D)
+    args = keys, values, *biases, _seed() if dropout else None, *_route(dtype, N, 1, E, TOP_K, D)[:4]
     options = activation, dropout, 0, common.input_precision(dtype)
     y, z = mlp.mlp_forward(x, *args, *options)
     mlp.mlp_backward(torch.empty_like(y), x, *args, z, *options)
@@ -243,9 +247,9 @@ CASES = {  # op: its launchers and the shapes to call them with, published ones 
     "gating": (
         _gating,
         [
-            {"H": 4, "E": 4, "TOP_K": 2, "D": 1024, "mode": "sigmoid", "dropout": 0.0},
-            {"H": 2, "E": 5, "TOP_K": 3, "D": 412, "mode": "softmax_topk", "dropout": 0.1},
-            {"H": 1, "E": 565, "TOP_K": 24, "D": 1536, "mode": "softmax", "dropout": 0.1},
+            {"sides": 2, "H": 4, "E": 4, "TOP_K": 2, "D": 1024, "mode": "sigmoid", "dropout": 0.0},
+            {"sides": 2, "H": 2, "E": 5, "TOP_K": 3, "D": 412, "mode": "softmax_topk", "dropout": 0.1},
+            {"sides": 1, "H": 1, "E": 565, "TOP_K": 24, "D": 1536, "mode": "softmax", "dropout": 0.1},
         ],
     ),
     "projection": (

@@ -12,6 +12,11 @@ NOTE [Compute dtype]
     Under torch.autocast every floating input is cast to the autocast dtype first; otherwise all share one dtype. Gradients come
     back in each input's own dtype. Gates, logits and log-sum-exps are float32 always.
 
+NOTE [Head widths]
+    Odd head widths cost more than they save: rows that split a sector of memory load slowly, and tiles are powers of two. So
+    16-bit heads of a layer are padded with channels of zeros to a multiple of 32, which changes neither scores nor outputs;
+    the scale and the rotated channels are those of the width itself.
+
 NOTE [Streams]
     Random masks are a function of (seed, token, column, stream); the stream tells the masks of one layer apart.
 """
@@ -23,11 +28,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import pad
 
 from . import _check
 from .kernels.attention import attention_backward, attention_forward
 from .kernels.common import input_precision
-from .kernels.gating import MAX_EXPERTS, gating_backward, gating_forward, routing_plan
+from .kernels.gating import MAX_EXPERTS, Plan, gating_backward, gating_forward, routing_plan
 from .kernels.mlp import mlp_backward, mlp_forward
 from .kernels.position import rope_rotate, xl_keys, xl_query
 from .kernels.projection import (
@@ -35,8 +41,10 @@ from .kernels.projection import (
     output_backward,
     output_forward,
     value_backward,
+    value_backward_gates,
     value_forward,
 )
+from .kernels.sets import fits
 
 __all__ = [
     "XL",
@@ -76,15 +84,14 @@ class Routing(NamedTuple):
     """What `gating` chose. Only the first two fields are needed to build one by hand.
 
     weights: [N, H, TOP_K] float32, differentiable; experts: [N, H, TOP_K] int32 in [0, E), in order of selection;
-    logits: [N, H, E] float32, differentiable; order, offsets: the routes sorted by expert (kernels.gating.routing_plan), made
-    from `experts` where absent.
+    logits: [N, H, E] float32, differentiable; plan: the orders in which the projections work (kernels.gating.Plan), made from
+    `experts` where absent.
     """
 
     weights: Tensor
     experts: Tensor
     logits: Tensor | None = None
-    order: Tensor | None = None
-    offsets: Tensor | None = None
+    plan: Plan | None = None
 
 
 class RoPE(NamedTuple):
@@ -218,6 +225,12 @@ def _add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return b if a is None else a if b is None else a + b
 
 
+def _routing_plan(experts: Tensor, E: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """The plans of experts [sides, N, H, TOP_K], stacked, for projections in this dtype."""
+    _, N, H, TOP_K = experts.shape
+    return routing_plan(experts, E, fits(N, H, E, TOP_K, dtype))
+
+
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """total + a @ b in one pass, into `total`, which is a fresh tensor."""
     return total.addmm_(a, b)
@@ -234,12 +247,13 @@ def _sum_leading(x: Tensor, keep: int) -> Tensor:
 class _Gating(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, sel, seed, n_heads, top_k, mode, dropout, stream):
-        weights, experts, logits = gating_forward(x, sel, seed, n_heads, top_k, mode, dropout, stream)
-        ctx.mark_non_differentiable(experts)
+        weights, experts, logits = gating_forward(x, sel, seed, 1, n_heads, top_k, mode, dropout, stream)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, sel, weights, experts, logits)
         ctx.mode = mode
-        return weights, experts, logits
+        experts = experts[0]
+        ctx.mark_non_differentiable(experts)
+        return weights[0], experts, logits[0]
 
     @staticmethod
     @once_differentiable
@@ -281,7 +295,8 @@ def gating(
     x, sel = _cast(_compute_dtype(x), x.reshape(_tokens(x), D), sel)
     seed = _seed(seed, x.device, p > 0)
     weights, experts, logits = _Gating.apply(x, sel, seed, n_heads, top_k, mode, p, STREAM_GATE)
-    return Routing(weights, experts, logits, *routing_plan(experts, sel.shape[0] // n_heads))
+    plan = _routing_plan(experts[None], sel.shape[0] // n_heads, x.dtype)
+    return Routing(weights, experts, logits, Plan(*(t[0] for t in plan)))
 
 
 def _check_gate(name: str, sel: Tensor, n_heads: int, top_k: int, what: str = "top_k") -> None:
@@ -299,29 +314,31 @@ def _check_gate(name: str, sel: Tensor, n_heads: int, top_k: int, what: str = "t
 
 class _ValueProjection(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, w, weights, experts, order, offsets):
+    def forward(ctx, keep, x, w, weights, experts, *plan):
         ctx.precision = input_precision(x.dtype)
-        v, u = value_forward(x, w, weights, experts, order, offsets, ctx.precision)
-        ctx.save_for_backward(x, w, weights, experts, order, offsets, u)
+        v, u = value_forward(x, w, weights, experts, *plan, keep, ctx.precision)
+        ctx.save_for_backward(x, w, weights, experts, *plan, u)
         return v
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dv):
-        return *value_backward(dv, *ctx.saved_tensors, ctx.precision), None, None, None
+        *saved, u = ctx.saved_tensors
+        dx, dw = value_backward(dv, *saved, None, None, None, ctx.precision)
+        return None, dx, dw, value_backward_gates(dv, u, saved[2].shape[2]), None, *[None] * len(Plan._fields)
 
 
 class _OutputProjection(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, a, w, weights, experts, order, offsets):
+    def forward(ctx, a, w, weights, experts, *plan):
         ctx.precision = input_precision(a.dtype)
-        ctx.save_for_backward(a, w, weights, experts, order, offsets)
-        return output_forward(a, w, weights, experts, order, offsets, ctx.precision)
+        ctx.save_for_backward(a, w, weights, experts, *plan)
+        return output_forward(a, w, weights, experts, *plan, ctx.precision)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        return *output_backward(dy, *ctx.saved_tensors, ctx.precision), None, None, None
+        return *output_backward(dy, *ctx.saved_tensors, ctx.precision), None, *[None] * len(Plan._fields)
 
 
 def value_projection(x: Tensor, w: Tensor, routing: Routing) -> Tensor:
@@ -335,7 +352,7 @@ def value_projection(x: Tensor, w: Tensor, routing: Routing) -> Tensor:
     _check.integer("the head width of w", _check.tensor("w", w, None, D, None).shape[2], 1)
     N = _tokens(x)
     routing, (x2, w2) = _routed(x, N, w, routing, {"x": x, "w": w})
-    v = _ValueProjection.apply(x2.reshape(N, D), w2, *routing[:2], routing.order, routing.offsets)
+    v = _ValueProjection.apply(torch.is_grad_enabled(), x2.reshape(N, D), w2, *routing[:2], *routing.plan)
     return v.view(*x.shape[:-1], *v.shape[1:])
 
 
@@ -353,7 +370,7 @@ def output_projection(a: Tensor, w: Tensor, routing: Routing) -> Tensor:
     H = routing.weights.shape[1]
     if a.shape[-2] != H:
         raise ValueError(f"a must have shape [..., {H}, {w.shape[1]}] for a routing of {H} heads, got {list(a.shape)}")
-    y = _OutputProjection.apply(a2.reshape(N, H, P), w2, *routing[:2], routing.order, routing.offsets)
+    y = _OutputProjection.apply(a2.reshape(N, H, P), w2, *routing[:2], *routing.plan)
     return y.view(*a.shape[:-2], w.shape[2])
 
 
@@ -371,16 +388,21 @@ def _routed(x: Tensor, N: int, w: Tensor, routing: Routing, tensors: dict) -> tu
     H = _check.integer("the number of heads of routing", weights.shape[1], 1)
     if w.shape[0] == 0 or w.shape[0] % H:
         raise ValueError(f"w must have H * E experts for a routing of H = {H} heads, got {w.shape[0]}")
-    _check.integer("TOP_K of routing", weights.shape[2], 1, w.shape[0] // H)
-    if routing.order is None or routing.offsets is None:
-        experts = experts.clamp(0, w.shape[0] // H - 1)  # whatever it holds, no access leaves the tensors
-        order, offsets = routing_plan(experts, w.shape[0] // H)
-        routing = routing._replace(experts=experts, order=order, offsets=offsets)
+    E, TOP_K = w.shape[0] // H, weights.shape[2]
+    _check.integer("TOP_K of routing", TOP_K, 1, E)
+    if routing.plan is None:
+        experts = experts.clamp(0, E - 1)  # whatever it holds, no access leaves the tensors
+        plan = Plan(*(t[0] for t in _routing_plan(experts[None], E, _compute_dtype(x))))
+        routing = routing._replace(experts=experts, plan=plan)
     else:
-        for name, plan, size in (("order", routing.order, experts.numel()), ("offsets", routing.offsets, w.shape[0] + 1)):
-            _check.tensor(f"routing.{name}", plan, size)
-            if plan.dtype != torch.int32 or plan.device != x.device:
-                raise TypeError(f"routing.{name} must be int32 on {x.device}, got {plan.dtype} on {plan.device}")
+        plan = _check.instance("routing.plan", routing.plan, Plan)
+        _check.tensor("routing.plan.set_order", plan.set_order, ndim=1)
+        sizes = (experts.numel(), w.shape[0] + 1)
+        sizes += (N * H, H * math.comb(E, TOP_K) + 1, N) if plan.set_order.numel() else (0, 0, 0)
+        for name, t, size in zip(Plan._fields, plan, sizes, strict=True):
+            _check.tensor(f"routing.plan.{name}", t, size)
+            if t.dtype != torch.int32 or t.device != x.device:
+                raise TypeError(f"routing.plan.{name} must be int32 on {x.device}, got {t.dtype} on {t.device}")
     return routing, _cast(_compute_dtype(x), *tensors.values())
 
 
@@ -389,7 +411,7 @@ def _routed(x: Tensor, N: int, w: Tensor, routing: Routing, tensors: dict) -> tu
 
 class _AttentionConfig(NamedTuple):
     kind: str  # "none", "rope" or "xl"
-    fraction: float
+    rotated: int  # channels of a head, with RoPE
     base: float
     causal: bool
     window: int
@@ -403,10 +425,8 @@ def _attention_forward(q, k, v, pos, content_bias, position_bias, mask, cu_seqle
     S = k.shape[1]
     offset = S - q.shape[1]
     position_q = q_pos = k_pos = None
-    if c.kind == "rope":
-        n = int(c.fraction * P) // 2 * 2
-        if n:
-            q, k = rope_rotate(q, n, c.base, offset, False), rope_rotate(k, n, c.base, 0, False)
+    if c.rotated:
+        q, k = rope_rotate(q, c.rotated, c.base, offset, False), rope_rotate(k, c.rotated, c.base, 0, False)
     elif c.kind == "xl":
         position_q = q if position_bias is None else q + position_bias
         a = torch.einsum("bthp,hpd->bthd", position_q, pos.view(H, P, pos.shape[1]))
@@ -416,27 +436,27 @@ def _attention_forward(q, k, v, pos, content_bias, position_bias, mask, cu_seqle
     return o, lse, (q, k, v, pos, content_bias, position_bias, mask, cu_seqlens, position_q, q_pos, k_pos, o, lse)
 
 
-def _attention_backward(do, dlse, saved, c: _AttentionConfig):
-    """-> dq, dk, dv, d pos, d content_bias, d position_bias (None where the input was None)."""
+def _attention_backward(do, dlse, saved, c: _AttentionConfig, joint: bool = False):
+    """-> dq, dk, dv, d pos, d content_bias, d position_bias (None where the input was None); with `joint`, which RoPE excludes,
+    dq and dk side by side and None."""
     q, k, v, pos, content_bias, position_bias, mask, cu_seqlens, position_q, q_pos, k_pos, o, lse = saved
     H, P = q.shape[2:]
     offset = k.shape[1] - q.shape[1]
-    dq, dk, dv, dq_pos = attention_backward(
-        do, dlse, q, k, v, q_pos, k_pos, mask, cu_seqlens, o, lse, c.causal, c.window, c.scale, c.precision
+    first, dk, dv, dq_pos = attention_backward(
+        do, dlse, q, k, v, q_pos, k_pos, mask, cu_seqlens, o, lse, c.causal, c.window, c.scale, c.precision, joint
     )
+    dq = first[:, :, :H]
     dpos = dcontent = dposition = None
-    if c.kind == "rope":
-        n = int(c.fraction * P) // 2 * 2
-        if n:
-            dq, dk = rope_rotate(dq, n, c.base, offset, True), rope_rotate(dk, n, c.base, 0, True)
+    if c.rotated:
+        first, dk = rope_rotate(dq, c.rotated, c.base, offset, True), rope_rotate(dk, c.rotated, c.base, 0, True)
     elif c.kind == "xl":
         da = xl_query(dq_pos, pos.shape[-1], offset, True)
         dposition_q = torch.einsum("bthd,hpd->bthp", da, pos.view(H, P, pos.shape[1]))
         dpos = torch.einsum("bthp,bthd->hpd", position_q, da).reshape(pos.shape)
         dcontent = None if content_bias is None else _sum_leading(dq, 2)
         dposition = None if position_bias is None else _sum_leading(dposition_q, 2)
-        dq = dq + dposition_q
-    return dq, dk, dv, dpos, dcontent, dposition
+        dq += dposition_q  # a part of `first`
+    return first, None if joint else dk, dv, dpos, dcontent, dposition
 
 
 class _Attention(torch.autograd.Function):
@@ -509,7 +529,7 @@ def attention(
     scale = P**-0.5 if scale is None else _check.number("scale", scale)
     dtype = _compute_dtype(q)
     q, k, v, pos, content_bias, position_bias = _cast(dtype, q, k, v, pos, content_bias, position_bias)
-    config = _AttentionConfig(kind, fraction, base, causal, window or 0, scale, input_precision(dtype))
+    config = _AttentionConfig(kind, _rotated(fraction, P), base, causal, window or 0, scale, input_precision(dtype))
     o, lse = _Attention.apply(q, k, v, pos, content_bias, position_bias, key_padding_mask, cu_seqlens, *config)
     return (o, lse) if return_lse else o
 
@@ -521,6 +541,10 @@ def _check_rope(position: RoPE) -> tuple[float, float]:
     if not base > 0.0:
         raise ValueError(f"position.base must be positive, got {base}")
     return fraction, base
+
+
+def _rotated(fraction: float, P: int) -> int:
+    return int(fraction * P) // 2 * 2
 
 
 def _check_xl(position: XL, H: int, P: int) -> None:
@@ -569,23 +593,23 @@ class _MoEConfig(NamedTuple):
 def _moe_forward(x, gate_input, keys, values, expert_sel, bias, o_bias, seed, c: _MoEConfig):
     """x [N, D], gate_input [N, D] or None -> y [N, D_out], logits [N, E], and the tensors `_moe_backward` takes."""
     gate_x = x if gate_input is None else gate_input
-    weights, experts, logits = gating_forward(gate_x, expert_sel, seed, 1, c.top_k, c.mode, c.expert_dropout, STREAM_GATE)
-    order, offsets = routing_plan(experts, expert_sel.shape[0])
+    weights, experts, logits = gating_forward(gate_x, expert_sel, seed, 1, 1, c.top_k, c.mode, c.expert_dropout, STREAM_GATE)
+    order, offsets = (t[0] for t in routing_plan(experts, expert_sel.shape[0], False)[:2])
     y, z = mlp_forward(
-        x, keys, values, bias, o_bias, seed, weights, experts, order, offsets,
+        x, keys, values, bias, o_bias, seed, weights[0], experts[0], order, offsets,
         c.activation, c.dropout, STREAM_ACTIVATION, c.precision,
     )  # fmt: skip
     saved = (
         x, gate_input, keys, values, expert_sel, bias, o_bias, seed, weights, experts, logits, order, offsets, z
     )  # fmt: skip
-    return y, logits.view(logits.shape[0], logits.shape[2]), saved
+    return y, logits.view(x.shape[0], expert_sel.shape[0]), saved
 
 
 def _moe_backward(dy, dlogits, saved, c: _MoEConfig):
     """-> gradients of x, gate_input, keys, values, expert_sel, bias, o_bias (None where the input was None)."""
     x, gate_input, keys, values, expert_sel, bias, o_bias, seed, weights, experts, logits, order, offsets, z = saved
     dx, dkeys, dvalues, dbias, dweights = mlp_backward(
-        dy, x, keys, values, bias, o_bias, seed, weights, experts, order, offsets, z,
+        dy, x, keys, values, bias, o_bias, seed, weights[0], experts[0], order, offsets, z,
         c.activation, c.dropout, STREAM_ACTIVATION, c.precision,
     )  # fmt: skip
     dlogits = None if dlogits is None else dlogits.reshape(logits.shape)
@@ -703,6 +727,7 @@ def entropy_regularizer(logits: Tensor) -> Tensor:
 
 class _HeadConfig(NamedTuple):
     n_heads: int
+    width: int  # P, before `_pad_heads`
     top_k: int
     kind: str
     fraction: float
@@ -712,10 +737,41 @@ class _HeadConfig(NamedTuple):
     dropout: float
     expert_dropout: float
     precision: str
+    keep: bool  # what only a backward pass needs
 
 
-def _attention_config(c: _HeadConfig, P: int) -> _AttentionConfig:
-    return _AttentionConfig(c.kind, c.fraction, c.base, c.causal, c.window, P**-0.5, c.precision)
+def _attention_config(c: _HeadConfig, joint: bool) -> _AttentionConfig:
+    """`joint`: queries and keys are rotated together, outside."""
+    rotated = 0 if joint else _rotated(c.fraction, c.width)
+    return _AttentionConfig(c.kind, rotated, c.base, c.causal, c.window, c.width**-0.5, c.precision)
+
+
+def _pad_heads(dtype: torch.dtype, H: int, P: int, tensors):
+    """x, k_src, v_src, q, k, v, o, sel_v, sel_o, pos with the heads of 16-bit weights padded by channels of zeros; see NOTE
+    [Head widths]."""
+    more = 0 if dtype == torch.float32 else -P % 32
+    x, k_src, v_src, q, k, v, o, sel_v, sel_o, pos = tensors
+    if not more:
+        return tensors
+
+    def rows(w):
+        return None if w is None else pad(w.reshape(H, P, w.shape[1]), (0, 0, 0, more)).flatten(0, 1)
+
+    v = pad(v, (0, more)) if v.ndim == 3 else rows(v)
+    o = pad(o, (0, 0, 0, more)) if o.ndim == 3 else pad(o.reshape(o.shape[0], H, P), (0, more)).flatten(1)
+    return x, k_src, v_src, rows(q), rows(k), v, o, sel_v, sel_o, rows(pos)
+
+
+def _unpad_heads(H: int, P: int, grads):
+    """The gradients of what `_pad_heads` was given, from those of what it returned."""
+    x, k_src, v_src, q, k, v, o, sel_v, sel_o, pos = grads
+
+    def rows(w):
+        return None if w is None else w.view(H, -1, w.shape[1])[:, :P].flatten(0, 1)
+
+    v = v[..., :P] if v.ndim == 3 else rows(v)
+    o = o[:, :P] if o.ndim == 3 else o.view(o.shape[0], H, -1)[..., :P].flatten(1)
+    return x, k_src, v_src, rows(q), rows(k), v, o, sel_v, sel_o, rows(pos)
 
 
 def _expert_out(o: Tensor, H: int) -> Tensor:
@@ -726,8 +782,9 @@ def _expert_out(o: Tensor, H: int) -> Tensor:
 def _head_forward(x, k_src, v_src, q, k, v, o, sel_v, sel_o, pos, mask, cu_seqlens, seed, c: _HeadConfig):
     """x [B, T, D], k_src and v_src [B, S, D] or None -> y [B, T, D], logits_v, logits_o, and what `_head_backward` takes.
 
-    The tensors kept are: the 13 inputs, the output side's (weights, experts, logits, order, offsets), the value side's same five
-    and u (None where it has none of its own), then those of the attention.
+    The tensors kept are: the 13 inputs; what the gates on x made (weights, experts, logits and the five of the plan, each with the
+    sides as another first axis: value and output, or output alone); the same of the value gate on k_src (None without one); u
+    (None with one expert); then those of the attention.
     """
     B, T, D = x.shape
     H, P = c.n_heads, q.shape[0] // c.n_heads
@@ -736,44 +793,60 @@ def _head_forward(x, k_src, v_src, q, k, v, o, sel_v, sel_o, pos, mask, cu_seqle
     S = ks.shape[1]
     x2, k2, v2 = x.reshape(B * T, D), ks.reshape(B * S, D), vs.reshape(B * S, D)
 
-    def route(tokens, sel, stream):
-        weights, experts, logits = gating_forward(tokens, sel, seed, H, c.top_k, "sigmoid", c.expert_dropout, stream)
-        return weights, experts, logits, *routing_plan(experts, sel.shape[0] // H)
+    def route(tokens, sel, sides, stream):
+        gates = gating_forward(tokens, sel, seed, sides, H, c.top_k, "sigmoid", c.expert_dropout, stream)
+        return *gates, *_routing_plan(gates[1], sel.shape[0] // (sides * H), tokens.dtype)
 
-    route_o = route(x2, sel_o, STREAM_GATE_O)
-    route_v: tuple[Tensor | None, ...] = (None,) * 5
+    both = k_src is None and sel_v is not None
+    route_x = route(x2, torch.cat([sel_v, sel_o]), 2, STREAM_GATE_V) if both else route(x2, sel_o, 1, STREAM_GATE_O)
+    route_k: tuple[Tensor | None, ...] = (None,) * len(route_x)
+    if v.ndim == 3 and k_src is not None:
+        route_k = route(k2, sel_o if sel_v is None else sel_v, 1, STREAM_GATE_V)
+    (weights_v, experts_v, logits_v, *plan_v), (weights_o, experts_o, logits_o, *plan_o) = _sides(route_x, route_k)
+
     u = None
     if v.ndim == 2:  # one expert: a dense value projection
-        values = v2 @ v.t()
+        values, logits_v = v2 @ v.t(), None
     else:
-        if sel_v is not None:
-            route_v = route(k2, sel_v, STREAM_GATE_V)
-        elif k_src is not None:
-            route_v = route(k2, sel_o, STREAM_GATE_V)
-        weights_v, experts_v, _, order_v, offsets_v = route_o if route_v[0] is None else route_v
-        values, u = value_forward(v2, v, weights_v, experts_v, order_v, offsets_v, c.precision)
-
-    queries = x2 @ q.t()
-    if c.dropout > 0:
-        queries = dropout_rows(queries, seed, c.dropout, STREAM_QUERY)
+        values, u = value_forward(v2, v, weights_v, experts_v, *plan_v, c.keep, c.precision)
+    joint = _joint(k_src, c)
+    if joint:
+        both = (x2 @ torch.cat([q, k]).t()).view(B, T, 2 * H, P)
+        if rotated := _rotated(c.fraction, c.width):
+            both = rope_rotate(both, rotated, c.base, 0, False)
+        queries, keys = both.split(H, 2)
+    else:
+        queries, keys = x2 @ q.t(), (k2 @ k.t()).view(B, S, H, P)
+        if c.dropout > 0:
+            queries = dropout_rows(queries, seed, c.dropout, STREAM_QUERY)
+        queries = queries.view(B, T, H, P)
     a, _, attention_saved = _attention_forward(
-        queries.view(B, T, H, P), (k2 @ k.t()).view(B, S, H, P), values.view(B, S, H, P),
-        pos, None, None, mask, cu_seqlens, _attention_config(c, P),
-    )  # fmt: skip
-    weights_o, experts_o, logits_o, order_o, offsets_o = route_o
-    y = output_forward(a.view(B * T, H, P), _expert_out(o, H), weights_o, experts_o, order_o, offsets_o, c.precision)
+        queries, keys, values.view(B, S, H, P), pos, None, None, mask, cu_seqlens, _attention_config(c, joint)
+    )
+    y = output_forward(a.view(B * T, H, P), _expert_out(o, H), weights_o, experts_o, *plan_o, c.precision)
     y = y.view(B, T, y.shape[1])
-    logits_v = None if v.ndim == 2 else logits_o if route_v[2] is None else route_v[2]
     inputs = (x, k_src, v_src, q, k, v, o, sel_v, sel_o, pos, mask, cu_seqlens, seed)
-    return y, logits_v, logits_o, (*inputs, *route_o, *route_v, u, *attention_saved)
+    return y, logits_v, logits_o, (*inputs, *route_x, *route_k, u, *attention_saved)
+
+
+def _joint(k_src, c: _HeadConfig) -> bool:
+    """Whether queries and keys are made by one product, side by side."""
+    return k_src is None and c.dropout == 0
+
+
+def _sides(route_x, route_k):
+    """What `_head_forward` kept of the gates -> the value side's and the output side's, one and the same where they share it."""
+    output = [t[-1] for t in route_x]
+    if route_k[0] is not None:
+        return [t[0] for t in route_k], output
+    return [t[0] for t in route_x] if len(route_x[0]) == 2 else output, output
 
 
 def _head_backward(dy, dlogits_v, dlogits_o, saved, c: _HeadConfig):
     """-> gradients of x, k_src, v_src, q, k, v, o, sel_v, sel_o, pos (None where the input was None)."""
     x, k_src, v_src, q, k, v, o, sel_v, sel_o, pos, _, _, seed = saved[:13]
-    weights_o, experts_o, logits_o, order_o, offsets_o = saved[13:18]
-    weights_v, experts_v, logits_v, order_v, offsets_v, u = saved[18:24]
-    attention_saved = saved[24:]
+    route_x, route_k, u, attention_saved = saved[13:21], saved[21:29], saved[29], saved[30:]
+    (weights_v, experts_v, _, *plan_v), (weights_o, experts_o, _, *plan_o) = _sides(route_x, route_k)
     a = attention_saved[11]
     B, T, D = x.shape
     H, P = c.n_heads, q.shape[0] // c.n_heads
@@ -782,52 +855,67 @@ def _head_backward(dy, dlogits_v, dlogits_o, saved, c: _HeadConfig):
     S = ks.shape[1]
     x2, k2, v2 = x.reshape(B * T, D), ks.reshape(B * S, D), vs.reshape(B * S, D)
 
-    da, do, dweights_o = output_backward(
-        dy.reshape(B * T, dy.shape[2]),
-        a.view(B * T, H, P),
-        _expert_out(o, H),
-        weights_o,
-        experts_o,
-        order_o,
-        offsets_o,
-        c.precision,
-    )
+    dy = dy.reshape(B * T, dy.shape[2])
+    a = a.view(B * T, H, P)
+    da, do, dweights_o = output_backward(dy, a, _expert_out(o, H), weights_o, experts_o, *plan_o, c.precision)
     if o.ndim == 2:
         do = do.permute(2, 0, 1).reshape(o.shape)
+    joint = _joint(k_src, c)
     dqueries, dkeys, dvalues, dpos, _, _ = _attention_backward(
-        da.view(B, T, H, P), None, attention_saved, _attention_config(c, P)
+        da.view(B, T, H, P), None, attention_saved, _attention_config(c, joint), joint
     )
-    dqueries, dkeys, dvalues = dqueries.view(B * T, H * P), dkeys.view(B * S, H * P), dvalues.view(B * S, H, P)
-    if c.dropout > 0:
-        dqueries = dropout_rows(dqueries, seed, c.dropout, STREAM_QUERY)
-    dq, dk = dqueries.t() @ x2, dkeys.t() @ k2
-
-    # each side's gradient is one tensor that the products are added to; a source that was left out is another one
-    dsel_v = dsel_shared = None
-    if v.ndim == 2:
-        dvalues = dvalues.view(B * S, H * P)
-        dv2, dv = dvalues @ v, dvalues.t() @ v2
-    elif weights_v is None:  # both sides share the output side's routing
-        dv2, dv, dweights = value_backward(dvalues, v2, v, weights_o, experts_o, order_o, offsets_o, u, c.precision)
-        dweights_o = dweights_o + dweights
-        dlogits_o = _add(dlogits_o, dlogits_v)
+    dvalues = dvalues.view(B * S, H, P)
+    if joint:
+        if rotated := _rotated(c.fraction, c.width):
+            dqueries = rope_rotate(dqueries, rotated, c.base, 0, True)
+        both = dqueries.view(B * T, 2 * H * P)
+        dq, dk = (both.t() @ x2).split(H * P)
+        dx = both @ torch.cat([q, k])
     else:
-        dv2, dv, dweights_v = value_backward(dvalues, v2, v, weights_v, experts_v, order_v, offsets_v, u, c.precision)
-    dk2 = dkeys @ k if v_src is not None else _add_product(dv2, dkeys, k)
-    if weights_v is not None:
-        sel = sel_o if sel_v is None else sel_v
-        dgate_v, dsel = gating_backward(dweights_v, dlogits_v, k2, sel, weights_v, experts_v, logits_v, "sigmoid")
-        dk2 = _add_product(dk2, dgate_v, sel)
-        dsel_v, dsel_shared = (None, dsel) if sel_v is None else (dsel, None)
-    dx = dqueries @ q if k_src is not None else _add_product(dk2, dqueries, q)
-    dgate_o, dsel_o = gating_backward(dweights_o, dlogits_o, x2, sel_o, weights_o, experts_o, logits_o, "sigmoid")
-    dx = _add_product(dx, dgate_o, sel_o)
-    dsel_o = _add(dsel_o, dsel_shared)
-    if v_src is None:
-        dv2 = None
-    if k_src is None:
-        dk2 = None
-    return dx, dk2, dv2, dq, dk, dv, do, dsel_v, dsel_o, dpos
+        dqueries, dkeys = dqueries.view(B * T, H * P), dkeys.view(B * S, H * P)
+        if c.dropout > 0:
+            dqueries = dropout_rows(dqueries, seed, c.dropout, STREAM_QUERY)
+        dq, dk = dqueries.t() @ x2, dkeys.t() @ k2
+        dx, dk2 = dqueries @ q, dkeys @ k
+        if k_src is None:
+            dx += dk2
+
+    # the gates
+    dweights_v = None if v.ndim == 2 else value_backward_gates(dvalues, u, c.top_k)
+    sel_k = dgate_k = dsel_k = None
+    sel_x, dweights, dlogits = sel_o, dweights_o[None], dlogits_o
+    if route_k[0] is not None:
+        sel_k = sel_o if sel_v is None else sel_v
+        dgate_k, dsel_k = gating_backward(dweights_v[None], dlogits_v, k2, sel_k, *route_k[:3], "sigmoid")
+    elif sel_v is not None:  # both sides in one
+        sel_x, dweights = torch.cat([sel_v, sel_o]), torch.stack([dweights_v, dweights_o])
+        if dlogits_v is not None or dlogits_o is not None:
+            none = torch.zeros_like(route_x[2][0])
+            dlogits = torch.stack([none if g is None else g for g in (dlogits_v, dlogits_o)])
+    elif dweights_v is not None:  # both sides share the output side's routing
+        dweights, dlogits = dweights + dweights_v, _add(dlogits_o, dlogits_v)
+    dgate_x, dsel_x = gating_backward(dweights, dlogits, x2, sel_x, *route_x[:3], "sigmoid")
+    dsel_v, dsel_o = (None, dsel_x) if len(sel_x) == len(sel_o) else dsel_x.split(len(sel_o))
+    if dsel_k is not None:
+        dsel_v, dsel_o = (None, dsel_o + dsel_k) if sel_v is None else (dsel_k, dsel_o)
+
+    def value(base, dgate, sel):
+        """The gradient of the source of values, with what else reaches it, and of v."""
+        if v.ndim == 3:
+            return value_backward(dvalues, v2, v, weights_v, experts_v, *plan_v, base, dgate, sel, c.precision)
+        flat = dvalues.view(B * S, H * P)
+        d = flat @ v if base is None else base.addmm_(flat, v)
+        return d if dgate is None else d.addmm_(dgate, sel), flat.t() @ v2
+
+    if v_src is not None:
+        (dv2, dv), dx = value(None, None, None), dx.addmm_(dgate_x, sel_x)
+        if k_src is not None and dgate_k is not None:
+            dk2.addmm_(dgate_k, sel_k)
+    elif k_src is not None:
+        (dk2, dv), dx = value(dk2, dgate_k, sel_k), dx.addmm_(dgate_x, sel_x)
+    else:
+        dx, dv = value(dx, dgate_x, sel_x)
+    return dx, None if k_src is None else dk2, None if v_src is None else dv2, dq, dk, dv, do, dsel_v, dsel_o, dpos
 
 
 class _SwitchHead(torch.autograd.Function):
@@ -933,8 +1021,9 @@ def _check_head(
     _check.seed(seed, x.device)
     on = float(training)
     config = _HeadConfig(
-        H, top_k, kind, fraction, base, causal, window or 0, on * p, on * delta, input_precision(_compute_dtype(x))
-    )
+        H, w.q.shape[0] // H, top_k, kind, fraction, base, causal, window or 0, on * p, on * delta,
+        input_precision(_compute_dtype(x)), torch.is_grad_enabled(),
+    )  # fmt: skip
     return config, k_src, v_src, pos
 
 
@@ -971,7 +1060,9 @@ def switchhead(
         expert_dropout=expert_dropout, training=training, seed=seed,
     )  # fmt: skip
     seed = _seed(seed, x.device, config.dropout > 0 or config.expert_dropout > 0)
-    tensors = _cast(_compute_dtype(x), x, k_src, v_src, *weights[:6], pos)
+    dtype = _compute_dtype(x)
+    tensors = _cast(dtype, x, k_src, v_src, *weights[:6], pos)
+    tensors = _pad_heads(dtype, config.n_heads, config.width, tensors)
     y, logits_v, logits_o = _SwitchHead.apply(*tensors, key_padding_mask, cu_seqlens, seed, *config)
     return (y, (logits_v, logits_o)) if return_logits else y
 
@@ -984,8 +1075,10 @@ def switchhead_forward(x: Tensor, weights: SwitchHeadWeights, *, return_logits: 
     seed = _seed(options.get("seed"), x.device, needed)
     mask, cu_seqlens = options.get("key_padding_mask"), options.get("cu_seqlens")
     inputs = (x, k_src, v_src, *weights[:6], pos)
+    config = config._replace(keep=True)
     with torch.no_grad():
-        tensors = _cast(_compute_dtype(x), *inputs)
+        dtype = _compute_dtype(x)
+        tensors = _pad_heads(dtype, config.n_heads, config.width, _cast(dtype, *inputs))
         y, logits_v, logits_o, saved = _head_forward(*tensors, mask, cu_seqlens, seed, config)
     outputs = (y, (logits_v, logits_o)) if return_logits else y
     return outputs, Saved(saved, ("switchhead", config, _dtypes(inputs), y, logits_v, logits_o))
@@ -1007,7 +1100,7 @@ def switchhead_backward(
         _check.gradient(f"grad_logits[{i}]", dlogits[i], logits[i])
     with torch.no_grad():
         grads = _like(_head_backward(grad_y.to(y.dtype), *dlogits, saved.tensors, config), saved.tensors[:10])
-        grads = _to(grads, dtypes)
+        grads = _to(_unpad_heads(config.n_heads, config.width, grads), dtypes)
     return SwitchHeadGradients(*grads[:3], SwitchHeadWeights(*grads[3:]))
 
 
@@ -1021,7 +1114,7 @@ class _BlockConfig(NamedTuple):
     moe: _MoEConfig
 
 
-HEAD_INPUTS, HEAD_SAVED = 10, 37  # lengths of the tuples above
+HEAD_INPUTS, HEAD_SAVED = 10, 43  # lengths of the tuples above
 
 
 def _norm_forward(x, weight, bias, eps):
@@ -1147,9 +1240,8 @@ def _block_arguments(x, weights, pos, config, seed):
     head, moe = config.head, config.moe
     needed = max(config.dropout, head.dropout, head.expert_dropout, moe.dropout, moe.expert_dropout) > 0
     dtype = _compute_dtype(x)
-    tensors = (
-        x, *weights.norm1, *_cast(dtype, *weights.attention[:6], pos), *weights.norm2, *_cast(dtype, *weights.moe)
-    )  # fmt: skip
+    attention = _pad_heads(dtype, head.n_heads, head.width, (None, None, None, *_cast(dtype, *weights.attention[:6], pos)))[3:]
+    tensors = (x, *weights.norm1, *attention, *weights.norm2, *_cast(dtype, *weights.moe))
     return tensors, _seed(seed, x.device, needed), dtype
 
 
@@ -1198,6 +1290,7 @@ def switchall_forward(x: Tensor, weights: SwitchAllWeights, **options) -> tuple[
     """`switchall` without autograd, with the same keywords -> ((y, logits), saved)."""
     _check.keywords("switchall_forward", options, BLOCK_KEYWORDS)
     config, pos = _check_block(x, weights, **options)
+    config = config._replace(head=config.head._replace(keep=True))
     mask, cu_seqlens = options.get("key_padding_mask"), options.get("cu_seqlens")
     with torch.no_grad():
         t, seed, dtype = _block_arguments(x, weights, pos, config, options.get("seed"))
@@ -1214,7 +1307,8 @@ def switchall_backward(grad_y: Tensor, saved: Saved, grad_logits: Tensor | None 
     _check.gradient("grad_logits", grad_logits, logits)
     with torch.no_grad():
         grads = _like(_block_backward(grad_y, grad_logits, saved.tensors, config), _block_inputs(saved.tensors))
-        g = _to(grads, dtypes)
+        head = _unpad_heads(config.head.n_heads, config.head.width, (None, None, None, *grads[3:10]))[3:]
+        g = _to((*grads[:3], *head, *grads[10:]), dtypes)
     weights = SwitchAllWeights(g[1:3], SwitchHeadWeights(*g[3:10]), g[10:12], SigmaMoEWeights(*g[12:]))
     return SwitchAllGradients(g[0], weights)
 

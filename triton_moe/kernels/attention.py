@@ -27,10 +27,12 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .. import tuning
 from .common import INTERPRET, cdiv, launch, next_power_of_2, opaque, rows
 
+TMA = False
 # BLOCK_M queries by BLOCK_N keys; BLOCK_F position channels at a time (attention_dq_pos accumulates BLOCK_FO of them).
 CONFIGS = {
     "attention_forward": {
@@ -53,31 +55,24 @@ CONFIGS = {
         "float32": dict(BLOCK_M=16, BLOCK_N=16, BLOCK_F=32, BLOCK_FO=128, num_warps=8, num_stages=1),
         "interpret": dict(BLOCK_M=256, BLOCK_N=256, BLOCK_F=256, BLOCK_FO=512, num_warps=1, num_stages=1),
     },
-    "attention_delta": {
-        "half": dict(BLOCK_M=16, num_warps=4),
-        "float32": dict(BLOCK_M=16, num_warps=4),
-        "interpret": dict(BLOCK_M=512, num_warps=1),
-    },
 }
 
 
 @triton.jit
-def _exp(x, EXACT: tl.constexpr):
-    """exp(x) for x <= 0. `tl.exp` rounds x * log2(e) and is four ulp wrong at best; EXACT is within about one: exp(x) =
+def _exp(x):
+    """exp(x) for x <= 0, within about one ulp where `tl.exp`, which rounds x * log2(e), is four wrong at best: exp(x) =
     2^n exp(r), r = x - n ln 2 in two steps, |r| < 0.35, by Taylor."""
-    if EXACT:
-        n = tl.floor(x * 1.4426950408889634 + 0.5)
-        r = tl.fma(n, n * 0.0 - 0.693359375, x)  # ln 2 = 0.693359375 - 2.12194440e-4, the first exact times any n
-        r = tl.fma(n, n * 0.0 + 2.12194440e-4, r)
-        p = r * (0.5 + r * (1.0 / 6.0 + r * (1.0 / 24.0 + r * (1.0 / 120.0 + r * (1.0 / 720.0 + r * (1.0 / 5040.0))))))
-        return tl.where(n <= -150.0, 0.0, tl.exp2(n) * (1.0 + (r + r * p)))  # NaN stays
-    else:
-        return tl.exp(x)
+    n = tl.floor(x * 1.4426950408889634 + 0.5)
+    r = tl.fma(n, n * 0.0 - 0.693359375, x)  # ln 2 = 0.693359375 - 2.12194440e-4, the first exact times any n
+    r = tl.fma(n, n * 0.0 + 2.12194440e-4, r)
+    p = r * (0.5 + r * (1.0 / 6.0 + r * (1.0 / 24.0 + r * (1.0 / 120.0 + r * (1.0 / 720.0 + r * (1.0 / 5040.0))))))
+    return tl.where(n <= -150.0, 0.0, tl.exp2(n) * (1.0 + (r + r * p)))  # NaN stays
 
 
 @triton.jit
 def _key_range(offs_t, T, S, bounds_ptr, window, IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr):
-    """The keys [low, high) that the queries offs_t see; (S, 0) where there are none."""
+    """The keys [low, high) that the queries offs_t see; (S, 0) where there are none. Beyond T as for the last query."""
+    offs_t = tl.minimum(offs_t, T - 1)
     position = offs_t + (S - T)
     low = offs_t * 0
     high = low + S
@@ -88,15 +83,15 @@ def _key_range(offs_t, T, S, bounds_ptr, window, IS_CAUSAL: tl.constexpr, HAS_WI
         if not IS_CAUSAL:
             high = tl.minimum(high, position + window)
     if bounds_ptr is not None:
-        low = tl.maximum(low, tl.load(bounds_ptr + offs_t, mask=offs_t < T, other=0))
-        high = tl.minimum(high, tl.load(bounds_ptr + T + offs_t, mask=offs_t < T, other=0))
-    empty = (offs_t >= T) | (low >= high)
-    return tl.where(empty, S, low), tl.where(empty, 0, high)
+        low = tl.maximum(low, tl.load(bounds_ptr + offs_t))
+        high = tl.minimum(high, tl.load(bounds_ptr + T + offs_t))
+    return tl.where(low < high, low, S), tl.where(low < high, high, 0)
 
 
 @triton.jit
 def _query_range(offs_n, T, S, bounds_ptr, window, IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr):
-    """The queries [low, high) that see the keys offs_n; (T, 0) where there are none."""
+    """The queries [low, high) that see the keys offs_n; (T, 0) where there are none. Beyond S as for the last key."""
+    offs_n = tl.minimum(offs_n, S - 1)
     index = offs_n - (S - T)  # of the query at the key's position
     low = offs_n * 0
     high = low + T
@@ -107,27 +102,141 @@ def _query_range(offs_n, T, S, bounds_ptr, window, IS_CAUSAL: tl.constexpr, HAS_
         if not IS_CAUSAL:
             low = tl.maximum(low, index - window + 1)
     if bounds_ptr is not None:  # S == T
-        low = tl.maximum(low, tl.load(bounds_ptr + offs_n, mask=offs_n < T, other=0))
-        high = tl.minimum(high, tl.load(bounds_ptr + T + offs_n, mask=offs_n < T, other=0))
-    empty = (offs_n >= S) | (low >= high)
-    return tl.where(empty, T, low), tl.where(empty, 0, high)
+        low = tl.maximum(low, tl.load(bounds_ptr + offs_n))
+        high = tl.minimum(high, tl.load(bounds_ptr + T + offs_n))
+    return tl.where(low < high, low, T), tl.where(low < high, high, 0)
 
 
 @triton.jit
-def _kept_keys(padding_ptr, b, offs_n, S):
+def _tiles(low, high, BLOCK: tl.constexpr, ALL_MASKED: tl.constexpr):
+    """The tiles of BLOCK that cover all intervals [low, high): where the first starts, how many there are, and which of them,
+    [begin, end), lie inside every interval and need no mask."""
+    start = tl.min(low, 0)
+    count = tl.cdiv(tl.maximum(tl.max(high, 0) - start, 0), BLOCK)
+    begin = tl.minimum(tl.cdiv(tl.max(low, 0) - start, BLOCK), count)
+    end = tl.maximum((tl.min(high, 0) - start) // BLOCK, begin)
+    if ALL_MASKED:
+        end = begin
+    return start, count, begin, end
+
+
+@triton.jit
+def _masked_tile(i, begin, end):
+    """The i-th of the tiles outside [begin, end)."""
+    return tl.where(i < begin, i, i + end - begin)
+
+
+@triton.jit
+def _kept_keys(padding_ptr, offs_n, S):
     """Which keys exist and are not padding: only these are ever read."""
     keep = offs_n < S
     if padding_ptr is not None:
-        keep = keep & (tl.load(padding_ptr + b * S + offs_n, mask=keep, other=1) == 0)
+        keep = keep & (tl.load(padding_ptr + offs_n, mask=keep, other=1) == 0)
     return keep
 
 
 @triton.jit
-def _load_rows(ptr, index, stride, mask_rows, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """[rows, BLOCK]: the first WIDTH channels of each row, zero in the rest and in masked rows."""
-    cols = tl.arange(0, BLOCK)
-    offs = index.to(tl.int64)[:, None] * stride + cols[None, :]
-    return tl.load(ptr + offs, mask=mask_rows[:, None] & (cols < WIDTH)[None, :], other=0.0)
+def _visible(offs, low, high, LOW: tl.constexpr, HIGH: tl.constexpr):
+    """Which of the keys or queries offs lie in [low, high); without LOW or HIGH, all do on that side."""
+    if not HIGH:
+        return offs >= low
+    elif not LOW:
+        return offs < high
+    else:
+        return (offs >= low) & (offs < high)
+
+
+@triton.jit
+def _zeros(ROWS: tl.constexpr, COLS: tl.constexpr):
+    return tl.zeros((ROWS, COLS), tl.float32)
+
+
+@triton.jit
+def _zero_chunks(ROWS: tl.constexpr, CHUNKS: tl.constexpr):
+    parts = ()
+    for i in tl.static_range(len(CHUNKS)):
+        parts = parts + (_zeros(ROWS, CHUNKS[i]),)
+    return parts
+
+
+@triton.jit
+def _load_chunk(ptr, offs, cols, mask_rows, INSIDE: tl.constexpr, WIDTH: tl.constexpr):
+    ptrs = ptr + (offs[:, None] + cols[None, :])
+    if INSIDE:
+        if mask_rows is None:
+            return tl.load(ptrs)
+        else:
+            return tl.load(ptrs, mask=mask_rows[:, None], other=0.0)
+    else:
+        mask = (cols < WIDTH)[None, :]
+        if mask_rows is not None:
+            mask = mask & mask_rows[:, None]
+        return tl.load(ptrs, mask=mask, other=0.0)
+
+
+@triton.jit
+def _load_rows(
+    x_ptr, tail, b, h, first, stride_b, stride_t: tl.constexpr, stride_h: tl.constexpr, mask_rows,
+    WIDTH: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """The BLOCK rows x[b, first:, h] as a tuple of [BLOCK, chunk], zero beyond the WIDTH channels and, but for TMA, in masked
+    rows. With TMA x_ptr is the descriptor of the first chunk and tail that of the second; rows beyond the last are zero."""
+    if TMA:
+        parts = (x_ptr.load([b, first, h, 0]).reshape(BLOCK, CHUNKS[0]),)
+        if len(CHUNKS) == 2:
+            parts = parts + (tail.load([b, first, h, CHUNKS[0]]).reshape(BLOCK, CHUNKS[1]),)
+        return parts
+    else:
+        x_ptr += b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h + first.to(tl.int64) * stride_t
+        offs = tl.arange(0, BLOCK) * stride_t
+        parts = ()
+        start: tl.constexpr = 0
+        for i in tl.static_range(len(CHUNKS)):
+            cols = start + tl.arange(0, CHUNKS[i])
+            start = start + CHUNKS[i]
+            parts = parts + (_load_chunk(x_ptr, offs, cols, mask_rows, start <= WIDTH, WIDTH),)
+        return parts
+
+
+@triton.jit
+def _store_rows(
+    ptr, x, b, h, first, stride_b, stride_t: tl.constexpr, stride_h: tl.constexpr, mask_rows,
+    WIDTH: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    ptr += b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h + first.to(tl.int64) * stride_t
+    offs = tl.arange(0, BLOCK) * stride_t
+    start: tl.constexpr = 0
+    for i in tl.static_range(len(CHUNKS)):
+        cols = start + tl.arange(0, CHUNKS[i])
+        start = start + CHUNKS[i]
+        mask = mask_rows[:, None] & (cols < WIDTH)[None, :]
+        tl.store(ptr + (offs[:, None] + cols[None, :]), x[i].to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _dot_rows(a, b, CHUNKS: tl.constexpr, PRECISION: tl.constexpr):
+    """A B^T."""
+    s = tl.dot(a[0], tl.trans(b[0]), input_precision=PRECISION)
+    for i in tl.static_range(1, len(CHUNKS)):
+        s = tl.dot(a[i], tl.trans(b[i]), s, input_precision=PRECISION)
+    return s
+
+
+@triton.jit
+def _add_dots(acc, p, x, CHUNKS: tl.constexpr, PRECISION: tl.constexpr):
+    """acc + P X."""
+    parts = ()
+    for i in tl.static_range(len(CHUNKS)):
+        parts = parts + (tl.dot(p, x[i], acc[i], input_precision=PRECISION),)
+    return parts
+
+
+@triton.jit
+def _times(x, factor, CHUNKS: tl.constexpr):
+    parts = ()
+    for i in tl.static_range(len(CHUNKS)):
+        parts = parts + (x[i] * factor,)
+    return parts
 
 
 @triton.jit
@@ -149,19 +258,6 @@ def _add_position(
             part = tl.dot(a, b, part, input_precision=PRECISION)
         s += part
     return s
-
-
-@triton.jit
-def _load_lse(ptr, rows, mask_t):
-    """lse, +inf where there is no key or no query: exp(s - lse) is then 0 for every s."""
-    lse = tl.load(ptr + rows, mask=mask_t, other=float("inf"))
-    return tl.where(lse == float("-inf"), float("inf"), lse)
-
-
-@triton.jit
-def _load_dlse(ptr, rows, mask_t, lse):
-    """The gradient of lse, 0 where there is no key: merging two empty rows makes it NaN."""
-    return tl.where(lse == float("inf"), 0.0, tl.load(ptr + rows, mask=mask_t, other=0.0))
 
 
 @triton.jit
@@ -187,227 +283,388 @@ def _sequence_bounds_kernel(cu_seqlens_ptr, bounds_ptr, n, T, steps, BLOCK: tl.c
 
 
 @triton.jit
+def _forward_step(
+    acc, m, total, n, q, low, high, b, hk, k_ptr, k_tail, v_ptr, v_tail, q_pos_ptr, k_pos_ptr, padding_ptr, offs_t, T, S, scale,
+    H: tl.constexpr, F: tl.constexpr, stride_kb, stride_kt: tl.constexpr, stride_kh: tl.constexpr,
+    stride_vb, stride_vt: tl.constexpr, stride_vh: tl.constexpr, P: tl.constexpr, PV: tl.constexpr,
+    CHUNKS_P: tl.constexpr, CHUNKS_PV: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr, TMA: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, LOW: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """The keys n, n + 1, ... taken in: the new acc, m and total."""
+    offs_n = n + tl.arange(0, BLOCK_N)
+    keep = None
+    if MASKED:
+        keep = _kept_keys(padding_ptr, offs_n, S)
+    k = _load_rows(k_ptr, k_tail, b, hk, n, stride_kb, stride_kt, stride_kh, keep, P, CHUNKS_P, BLOCK_N, TMA)
+    s = _dot_rows(q, k, CHUNKS_P, PRECISION)  # [BLOCK_M, BLOCK_N]
+    if q_pos_ptr is not None:
+        s = _add_position(
+            s, q_pos_ptr, H * F, offs_t, offs_t < T, k_pos_ptr, F, offs_n, offs_n < S, F, BLOCK_F, PRECISION
+        )  # fmt: skip
+    if EXACT:
+        s *= scale
+        scale = 1.0
+    if MASKED:
+        visible = _visible(tl.arange(0, BLOCK_N)[None, :], (low - n)[:, None], (high - n)[:, None], LOW, True)
+        if padding_ptr is not None:
+            visible &= keep[None, :]
+        s = tl.where(visible, s, float("-inf"))
+    m_new = tl.maximum(m, tl.max(s, 1) * scale)
+    pivot = tl.where(m_new == float("-inf"), 0.0, m_new)  # finite also while no key was visible
+    if EXACT:
+        p = _exp(s - pivot[:, None])
+        alpha = _exp(m - pivot)
+    else:
+        p = tl.exp2(s * scale - pivot[:, None])
+        alpha = tl.exp2(m - pivot)
+    total = total * alpha + tl.sum(p, 1)
+    v = _load_rows(v_ptr, v_tail, b, hk, n, stride_vb, stride_vt, stride_vh, keep, PV, CHUNKS_PV, BLOCK_N, TMA)
+    acc = _add_dots(_times(acc, alpha[:, None], CHUNKS_PV), p.to(v[0].dtype), v, CHUNKS_PV, PRECISION)
+    return acc, m_new, total
+
+
+@triton.jit
 def _attention_fwd_kernel(
-    q_ptr, k_ptr, v_ptr, q_pos_ptr, k_pos_ptr, padding_ptr, bounds_ptr, o_ptr, lse_ptr,
+    q_ptr, k_ptr, k_tail, v_ptr, v_tail, q_pos_ptr, k_pos_ptr, padding_ptr, bounds_ptr, o_ptr, lse_ptr,
     T, S, H: tl.constexpr, F: tl.constexpr, window,
     stride_qb, stride_qt: tl.constexpr, stride_qh: tl.constexpr,
     stride_kb, stride_kt: tl.constexpr, stride_kh: tl.constexpr,
-    stride_vb, stride_vt: tl.constexpr, stride_vh: tl.constexpr, scale,
+    stride_vb, stride_vt: tl.constexpr, stride_vh: tl.constexpr,
+    stride_ob, stride_ot: tl.constexpr, stride_oh: tl.constexpr, scale,
     P: tl.constexpr, PV: tl.constexpr, GROUP: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_PV: tl.constexpr,
+    PRECISION: tl.constexpr, EXACT: tl.constexpr, TMA: tl.constexpr, CHUNKS_P: tl.constexpr, CHUNKS_PV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(T, BLOCK_M)
     pid = tl.program_id(0)
-    b = (pid // tiles // H).to(tl.int64)
-    h = (pid // tiles % H).to(tl.int64)
-    offs_t = (tiles - 1 - pid % tiles) * BLOCK_M + tl.arange(0, BLOCK_M)  # the longest rows of a causal mask first
+    heads = tl.num_programs(0) // tiles
+    b = pid % heads // H
+    h = pid % heads % H
+    row = (b.to(tl.int64) * H + h) * T  # of lse
+    first = (tiles - 1 - pid // heads) * BLOCK_M  # the longest rows of a causal mask first, of all heads
+    offs_t = first + tl.arange(0, BLOCK_M)
     mask_t = offs_t < T
     low, high = _key_range(offs_t, T, S, bounds_ptr, window, IS_CAUSAL, HAS_WINDOW)
-    k_ptr += b * stride_kb + h // GROUP * stride_kh
-    v_ptr += b * stride_vb + h // GROUP * stride_vh
-    q = _load_rows(q_ptr + b * stride_qb + h * stride_qh, offs_t, stride_qt, mask_t, P, BLOCK_P)
+    q = _load_rows(q_ptr, None, b, h, first, stride_qb, stride_qt, stride_qh, mask_t, P, CHUNKS_P, BLOCK_M, False)
     if q_pos_ptr is not None:
-        q_pos_ptr += (b * T * H + h) * F
+        q_pos_ptr += (b.to(tl.int64) * T * H + h) * F
+    if padding_ptr is not None:
+        padding_ptr += b.to(tl.int64) * S
 
-    EXACT: tl.constexpr = (q.dtype == tl.float32) & (PRECISION == "ieee")
+    LOW: tl.constexpr = HAS_WINDOW or bounds_ptr is not None
+    if not EXACT:
+        scale *= 1.4426950408889634  # log2(e)
     m = tl.full((BLOCK_M,), float("-inf"), tl.float32)  # running maximum
     total = tl.zeros((BLOCK_M,), tl.float32)  # running sum of exp(s - m)
-    acc = tl.zeros((BLOCK_M, BLOCK_PV), tl.float32)
-    for n in range(tl.min(low, 0), tl.max(high, 0), BLOCK_N):
-        offs_n = n + tl.arange(0, BLOCK_N)
-        keep = _kept_keys(padding_ptr, b, offs_n, S)
-        k = _load_rows(k_ptr, offs_n, stride_kt, keep, P, BLOCK_P)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
-        if q_pos_ptr is not None:
-            s = _add_position(s, q_pos_ptr, H * F, offs_t, mask_t, k_pos_ptr, F, offs_n, keep, F, BLOCK_F, PRECISION)
-        visible = (offs_n[None, :] >= low[:, None]) & (offs_n[None, :] < high[:, None]) & keep[None, :]
-        s = tl.where(visible, s * scale, float("-inf"))
-        m_new = tl.maximum(m, tl.max(s, 1))
-        pivot = tl.where(m_new == float("-inf"), 0.0, m_new)  # finite also while no key was visible
-        p = _exp(s - pivot[:, None], EXACT)
-        alpha = _exp(m - pivot, EXACT)
-        total = total * alpha + tl.sum(p, 1)
-        m = m_new
-        v = _load_rows(v_ptr, offs_n, stride_vt, keep, PV, BLOCK_PV)
-        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
+    acc = _zero_chunks(BLOCK_M, CHUNKS_PV)
+    start, count, begin, end = _tiles(low, high, BLOCK_N, padding_ptr is not None)
+    for i in range(count - (end - begin)):
+        acc, m, total = _forward_step(
+            acc, m, total, start + _masked_tile(i, begin, end) * BLOCK_N, q, low, high, b, h // GROUP, k_ptr, k_tail, v_ptr, v_tail,
+            q_pos_ptr, k_pos_ptr, padding_ptr, offs_t, T, S, scale, H, F, stride_kb, stride_kt, stride_kh,
+            stride_vb, stride_vt, stride_vh, P, PV, CHUNKS_P, CHUNKS_PV, PRECISION, EXACT, TMA, BLOCK_N, BLOCK_F, LOW, True,
+        )  # fmt: skip
+    if padding_ptr is None:
+        for i in range(begin, end):
+            acc, m, total = _forward_step(
+                acc, m, total, start + i * BLOCK_N, q, low, high, b, h // GROUP, k_ptr, k_tail, v_ptr, v_tail, q_pos_ptr, k_pos_ptr, None,
+                offs_t, T, S, scale, H, F, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, P, PV,
+                CHUNKS_P, CHUNKS_PV, PRECISION, EXACT, TMA, BLOCK_N, BLOCK_F, LOW, False,
+            )  # fmt: skip
 
     empty = total == 0.0  # not where a score was NaN
     total = tl.where(empty, 1.0, total)
     if EXACT:
-        o = tl.div_rn(acc, tl.broadcast_to(total[:, None], (BLOCK_M, BLOCK_PV)))
+        o = (tl.div_rn(acc[0], tl.broadcast_to(total[:, None], acc[0].shape)),)
+        lse = m + tl.log(total)
     else:
-        o = acc / total[:, None]
-    lse = tl.where(empty, float("-inf"), m + tl.log(total))
-    offs_v = tl.arange(0, BLOCK_PV)
-    o_ptrs = o_ptr + ((b * T + offs_t) * H + h)[:, None] * PV + offs_v[None, :]
-    tl.store(o_ptrs, o, mask=mask_t[:, None] & (offs_v < PV)[None, :])
-    tl.store(lse_ptr + (b * H + h) * T + offs_t, lse, mask=mask_t)
+        o = _times(acc, (1.0 / total)[:, None], CHUNKS_PV)
+        lse = (m + tl.log2(total)) * 0.6931471805599453  # ln 2
+    _store_rows(o_ptr, o, b, h, first, stride_ob, stride_ot, stride_oh, mask_t, PV, CHUNKS_PV, BLOCK_M)
+    tl.store(lse_ptr + row + offs_t, tl.where(empty, float("-inf"), lse), mask=mask_t)
 
 
 @triton.jit
-def _attention_bwd_delta_kernel(
-    do_ptr, o_ptr, delta_ptr, T, H: tl.constexpr, stride_dob, stride_dot: tl.constexpr, stride_doh: tl.constexpr,
-    PV: tl.constexpr, BLOCK_PV: tl.constexpr, BLOCK_M: tl.constexpr,
+def _pitch(T):
+    """Floats from one row of the statistics to the next: 16-byte aligned, for TMA."""
+    return tl.cdiv(T, 16) * 16
+
+
+@triton.jit
+def _load_stats(
+    stats_ptr, row, t, T, other: tl.constexpr, BLOCK_M: tl.constexpr, TMA: tl.constexpr, MASKED: tl.constexpr
 ):  # fmt: skip
-    tiles = tl.cdiv(T, BLOCK_M)
-    pid = tl.program_id(0)
-    b = (pid // tiles // H).to(tl.int64)
-    h = (pid // tiles % H).to(tl.int64)
-    offs_t = pid % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
-    mask_t = offs_t < T
-    do = _load_rows(do_ptr + b * stride_dob + h * stride_doh, offs_t, stride_dot, mask_t, PV, BLOCK_PV).to(tl.float32)
-    o = _load_rows(o_ptr + (b * T * H + h) * PV, offs_t, H * PV, mask_t, PV, BLOCK_PV).to(tl.float32)
-    tl.store(delta_ptr + (b * H + h) * T + offs_t, tl.sum(do * o, 1), mask=mask_t)
+    """A row of the statistics from query t on. With TMA, what lies beyond T is finite and meets rows of zeros."""
+    if TMA:
+        return stats_ptr.load([row, t]).reshape(BLOCK_M)
+    else:
+        offs_t = t + tl.arange(0, BLOCK_M)
+        ptrs = stats_ptr + row.to(tl.int64) * _pitch(T) + offs_t
+        if MASKED:
+            return tl.load(ptrs, mask=offs_t < T, other=other)
+        else:
+            return tl.load(ptrs)
+
+
+@triton.jit
+def _probability(s, lse, norm, visible, scale, EXACT: tl.constexpr, MASKED: tl.constexpr):
+    """p from the products s; lse in the units of scale * s, and +inf where p is to be 0."""
+    x = s * scale - lse
+    if MASKED:
+        x = tl.where(visible, x, float("-inf"))
+    if EXACT:
+        p = _exp(x)
+        if norm is not None:
+            p *= norm
+    else:
+        p = tl.exp2(x)
+    return p
+
+
+@triton.jit
+def _dkdv_step(
+    dk, dv, t, k, v, low, high, keep, offs_n, b, h, do_ptr, do_tail, q_ptr, q_tail, q_pos_ptr, k_pos_ptr, stats_ptr, plane,
+    T, S, scale, H: tl.constexpr, F: tl.constexpr, stride_dob, stride_dot: tl.constexpr, stride_doh: tl.constexpr,
+    stride_qb, stride_qt: tl.constexpr, stride_qh: tl.constexpr,
+    P: tl.constexpr, PV: tl.constexpr, CHUNKS_P: tl.constexpr, CHUNKS_PV: tl.constexpr, PRECISION: tl.constexpr,
+    EXACT: tl.constexpr, TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr,
+    LOW: tl.constexpr, HIGH: tl.constexpr, PADDING: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """The queries t, t + 1, ... taken in: the new dk and dv."""
+    offs_t = t + tl.arange(0, BLOCK_M)
+    mask_t = None
+    visible = None
+    if MASKED:
+        mask_t = offs_t < T
+        visible = _visible(tl.arange(0, BLOCK_M)[None, :], (low - t)[:, None], (high - t)[:, None], LOW, HIGH)
+        if PADDING:
+            visible &= keep[:, None]
+    q = _load_rows(q_ptr, q_tail, b, h, t, stride_qb, stride_qt, stride_qh, mask_t, P, CHUNKS_P, BLOCK_M, TMA)
+    s = _dot_rows(k, q, CHUNKS_P, PRECISION)  # [BLOCK_N, BLOCK_M]
+    if q_pos_ptr is not None:
+        s = _add_position(
+            s, k_pos_ptr, F, offs_n, offs_n < S, q_pos_ptr, H * F, offs_t, offs_t < T, F, BLOCK_F, PRECISION
+        )  # fmt: skip
+    row = b * H + h
+    lse = _load_stats(stats_ptr, row, t, T, float("inf"), BLOCK_M, TMA, MASKED)
+    norm = None
+    if EXACT:
+        norm = _load_stats(stats_ptr, row + 2 * plane, t, T, 0.0, BLOCK_M, TMA, MASKED)[None, :]
+    p = _probability(s, lse[None, :], norm, visible, scale, EXACT, MASKED)
+    do = _load_rows(do_ptr, do_tail, b, h, t, stride_dob, stride_dot, stride_doh, mask_t, PV, CHUNKS_PV, BLOCK_M, TMA)
+    dv = _add_dots(dv, p.to(do[0].dtype), do, CHUNKS_PV, PRECISION)
+    dp = _dot_rows(v, do, CHUNKS_PV, PRECISION)
+    delta = _load_stats(stats_ptr, row + plane, t, T, 0.0, BLOCK_M, TMA, MASKED)
+    ds = dp - delta[None, :]
+    if EXACT:
+        ds += _load_stats(stats_ptr, row + 3 * plane, t, T, 0.0, BLOCK_M, TMA, MASKED)[None, :]
+    dk = _add_dots(dk, (p * ds).to(q[0].dtype), q, CHUNKS_P, PRECISION)
+    return dk, dv
 
 
 @triton.jit
 def _attention_bwd_dkdv_kernel(
-    do_ptr, q_ptr, k_ptr, v_ptr, q_pos_ptr, k_pos_ptr, padding_ptr, bounds_ptr, lse_ptr, dlse_ptr, delta_ptr,
-    norm_ptr, dk_ptr, dv_ptr,
+    do_ptr, do_tail, q_ptr, q_tail, k_ptr, v_ptr, q_pos_ptr, k_pos_ptr, padding_ptr, bounds_ptr, stats_ptr, dk_ptr, dv_ptr,
     T, S, H: tl.constexpr, F: tl.constexpr, window,
     stride_dob, stride_dot: tl.constexpr, stride_doh: tl.constexpr,
     stride_qb, stride_qt: tl.constexpr, stride_qh: tl.constexpr,
     stride_kb, stride_kt: tl.constexpr, stride_kh: tl.constexpr,
-    stride_vb, stride_vt: tl.constexpr, stride_vh: tl.constexpr, scale,
+    stride_vb, stride_vt: tl.constexpr, stride_vh: tl.constexpr,
+    stride_dkb, stride_dkt: tl.constexpr, stride_dkh: tl.constexpr,
+    stride_dvb, stride_dvt: tl.constexpr, stride_dvh: tl.constexpr, scale,
     P: tl.constexpr, PV: tl.constexpr, GROUP: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_PV: tl.constexpr,
+    PRECISION: tl.constexpr, EXACT: tl.constexpr, TMA: tl.constexpr, CHUNKS_P: tl.constexpr, CHUNKS_PV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
-    tiles = tl.cdiv(S, BLOCK_N)
+    h_kv: tl.constexpr = H // GROUP
     pid = tl.program_id(0)
-    h_kv = H // GROUP
-    b = (pid // tiles // h_kv).to(tl.int64)
-    hk = (pid // tiles % h_kv).to(tl.int64)
-    offs_n = pid % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask_n = offs_n < S
-    keep = _kept_keys(padding_ptr, b, offs_n, S)
+    heads = tl.num_programs(0) // tl.cdiv(S, BLOCK_N)
+    b = pid % heads // h_kv
+    hk = pid % heads % h_kv
+    first = pid // heads * BLOCK_N  # the keys that most queries of a causal mask see first, of all heads
+    offs_n = first + tl.arange(0, BLOCK_N)
+    if padding_ptr is not None:
+        padding_ptr += b.to(tl.int64) * S
+    keep = _kept_keys(padding_ptr, offs_n, S)
     low, high = _query_range(offs_n, T, S, bounds_ptr, window, IS_CAUSAL, HAS_WINDOW)
-    k = _load_rows(k_ptr + b * stride_kb + hk * stride_kh, offs_n, stride_kt, keep, P, BLOCK_P)
-    v = _load_rows(v_ptr + b * stride_vb + hk * stride_vh, offs_n, stride_vt, keep, PV, BLOCK_PV)
+    k = _load_rows(k_ptr, None, b, hk, first, stride_kb, stride_kt, stride_kh, keep, P, CHUNKS_P, BLOCK_N, False)
+    v = _load_rows(v_ptr, None, b, hk, first, stride_vb, stride_vt, stride_vh, keep, PV, CHUNKS_PV, BLOCK_N, False)
 
-    dk = tl.zeros((BLOCK_N, BLOCK_P), tl.float32)
-    dv = tl.zeros((BLOCK_N, BLOCK_PV), tl.float32)
+    unit = scale if EXACT else scale * 1.4426950408889634  # log2(e)
+    HIGH: tl.constexpr = HAS_WINDOW or bounds_ptr is not None
+    LOW: tl.constexpr = IS_CAUSAL or HIGH
+    PADDING: tl.constexpr = padding_ptr is not None
+    plane = heads * GROUP  # rows of the statistics: B * H
+    dk = _zero_chunks(BLOCK_N, CHUNKS_P)
+    dv = _zero_chunks(BLOCK_N, CHUNKS_PV)
+    start, count, begin, end = _tiles(low, high, BLOCK_M, padding_ptr is not None)
     for g in range(GROUP):
         h = hk * GROUP + g
-        for t in range(tl.min(low, 0), tl.max(high, 0), BLOCK_M):
-            offs_t = t + tl.arange(0, BLOCK_M)
-            mask_t = offs_t < T
-            rows = (b * H + h) * T + offs_t
-            q = _load_rows(q_ptr + b * stride_qb + h * stride_qh, offs_t, stride_qt, mask_t, P, BLOCK_P)
-            s = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
-            if q_pos_ptr is not None:
-                q_pos_rows = q_pos_ptr + (b * T * H + h) * F
-                s = _add_position(s, k_pos_ptr, F, offs_n, keep, q_pos_rows, H * F, offs_t, mask_t, F, BLOCK_F, PRECISION)
-            visible = (offs_t[None, :] >= low[:, None]) & (offs_t[None, :] < high[:, None]) & keep[:, None]
-            s = tl.where(visible, s * scale, float("-inf"))
-            lse = _load_lse(lse_ptr, rows, mask_t)
-            p = _exp(s - lse[None, :], norm_ptr is not None)
-            if norm_ptr is not None:
-                p *= tl.load(norm_ptr + rows, mask=mask_t, other=0.0)[None, :]
-            do = _load_rows(do_ptr + b * stride_dob + h * stride_doh, offs_t, stride_dot, mask_t, PV, BLOCK_PV)
-            dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
-            dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
-            delta = tl.load(delta_ptr + rows, mask=mask_t, other=0.0)
-            ds = dp - delta[None, :]
-            if dlse_ptr is not None:
-                ds += _load_dlse(dlse_ptr, rows, mask_t, lse)[None, :]
-            ds *= p
-            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+        q_pos_rows = q_pos_ptr
+        if q_pos_ptr is not None:
+            q_pos_rows += (b.to(tl.int64) * T * H + h) * F
+        for i in range(count - (end - begin)):
+            dk, dv = _dkdv_step(
+                dk, dv, start + _masked_tile(i, begin, end) * BLOCK_M, k, v, low, high, keep, offs_n, b, h,
+                do_ptr, do_tail, q_ptr, q_tail, q_pos_rows, k_pos_ptr, stats_ptr, plane, T, S, unit, H, F,
+                stride_dob, stride_dot, stride_doh, stride_qb, stride_qt, stride_qh, P, PV, CHUNKS_P, CHUNKS_PV,
+                PRECISION, EXACT, TMA, BLOCK_M, BLOCK_F, LOW, HIGH, PADDING, True,
+            )  # fmt: skip
+        if padding_ptr is None:
+            for i in range(begin, end):
+                dk, dv = _dkdv_step(
+                    dk, dv, start + i * BLOCK_M, k, v, low, high, keep, offs_n, b, h, do_ptr, do_tail, q_ptr, q_tail,
+                    q_pos_rows, k_pos_ptr, stats_ptr, plane, T, S, unit, H, F, stride_dob, stride_dot, stride_doh,
+                    stride_qb, stride_qt, stride_qh, P, PV, CHUNKS_P, CHUNKS_PV, PRECISION, EXACT, TMA,
+                    BLOCK_M, BLOCK_F, LOW, HIGH, PADDING, False,
+                )  # fmt: skip
 
-    offs_p = tl.arange(0, BLOCK_P)
-    offs_v = tl.arange(0, BLOCK_PV)
-    rows_kv = ((b * S + offs_n) * h_kv + hk)[:, None]
-    dk_ptrs = dk_ptr + rows_kv * P + offs_p[None, :]
-    dv_ptrs = dv_ptr + rows_kv * PV + offs_v[None, :]
-    tl.store(dk_ptrs, dk * scale, mask=mask_n[:, None] & (offs_p < P)[None, :])
-    tl.store(dv_ptrs, dv, mask=mask_n[:, None] & (offs_v < PV)[None, :])
+    mask_n = offs_n < S
+    dk = _times(dk, scale, CHUNKS_P)
+    _store_rows(dk_ptr, dk, b, hk, first, stride_dkb, stride_dkt, stride_dkh, mask_n, P, CHUNKS_P, BLOCK_N)
+    _store_rows(dv_ptr, dv, b, hk, first, stride_dvb, stride_dvt, stride_dvh, mask_n, PV, CHUNKS_PV, BLOCK_N)
+
+
+@triton.jit
+def _dq_step(
+    acc, total, n, q, do, lse, delta, dlse, norm, low, high, b, hk, k_ptr, k_tail, v_ptr, v_tail, q_pos_ptr, k_pos_ptr,
+    padding_ptr, offs_t, offs_o, T, S, scale, H: tl.constexpr, F: tl.constexpr,
+    stride_kb, stride_kt: tl.constexpr, stride_kh: tl.constexpr, stride_vb, stride_vt: tl.constexpr, stride_vh: tl.constexpr,
+    P: tl.constexpr, PV: tl.constexpr, CHUNKS_P: tl.constexpr, CHUNKS_PV: tl.constexpr, PRECISION: tl.constexpr,
+    EXACT: tl.constexpr, TMA: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, OUT: tl.constexpr, LOW: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """The keys n, n + 1, ... taken in: the new acc and, for "delta", total."""
+    offs_n = n + tl.arange(0, BLOCK_N)
+    keep = None
+    visible = None
+    if MASKED:
+        keep = _kept_keys(padding_ptr, offs_n, S)
+        visible = _visible(tl.arange(0, BLOCK_N)[None, :], (low - n)[:, None], (high - n)[:, None], LOW, True)
+        if padding_ptr is not None:
+            visible &= keep[None, :]
+    k = _load_rows(k_ptr, k_tail, b, hk, n, stride_kb, stride_kt, stride_kh, keep, P, CHUNKS_P, BLOCK_N, TMA)
+    s = _dot_rows(q, k, CHUNKS_P, PRECISION)  # [BLOCK_M, BLOCK_N]
+    if q_pos_ptr is not None:
+        s = _add_position(
+            s, q_pos_ptr, H * F, offs_t, offs_t < T, k_pos_ptr, F, offs_n, offs_n < S, F, BLOCK_F, PRECISION
+        )  # fmt: skip
+    p = _probability(s, lse[:, None], norm[:, None], visible, scale, EXACT, MASKED)
+    v = _load_rows(v_ptr, v_tail, b, hk, n, stride_vb, stride_vt, stride_vh, keep, PV, CHUNKS_PV, BLOCK_N, TMA)
+    dp = _dot_rows(do, v, CHUNKS_PV, PRECISION)
+    if OUT == "delta":
+        return (acc[0] + tl.sum(p * dp, 1),), total + tl.sum(p, 1)
+    else:
+        ds = dp - delta[:, None]
+        if EXACT:
+            ds += dlse[:, None]
+        ds *= p
+        if OUT == "dq":
+            acc = _add_dots(acc, ds.to(k[0].dtype), k, CHUNKS_P, PRECISION)
+        else:
+            k_pos_ptrs = k_pos_ptr + offs_n.to(tl.int64)[:, None] * F + offs_o[None, :]
+            k_pos = tl.load(k_pos_ptrs, mask=(offs_n < S)[:, None] & (offs_o < F)[None, :], other=0.0)
+            acc = (tl.dot(ds.to(k_pos.dtype), k_pos, acc[0], input_precision=PRECISION),)
+        return acc, total
 
 
 @triton.jit
 def _attention_bwd_dq_kernel(
-    do_ptr, q_ptr, k_ptr, v_ptr, q_pos_ptr, k_pos_ptr, padding_ptr, bounds_ptr, lse_ptr, dlse_ptr, delta_ptr,
-    norm_ptr, out_ptr,
+    do_ptr, q_ptr, k_ptr, k_tail, v_ptr, v_tail, q_pos_ptr, k_pos_ptr, padding_ptr, bounds_ptr,
+    o_ptr, lse_ptr, dlse_ptr, stats_ptr, out_ptr,
     T, S, H: tl.constexpr, F: tl.constexpr, window,
     stride_dob, stride_dot: tl.constexpr, stride_doh: tl.constexpr,
     stride_qb, stride_qt: tl.constexpr, stride_qh: tl.constexpr,
     stride_kb, stride_kt: tl.constexpr, stride_kh: tl.constexpr,
-    stride_vb, stride_vt: tl.constexpr, stride_vh: tl.constexpr, scale,
+    stride_vb, stride_vt: tl.constexpr, stride_vh: tl.constexpr,
+    stride_ob, stride_ot: tl.constexpr, stride_oh: tl.constexpr,
+    stride_outb, stride_outt: tl.constexpr, stride_outh: tl.constexpr, scale,
     P: tl.constexpr, PV: tl.constexpr, GROUP: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_PV: tl.constexpr,
+    PRECISION: tl.constexpr, EXACT: tl.constexpr, TMA: tl.constexpr, CHUNKS_P: tl.constexpr, CHUNKS_PV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_FO: tl.constexpr,
     OUT: tl.constexpr,
 ):  # fmt: skip
-    """OUT "dq"; "dq_pos", BLOCK_FO channels of it a program; or "delta", with norm, which the others then load."""
+    """OUT "dq"; "dq_pos", BLOCK_FO channels of it a program; or "delta", which is launched for EXACT and first. The first
+    kernel writes the statistics that the others load."""
     tiles = tl.cdiv(T, BLOCK_M)
     pid = tl.program_id(0)
-    b = (pid // tiles // H).to(tl.int64)
-    h = (pid // tiles % H).to(tl.int64)
-    offs_t = (tiles - 1 - pid % tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
+    heads = tl.num_programs(0) // tiles
+    b = pid % heads // H
+    h = pid % heads % H
+    row = (b.to(tl.int64) * H + h) * T  # of lse
+    first = (tiles - 1 - pid // heads) * BLOCK_M
+    offs_t = first + tl.arange(0, BLOCK_M)
     mask_t = offs_t < T
     low, high = _key_range(offs_t, T, S, bounds_ptr, window, IS_CAUSAL, HAS_WINDOW)
-    k_ptr += b * stride_kb + h // GROUP * stride_kh
-    v_ptr += b * stride_vb + h // GROUP * stride_vh
-    q = _load_rows(q_ptr + b * stride_qb + h * stride_qh, offs_t, stride_qt, mask_t, P, BLOCK_P)
-    do = _load_rows(do_ptr + b * stride_dob + h * stride_doh, offs_t, stride_dot, mask_t, PV, BLOCK_PV)
-    rows = (b * H + h) * T + offs_t
+    q = _load_rows(q_ptr, None, b, h, first, stride_qb, stride_qt, stride_qh, mask_t, P, CHUNKS_P, BLOCK_M, False)
+    do = _load_rows(do_ptr, None, b, h, first, stride_dob, stride_dot, stride_doh, mask_t, PV, CHUNKS_PV, BLOCK_M, False)
     if q_pos_ptr is not None:
-        q_pos_ptr += (b * T * H + h) * F
-    lse = _load_lse(lse_ptr, rows, mask_t)
+        q_pos_ptr += (b.to(tl.int64) * T * H + h) * F
+    if padding_ptr is not None:
+        padding_ptr += b.to(tl.int64) * S
 
-    if OUT == "delta":
-        total = tl.zeros((BLOCK_M,), tl.float32)
-        acc = tl.zeros((BLOCK_M,), tl.float32)
+    unit = scale if EXACT else scale * 1.4426950408889634  # log2(e)
+    rows = row + offs_t
+    plane = heads.to(tl.int64) * _pitch(T)
+    stats_ptr += (b.to(tl.int64) * H + h) * _pitch(T) + offs_t
+    dlse = tl.zeros((BLOCK_M,), tl.float32)
+    norm = dlse + 1.0
+    delta = dlse
+    if OUT == "delta" or (OUT == "dq" and not EXACT):
+        lse = tl.load(lse_ptr + rows, mask=mask_t, other=float("inf"))
+        lse = tl.where(lse == float("-inf"), float("inf"), lse)  # without a key p is then 0
+        if dlse_ptr is not None:  # merging two empty rows makes it NaN
+            dlse = tl.where(lse == float("inf"), 0.0, tl.load(dlse_ptr + rows, mask=mask_t, other=0.0))
+        if not EXACT:
+            lse *= 1.4426950408889634
+            o = _load_rows(o_ptr, None, b, h, first, stride_ob, stride_ot, stride_oh, mask_t, PV, CHUNKS_PV, BLOCK_M, False)
+            delta -= dlse
+            for i in tl.static_range(len(CHUNKS_PV)):
+                delta += tl.sum(do[i].to(tl.float32) * o[i].to(tl.float32), 1)
+            tl.store(stats_ptr + plane, delta, mask=offs_t < _pitch(T))
+        tl.store(stats_ptr, lse, mask=offs_t < _pitch(T))
     else:
-        delta = tl.load(delta_ptr + rows, mask=mask_t, other=0.0)
-        if dlse_ptr is not None:
-            dlse = _load_dlse(dlse_ptr, rows, mask_t, lse)
-        if norm_ptr is not None:
-            norm = tl.load(norm_ptr + rows, mask=mask_t, other=0.0)
-        if OUT == "dq":
-            offs_o = tl.arange(0, BLOCK_P)
-            mask_o = offs_o < P
-            out_ptrs = out_ptr + ((b * T + offs_t) * H + h)[:, None] * P + offs_o[None, :]
-            acc = tl.zeros((BLOCK_M, BLOCK_P), tl.float32)
-        else:
-            offs_o = tl.program_id(1) * BLOCK_FO + tl.arange(0, BLOCK_FO)
-            mask_o = offs_o < F
-            out_ptrs = out_ptr + ((b * T + offs_t) * H + h)[:, None] * F + offs_o[None, :]
-            acc = tl.zeros((BLOCK_M, BLOCK_FO), tl.float32)
-    for n in range(tl.min(low, 0), tl.max(high, 0), BLOCK_N):
-        offs_n = n + tl.arange(0, BLOCK_N)
-        keep = _kept_keys(padding_ptr, b, offs_n, S)
-        k = _load_rows(k_ptr, offs_n, stride_kt, keep, P, BLOCK_P)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
-        if q_pos_ptr is not None:
-            s = _add_position(s, q_pos_ptr, H * F, offs_t, mask_t, k_pos_ptr, F, offs_n, keep, F, BLOCK_F, PRECISION)
-        visible = (offs_n[None, :] >= low[:, None]) & (offs_n[None, :] < high[:, None]) & keep[None, :]
-        p = _exp(tl.where(visible, s * scale, float("-inf")) - lse[:, None], norm_ptr is not None)
-        v = _load_rows(v_ptr, offs_n, stride_vt, keep, PV, BLOCK_PV)
-        dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-        if OUT == "delta":
-            total += tl.sum(p, 1)
-            acc += tl.sum(p * dp, 1)
-        else:
-            ds = dp - delta[:, None]
-            if dlse_ptr is not None:
-                ds += dlse[:, None]
-            if norm_ptr is not None:
-                p *= norm[:, None]
-            ds *= p
-            if OUT == "dq":
-                acc = tl.dot(ds.to(k.dtype), k, acc, input_precision=PRECISION)
-            else:
-                k_pos_ptrs = k_pos_ptr + offs_n.to(tl.int64)[:, None] * F + offs_o[None, :]
-                k_pos = tl.load(k_pos_ptrs, mask=keep[:, None] & mask_o[None, :], other=0.0)
-                acc = tl.dot(ds.to(k_pos.dtype), k_pos, acc, input_precision=PRECISION)
+        lse = tl.load(stats_ptr, mask=mask_t, other=float("inf"))
+        delta = tl.load(stats_ptr + plane, mask=mask_t, other=0.0)
+        if EXACT:
+            norm = tl.load(stats_ptr + 2 * plane, mask=mask_t, other=0.0)
+            dlse = tl.load(stats_ptr + 3 * plane, mask=mask_t, other=0.0)
+
+    LOW: tl.constexpr = HAS_WINDOW or bounds_ptr is not None
+    offs_o = tl.program_id(1) * BLOCK_FO + tl.arange(0, BLOCK_FO)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    if OUT == "delta":
+        acc = (total,)
+    elif OUT == "dq":
+        acc = _zero_chunks(BLOCK_M, CHUNKS_P)
+    else:
+        acc = (_zeros(BLOCK_M, BLOCK_FO),)
+    start, count, begin, end = _tiles(low, high, BLOCK_N, padding_ptr is not None)
+    for i in range(count - (end - begin)):
+        acc, total = _dq_step(
+            acc, total, start + _masked_tile(i, begin, end) * BLOCK_N, q, do, lse, delta, dlse, norm, low, high, b, h // GROUP,
+            k_ptr, k_tail, v_ptr, v_tail, q_pos_ptr, k_pos_ptr, padding_ptr, offs_t, offs_o, T, S, unit, H, F, stride_kb, stride_kt,
+            stride_kh, stride_vb, stride_vt, stride_vh, P, PV, CHUNKS_P, CHUNKS_PV, PRECISION, EXACT, TMA, BLOCK_N, BLOCK_F, OUT, LOW, True,
+        )  # fmt: skip
+    if padding_ptr is None:
+        for i in range(begin, end):
+            acc, total = _dq_step(
+                acc, total, start + i * BLOCK_N, q, do, lse, delta, dlse, norm, low, high, b, h // GROUP,
+                k_ptr, k_tail, v_ptr, v_tail, q_pos_ptr, k_pos_ptr, None, offs_t, offs_o, T, S, unit, H, F, stride_kb, stride_kt,
+                stride_kh, stride_vb, stride_vt, stride_vh, P, PV, CHUNKS_P, CHUNKS_PV, PRECISION, EXACT, TMA,
+                BLOCK_N, BLOCK_F, OUT, LOW, False,
+            )  # fmt: skip
 
     if OUT == "delta":
         total = tl.where(total == 0.0, 1.0, total)
-        tl.store(norm_ptr + rows, 1.0 / total, mask=mask_t)
-        tl.store(out_ptr + rows, acc / total, mask=mask_t)
+        tl.store(stats_ptr + plane, acc[0] / total, mask=mask_t)
+        tl.store(stats_ptr + 2 * plane, 1.0 / total, mask=mask_t)
+        tl.store(stats_ptr + 3 * plane, dlse, mask=mask_t)
+    elif OUT == "dq":
+        acc = _times(acc, scale, CHUNKS_P)
+        _store_rows(out_ptr, acc, b, h, first, stride_outb, stride_outt, stride_outh, mask_t, P, CHUNKS_P, BLOCK_M)
     else:
-        tl.store(out_ptrs, acc * scale, mask=mask_t[:, None] & mask_o[None, :])
+        out_ptrs = out_ptr + ((b.to(tl.int64) * T + offs_t) * H + h)[:, None] * F + offs_o[None, :]
+        tl.store(out_ptrs, acc[0] * scale, mask=mask_t[:, None] & (offs_o < F)[None, :])
 
 
 def _sequence_bounds(cu_seqlens: Tensor | None, T: int) -> Tensor | None:
@@ -424,6 +681,32 @@ def _sequence_bounds(cu_seqlens: Tensor | None, T: int) -> Tensor | None:
 
 def _padding(key_padding_mask: Tensor | None) -> Tensor | None:
     return None if key_padding_mask is None else key_padding_mask.contiguous().view(torch.uint8)
+
+
+def _exact(dtype: torch.dtype, precision: str) -> bool:
+    """See NOTE [Float32]."""
+    return dtype == torch.float32 and precision == "ieee"
+
+
+def _chunks(width: int, dtype: torch.dtype) -> tuple[int, ...]:
+    """The head width as powers of two, 80 = 64 + 16: what a tile spans."""
+    chunk = next_power_of_2(width)
+    if dtype != torch.float32 and chunk >= 64 and width <= chunk // 2 + chunk // 4:
+        return chunk // 2, next_power_of_2(width - chunk // 2)
+    return (chunk,)
+
+
+def _sources(x: Tensor, chunks: tuple[int, ...], rows: int, tma: bool):
+    """What `_load_rows` takes for x: its pointer, or the descriptors of its chunks."""
+    if not tma:
+        return x, None
+    descriptors = [TensorDescriptor(x, list(x.shape), list(x.stride()), [1, rows, 1, chunk]) for chunk in chunks]
+    return descriptors[0], descriptors[1] if len(chunks) == 2 else None
+
+
+def _aligned(*tensors: Tensor) -> bool:
+    """Whether Hopper's copy engine can fetch rows of these tensors."""
+    return all(x.data_ptr() % 16 == 0 and all(s * x.element_size() % 16 == 0 for s in x.stride()[:3]) for x in tensors)
 
 
 def _config(kernel: str, q: Tensor, k: Tensor, v: Tensor, q_pos: Tensor | None) -> dict[str, int]:
@@ -473,26 +756,33 @@ def attention_forward(
     o, lse = _attention_forward_fake(q, k, v, q_pos, k_pos, key_padding_mask, cu_seqlens, causal, window, scale, precision)
     B, T, H, P = q.shape
     S, Hkv, PV = k.shape[1], k.shape[2], v.shape[3]
+    if scale <= 0:  # the kernel takes the maximum before it multiplies
+        sign = -1.0 if scale < 0 else 0.0
+        q, q_pos, scale = q * sign, None if q_pos is None else q_pos * sign, abs(scale) or 1.0
     q, k, v = rows(q), rows(k), rows(v)
     q_pos = None if q_pos is None else q_pos.contiguous()
     k_pos = None if k_pos is None else k_pos.contiguous()
     config = _config("attention_forward", q, k, v, q_pos)
+    tma = TMA and _aligned(k, v) and key_padding_mask is None
+    chunks_p, chunks_pv = _chunks(P, q.dtype), _chunks(PV, q.dtype)
+    sources = *_sources(k, chunks_p, config["BLOCK_N"], tma), *_sources(v, chunks_pv, config["BLOCK_N"], tma)
     launch(
         _attention_fwd_kernel, (cdiv(T, config["BLOCK_M"]) * B * H,),
-        q, k, v, q_pos, k_pos, _padding(key_padding_mask), _sequence_bounds(cu_seqlens, T), o, lse,
+        q, *sources, q_pos, k_pos, _padding(key_padding_mask), _sequence_bounds(cu_seqlens, T), o, lse,
         T, S, H, 0 if q_pos is None else q_pos.shape[-1], min(window, T + S),
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], scale,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *o.stride()[:3], scale,
         P=P, PV=PV, GROUP=H // Hkv, IS_CAUSAL=causal, HAS_WINDOW=window > 0, PRECISION=precision,
-        BLOCK_P=next_power_of_2(P), BLOCK_PV=next_power_of_2(PV), **config,
+        EXACT=_exact(q.dtype, precision), TMA=tma, CHUNKS_P=chunks_p, CHUNKS_PV=chunks_pv, **config,
     )  # fmt: skip
     return o, lse
 
 
 def _attention_backward_fake(
-    do, dlse, q, k, v, q_pos, k_pos, key_padding_mask, cu_seqlens, o, lse, causal, window, scale, precision
+    do, dlse, q, k, v, q_pos, k_pos, key_padding_mask, cu_seqlens, o, lse, causal, window, scale, precision, joint=False
 ):
     dq_pos = q.new_empty(0) if q_pos is None else q_pos.new_empty(q_pos.shape)
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dq_pos
+    dq = q.new_empty(*q.shape[:2], q.shape[2] + k.shape[2], q.shape[3]) if joint else q.new_empty(q.shape)
+    return dq, k.new_empty(0 if joint else k.shape), v.new_empty(v.shape), dq_pos
 
 
 @opaque(_attention_backward_fake)
@@ -512,49 +802,51 @@ def attention_backward(
     window: int,
     scale: float,
     precision: str,
+    joint: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dq, dk, dv and dq_pos (empty without q_pos), contiguous, from the gradients of o and lse (None: zero)."""
-    dq, dk, dv, dq_pos = _attention_backward_fake(
-        do, dlse, q, k, v, q_pos, k_pos, key_padding_mask, cu_seqlens, o, lse, causal, window, scale, precision
+    """dq, dk, dv and dq_pos (empty without q_pos), contiguous, from the gradients of o and lse (None: zero). With `joint`, where
+    T = S, dq and dk come as one tensor [B, T, H + Hkv, P], and dk is empty."""
+    first, second, dv, dq_pos = _attention_backward_fake(
+        do, dlse, q, k, v, q_pos, k_pos, key_padding_mask, cu_seqlens, o, lse, causal, window, scale, precision, joint
     )
+    dq, dk = first.split([q.shape[2], k.shape[2]], 2) if joint else (first, second)
     B, T, H, P = q.shape
     S, Hkv, PV = k.shape[1], k.shape[2], v.shape[3]
-    do, q, k, v = rows(do), rows(q), rows(k), rows(v)
-    o, lse = o.contiguous(), lse.contiguous()
+    do, q, k, v, o = rows(do), rows(q), rows(k), rows(v), rows(o)
     q_pos = None if q_pos is None else q_pos.contiguous()
     k_pos = None if k_pos is None else k_pos.contiguous()
-
     dlse = None if dlse is None else dlse.contiguous()
-    delta = torch.empty_like(lse)
-    norm = torch.empty_like(lse) if q.dtype == torch.float32 and precision == "ieee" else None  # see NOTE [Float32]
+    exact = _exact(q.dtype, precision)
+    stats = lse.new_empty((4 if exact else 2) * B * H, cdiv(T, 16) * 16)  # B * H rows each of lse, delta; norm, dlse
 
     masks = (_padding(key_padding_mask), _sequence_bounds(cu_seqlens, T))
-    inputs = (do, q, k, v, q_pos, k_pos, *masks, lse, dlse, delta, norm)
-    F = 0 if q_pos is None else q_pos.shape[-1]
+    chunks_p, chunks_pv = _chunks(P, q.dtype), _chunks(PV, q.dtype)
+    tma = TMA and _aligned(do, q, k, v) and key_padding_mask is None
     strides = (*do.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
-    scalars = (T, S, H, F, min(window, T + S), *strides, scale)
+    scalars = (T, S, H, 0 if q_pos is None else q_pos.shape[-1], min(window, T + S), *strides)
     flags = dict(
         P=P, PV=PV, GROUP=H // Hkv, IS_CAUSAL=causal, HAS_WINDOW=window > 0, PRECISION=precision,
-        BLOCK_P=next_power_of_2(P), BLOCK_PV=next_power_of_2(PV),
+        EXACT=exact, CHUNKS_P=chunks_p, CHUNKS_PV=chunks_pv,
     )  # fmt: skip
-    config_dq = _config("attention_dq", q, k, v, q_pos)
-    grid_dq = (cdiv(T, config_dq["BLOCK_M"]) * B * H,)
 
-    if norm is not None:
-        launch(_attention_bwd_dq_kernel, grid_dq, *inputs, delta, *scalars, **flags, **config_dq, BLOCK_FO=0, OUT="delta")
-    else:
-        config = tuning.lookup(CONFIGS["attention_delta"], q.dtype, INTERPRET)
-        grid = (cdiv(T, config["BLOCK_M"]) * B * H,)
-        arguments = (do, o, delta, T, H, *do.stride()[:3])
-        launch(_attention_bwd_delta_kernel, grid, *arguments, PV=PV, BLOCK_PV=next_power_of_2(PV), **config)
+    def launch_dq(out: Tensor, name: str, kind: str) -> None:
+        config = {"BLOCK_FO": 16} | _config(kind, q, k, v, q_pos)
+        grid = (cdiv(T, config["BLOCK_M"]) * B * H, cdiv(out.shape[-1], config["BLOCK_FO"]) if name == "dq_pos" else 1)
+        sources = *_sources(k, chunks_p, config["BLOCK_N"], tma), *_sources(v, chunks_pv, config["BLOCK_N"], tma)
+        arguments = (do, q, *sources, q_pos, k_pos, *masks, o, lse.contiguous(), dlse, stats, out)
+        strides = (*o.stride()[:3], *out.stride()[:3])
+        launch(_attention_bwd_dq_kernel, grid, *arguments, *scalars, *strides, scale, **flags, TMA=tma, **config, OUT=name)
 
+    if exact:
+        launch_dq(dq, "delta", "attention_dq")
+    launch_dq(dq, "dq", "attention_dq")
     config = _config("attention_dkdv", q, k, v, q_pos)
     grid = (cdiv(S, config["BLOCK_N"]) * B * Hkv,)
-    launch(_attention_bwd_dkdv_kernel, grid, *inputs, dk, dv, *scalars, **flags, **config)
-
-    launch(_attention_bwd_dq_kernel, grid_dq, *inputs, dq, *scalars, **flags, **config_dq, BLOCK_FO=0, OUT="dq")
+    sources = *_sources(do, chunks_pv, config["BLOCK_M"], tma), *_sources(q, chunks_p, config["BLOCK_M"], tma)
+    rows_of_stats = TensorDescriptor(stats, list(stats.shape), list(stats.stride()), [1, config["BLOCK_M"]]) if tma else stats
+    arguments = (*sources, k, v, q_pos, k_pos, *masks, rows_of_stats, dk, dv)
+    strides = (*dk.stride()[:3], *dv.stride()[:3])
+    launch(_attention_bwd_dkdv_kernel, grid, *arguments, *scalars, *strides, scale, **flags, TMA=tma, **config)
     if q_pos is not None:
-        config = _config("attention_dq_pos", q, k, v, q_pos)
-        grid = (cdiv(T, config["BLOCK_M"]) * B * H, cdiv(F, config["BLOCK_FO"]))
-        launch(_attention_bwd_dq_kernel, grid, *inputs, dq_pos, *scalars, **flags, **config, OUT="dq_pos")
-    return dq, dk, dv, dq_pos
+        launch_dq(dq_pos, "dq_pos", "attention_dq_pos")
+    return first, second, dv, dq_pos

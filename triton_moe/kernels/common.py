@@ -18,6 +18,7 @@ from collections.abc import Callable
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 @triton.jit
@@ -73,12 +74,19 @@ def launch(kernel, grid: tuple[int, ...], *args, **meta) -> None:
 def _interpret(kernel, grid, args, meta) -> None:
     copies: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # by identity: a tensor passed twice stays one tensor
     for a in args:
+        a = a.base if isinstance(a, TensorDescriptor) else a
         if isinstance(a, torch.Tensor) and a.dtype == torch.bfloat16 and id(a) not in copies:
             span = 1 + sum((n - 1) * stride for n, stride in zip(a.shape, a.stride(), strict=True)) if a.numel() else 0
             storage = a.as_strided((span,), (1,)).float()  # all of a's memory: its strides, also 0, stay as they are
             copies[id(a)] = (a, storage.as_strided(a.shape, a.stride(), 0))
     before = [copy.clone() for _, copy in copies.values()]
-    kernel[grid](*(copies[id(a)][1] if id(a) in copies else a for a in args), **meta)
+
+    def copied(a):
+        if isinstance(a, TensorDescriptor):
+            return TensorDescriptor(copied(a.base), a.shape, a.strides, a.block_shape)
+        return copies[id(a)][1] if id(a) in copies else a
+
+    kernel[grid](*(copied(a) for a in args), **meta)
     for (a, copy), old in zip(copies.values(), before, strict=True):
         if not torch.equal(copy.view(torch.int32), old.view(torch.int32)):  # outputs only: inputs may be saved for backward
             a.copy_(copy)
@@ -131,11 +139,6 @@ def rows(x: torch.Tensor) -> torch.Tensor:
     width = x.shape[-1] if x.ndim == 2 else x.shape[-2] * x.shape[-1]
     constant = x.stride(-1) == 1 and all(stride <= 32 * width for stride in x.stride()[x.ndim // 2 - 1 : -1])
     return x if constant else x.contiguous()
-
-
-def key_dtype(count: int) -> torch.dtype:
-    """The narrowest integers that hold 0 ... count: a radix sort takes a pass for each byte."""
-    return torch.uint8 if count <= 255 else torch.int16 if count <= 32767 else torch.int32
 
 
 def cdiv(a: int, b: int) -> int:

@@ -177,7 +177,7 @@ def _route_dot_kernel(
 
 @triton.jit
 def _grouped_dw_kernel(
-    a_ptr, b_ptr, dw_ptr, parts_ptr, order_ptr, offsets_ptr, GROUPS, CHUNK,
+    a_ptr, b_ptr, dw_ptr, parts_ptr, order_ptr, order_b_ptr, offsets_ptr, GROUPS, CHUNK,
     I: tl.constexpr, J: tl.constexpr, WIDTH_A: tl.constexpr, WIDTH_B: tl.constexpr, DIV_A: tl.constexpr, DIV_B: tl.constexpr,
     stride_am: tl.constexpr, stride_bm: tl.constexpr, PRECISION: tl.constexpr, BLOCK_G: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_R: tl.constexpr, PARTS: tl.constexpr,
@@ -215,13 +215,19 @@ def _grouped_dw_kernel(
     a_ptrs, b_ptrs = a_ptr + offs_i[:, None], b_ptr + offs_j[None, :]
     acc = tl.zeros((BLOCK_I, BLOCK_J), tl.float32)
     route = tl.load(order_ptr + first + offs_r, mask=first + offs_r < end, other=0)
+    if order_b_ptr is not None:
+        next_b = tl.load(order_b_ptr + first + offs_r, mask=first + offs_r < end, other=0)
     for row in range(first, end, PARTS * BLOCK_R):
         sub = acc if PARTS == 1 else tl.zeros((BLOCK_I, BLOCK_J), tl.float32)
         for i in tl.static_range(PARTS):
             offs = row + i * BLOCK_R + offs_r
             mask_r = offs < end
             row_a = offs if DIV_A == 0 else route // DIV_A
-            row_b = offs if DIV_B == 0 else route // DIV_B
+            if order_b_ptr is None:
+                row_b = offs if DIV_B == 0 else route // DIV_B
+            else:
+                row_b = next_b
+                next_b = tl.load(order_b_ptr + offs + BLOCK_R, mask=offs + BLOCK_R < end, other=0)
             # One step ahead: a load that waits for another load is not copied ahead of the product that needs it.
             route = tl.load(order_ptr + offs + BLOCK_R, mask=offs + BLOCK_R < end, other=0)
             mask_a = mask_r[None, :] if WIDTH_A % BLOCK_I == 0 else mask_r[None, :] & (offs_i < WIDTH_A)[:, None]
@@ -349,10 +355,11 @@ def _route_dot(b, a, div):
     return dot
 
 
-def _grouped_dw(a, b, order, offsets, div_a, div_b, precision, size=None):
+def _grouped_dw(a, b, order, offsets, div_a, div_b, precision, size=None, order_b=None):
     """a [R // div_a, I], b [R // div_b, J] -> dw [groups, I, J], the sum of a[r // div_a]^T b[r // div_b] over a group's routes.
 
-    With div 0 a row is that of the route's place in `order`. size = (I, J) where a or b are padded with further columns.
+    With div 0 a row is that of the route's place in `order`, and with order_b [R] it is the one that this names for that place.
+    size = (I, J) where a or b are padded with further columns.
 
     NOTE [Chunks]
         Few groups make few programs, and skewed routing makes one of them long. So the routes of a group with more than `chunk`
@@ -373,7 +380,7 @@ def _grouped_dw(a, b, order, offsets, div_a, div_b, precision, size=None):
     BLOCK_G = next_power_of_2(groups, 1)
     launch(
         _grouped_dw_kernel, ((groups + R // chunk) * tiles,),
-        a, b, dw, parts, order, offsets, groups, chunk,
+        a, b, dw, parts, order, order_b, offsets, groups, chunk,
         I=I, J=J, WIDTH_A=a.shape[1], WIDTH_B=b.shape[1], DIV_A=div_a, DIV_B=div_b, stride_am=a.stride(0), stride_bm=b.stride(0),
         PRECISION=precision, BLOCK_G=BLOCK_G, **config,
     )  # fmt: skip
@@ -396,84 +403,109 @@ def _gate_rows(a, s):
 # ---- value projection
 
 
-def _value_forward_fake(x, w, weights, experts, order, offsets, precision):
+def _value_forward_fake(x, w, weights, experts, order, offsets, set_order, set_offsets, token_order, keep, precision):
     N, H, _ = weights.shape
-    return x.new_empty(N, H, w.shape[2]), x.new_empty(weights.numel(), w.shape[2])
+    return x.new_empty(N, H, w.shape[2]), x.new_empty(weights.numel() if keep else 0, w.shape[2])
 
 
 @opaque(_value_forward_fake)
 def value_forward(
     x: torch.Tensor, w: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor, order: torch.Tensor,
-    offsets: torch.Tensor, precision: str,
+    offsets: torch.Tensor, set_order: torch.Tensor, set_offsets: torch.Tensor, token_order: torch.Tensor, keep: bool,
+    precision: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """x [N, D], w [H*E, D, P], weights and experts [N, H, TOP_K] -> v [N, H, P] and each route's product u [N*H*TOP_K, P]."""
+    """x [N, D], w [H*E, D, P], weights and experts [N, H, TOP_K] and their plan -> v [N, H, P] and, to `keep` for the backward
+    pass, each route's product u [N*H*TOP_K, P]."""
     N, H, TOP_K = weights.shape
-    if sets.fits(N, H, w.shape[0] // H, TOP_K, w.shape[2], x.dtype):
-        return sets.gather(x, w, weights.contiguous(), experts.contiguous())
+    if set_order.numel():
+        return sets.gather(x, w, False, weights.contiguous(), experts.contiguous(), set_order, set_offsets, keep=keep)
     u = _grouped_gemm(rows(x), w, order, offsets, H * TOP_K, precision)
-    return _combine(u, weights.contiguous().view(-1), TOP_K).view(N, H, w.shape[2]), u
+    v = _combine(u, weights.contiguous().view(-1), TOP_K).view(N, H, w.shape[2])
+    return v, u if keep else u.new_empty(0, w.shape[2])
 
 
-def _value_backward_fake(dv, x, w, weights, experts, order, offsets, u, precision):
-    return x.new_empty(x.shape), w.new_empty(w.shape), weights.new_empty(weights.shape)
+def _value_backward_gates_fake(dv, u, TOP_K):
+    N, H, _ = dv.shape
+    return dv.new_empty(N, H, TOP_K, dtype=torch.float32)
+
+
+@opaque(_value_backward_gates_fake)
+def value_backward_gates(dv: torch.Tensor, u: torch.Tensor, TOP_K: int) -> torch.Tensor:
+    """dv [N, H, P], u [N*H*TOP_K, P] -> d weights [N, H, TOP_K]."""
+    N, H, P = dv.shape
+    return _route_dot(u, dv.contiguous().view(N * H, P), TOP_K).view(N, H, TOP_K)
+
+
+def _value_backward_fake(
+    dv, x, w, weights, experts, order, offsets, set_order, set_offsets, token_order, base, dlogits, sel, precision
+):
+    return x.new_empty(x.shape), w.new_empty(w.shape)
 
 
 @opaque(_value_backward_fake)
 def value_backward(
     dv: torch.Tensor, x: torch.Tensor, w: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor, order: torch.Tensor,
-    offsets: torch.Tensor, u: torch.Tensor, precision: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """-> dx [N, D], dw [H*E, D, P], d weights [N, H, TOP_K]."""
+    offsets: torch.Tensor, set_order: torch.Tensor, set_offsets: torch.Tensor, token_order: torch.Tensor,
+    base: torch.Tensor | None, dlogits: torch.Tensor | None, sel: torch.Tensor | None, precision: str,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """-> dx [N, D], dw [H*E, D, P]. What else reaches x is added to dx in the same pass: base [N, D] and dlogits [N, C] sel."""
     N, H, TOP_K = weights.shape
-    x, dv = rows(x), dv.contiguous().view(N * H, dv.shape[2])
-    dweights = _route_dot(u, dv, TOP_K).view(N, H, TOP_K)
-    gated = _gate_rows(dv, weights.contiguous().view(-1))
-    if sets.fits(N, H, w.shape[0] // H, TOP_K, w.shape[2], x.dtype):
-        dx = sets.spread(gated, w.transpose(1, 2), experts.contiguous())
+    x, dv, weights = rows(x), dv.contiguous(), weights.contiguous()
+    if set_order.numel():
+        dx, packed, place = sets.spread(dv, w, True, weights, experts.contiguous(), set_order, token_order, base, dlogits, sel)
+        if packed is not None:
+            return dx, _grouped_dw(x, packed, order, offsets, H * TOP_K, 0, precision, w.shape[1:], place[order])
+        gated = _gate_rows(dv.view(N * H, dv.shape[2]), weights.view(-1))
     else:
+        gated = _gate_rows(dv.view(N * H, dv.shape[2]), weights.view(-1))
         dx = _combine(_grouped_gemm(gated, w.transpose(1, 2), order, offsets, 1, precision), None, H * TOP_K)
-    dw = _grouped_dw(x, gated, order, offsets, H * TOP_K, 1, precision)
-    return dx, dw, dweights
+        if dlogits is not None:
+            dx.addmm_(dlogits, sel)
+        if base is not None:
+            dx += base
+    return dx, _grouped_dw(x, gated, order, offsets, H * TOP_K, 1, precision)
 
 
 # ---- output projection
 
 
-def _output_forward_fake(a, w, weights, experts, order, offsets, precision):
+def _output_forward_fake(a, w, weights, experts, order, offsets, set_order, set_offsets, token_order, precision):
     return a.new_empty(a.shape[0], w.shape[2])
 
 
 @opaque(_output_forward_fake)
 def output_forward(
     a: torch.Tensor, w: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor, order: torch.Tensor,
-    offsets: torch.Tensor, precision: str,
+    offsets: torch.Tensor, set_order: torch.Tensor, set_offsets: torch.Tensor, token_order: torch.Tensor, precision: str,
 ) -> torch.Tensor:  # fmt: skip
-    """a [N, H, P], w [H*E, P, D], weights and experts [N, H, TOP_K] -> y [N, D]."""
+    """a [N, H, P], w [H*E, P, D], weights and experts [N, H, TOP_K] and their plan -> y [N, D]."""
     N, H, TOP_K = weights.shape
-    gated = _gate_rows(a.contiguous().view(N * H, a.shape[2]), weights.contiguous().view(-1))
-    if sets.fits(N, H, w.shape[0] // H, TOP_K, w.shape[1], a.dtype):
-        return sets.spread(gated, w, experts.contiguous())
+    a, weights = a.contiguous(), weights.contiguous()
+    if set_order.numel():
+        return sets.spread(a, w, False, weights, experts.contiguous(), set_order, token_order)[0]
+    gated = _gate_rows(a.view(N * H, a.shape[2]), weights.view(-1))
     return _combine(_grouped_gemm(gated, w, order, offsets, 1, precision), None, H * TOP_K)
 
 
-def _output_backward_fake(dy, a, w, weights, experts, order, offsets, precision):
+def _output_backward_fake(dy, a, w, weights, experts, order, offsets, set_order, set_offsets, token_order, precision):
     return a.new_empty(a.shape), w.new_empty(w.shape), weights.new_empty(weights.shape)
 
 
 @opaque(_output_backward_fake)
 def output_backward(
     dy: torch.Tensor, a: torch.Tensor, w: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor, order: torch.Tensor,
-    offsets: torch.Tensor, precision: str,
+    offsets: torch.Tensor, set_order: torch.Tensor, set_offsets: torch.Tensor, token_order: torch.Tensor, precision: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """-> da [N, H, P], dw [H*E, P, D], d weights [N, H, TOP_K]."""
     N, H, TOP_K = weights.shape
-    dy, a, s = rows(dy), a.contiguous().view(N * H, a.shape[2]), weights.contiguous().view(-1)
-    if sets.fits(N, H, w.shape[0] // H, TOP_K, w.shape[1], a.dtype):
-        da, dweights = sets.gather(dy, w.transpose(1, 2), weights.contiguous(), experts.contiguous(), a.view(N, H, a.shape[1]))
+    dy, a, weights = rows(dy), a.contiguous(), weights.contiguous()
+    a_rows, s = a.view(N * H, a.shape[2]), weights.view(-1)
+    if set_order.numel():
+        da, dweights = sets.gather(dy, w, True, weights, experts.contiguous(), set_order, set_offsets, a)
     else:
         b = _grouped_gemm(dy, w.transpose(1, 2), order, offsets, H * TOP_K, precision)
-        da, dweights = _combine(b, s, TOP_K).view(N, H, a.shape[1]), _route_dot(b, a, TOP_K)
-    dw = _grouped_dw(_gate_rows(a, s), dy, order, offsets, 1, H * TOP_K, precision)
+        da, dweights = _combine(b, s, TOP_K).view(a.shape), _route_dot(b, a_rows, TOP_K)
+    dw = _grouped_dw(_gate_rows(a_rows, s), dy, order, offsets, 1, H * TOP_K, precision)
     return da, dw, dweights.view(N, H, TOP_K)
 
 

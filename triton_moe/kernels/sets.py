@@ -1,6 +1,6 @@
 """Sparse projections of 16-bit inputs with few experts a head: rows grouped by the set of experts they chose.
 
-    gather   b[n,h,j] = x[n] W[h,e_j]              v[n,h] = sum_j g[n,h,j] b[n,h,j]         x [N, D]     W [H*E, D, P]
+    gather   u[n,h,j] = x[n] W[h,e_j]              v[n,h] = sum_j g[n,h,j] u[n,h,j]         x [N, D]     W [H*E, D, P]
     spread   y[n] = sum_h sum_j g[n,h,j] a[n,h] W[h,e_j]                                    a [N, H, P]  W [H*E, P, D]
 
 `gather` is the value projection and, with W transposed, the output projection's d a; `spread` is the output projection and, with
@@ -8,18 +8,24 @@ W transposed, the value projection's d x. projection.py chooses between these ke
 
 NOTE [Expert sets]
     TOP_K of E experts make S = C(E, TOP_K) sets: 6 for 2 of 4. Where all rows of a tile chose the same set, `gather` reads each
-    row of x once for all TOP_K products, keeps them in registers and sums them there: nothing as large as [N, H*TOP_K, D] exists.
+    row of x once for two products, keeps them in registers and sums them there: nothing as large as [N, H*TOP_K, D] exists.
+    What a tile is (its rows, head and experts) stands in a table; finding it in the kernel itself took 2 us in each wave.
 
 NOTE [Signatures]
     `spread` sums over heads and experts in one accumulator, so y is written once. No order of the tokens makes the sets of all
-    heads agree in a tile, so tokens are sorted by their sets, the first head's first, and each tile visits the experts (h, e)
-    that any of its tokens chose: two thirds of all for 4 heads and 2 of 4 experts. Operands are gated beforehand, [N, H*TOP_K,
-    P], because a product in front of `tl.dot` keeps Hopper's matrix units waiting; a token that did not choose the expert
-    contributes a row of zeros that is not loaded.
+    heads agree in a tile, so tokens are sorted by their sets (gating.py) and each tile visits the experts (h, e) that any of its
+    tokens chose, a bit each: two thirds of all for 4 heads and 2 of 4 experts. `pack` writes the operand as the tile reads it,
+    gated and expert after expert, with rows of zeros for tokens that did not choose the expert: a product or a gather in front of
+    `tl.dot` keeps Hopper's matrix units waiting.
 
-On an H200, bfloat16, N = 32768, D = 1024, H 4, E 4, TOP_K 2, P 128, cuBLAS of the same FLOPs taking 101 us: gather 171 us with b
-written, 182 us with the dots; spread 211 us, 248 with the gates applied in registers, 311 in one pass a head over exact sets. The
-kernels of projection.py took 244 us for the value and 517 us for the output projection.
+NOTE [Descriptors]
+    Weights and packed rows are read through tensor descriptors: Hopper's and Blackwell's copy engine then moves them, elsewhere
+    Triton turns them into pointers. A descriptor wants rows a multiple of 16 bytes apart, reads zeros outside, and is slow at
+    that and at rows that split sectors: P 112 took longer than P 128. So weights are padded with zeros (`_padded`).
+
+On an H200, bfloat16, N = 32768, D = 1024, H 4, E 4, TOP_K 2, P 128, cuBLAS of the same FLOPs taking 99 us: gather 122 us, 145
+with u written, 151 with the dots; pack 37 and spread 140 us. With pointers in place of descriptors: gather 129 us, spread 154;
+rows gathered by spread itself: 211.
 """
 
 import math
@@ -27,193 +33,280 @@ import math
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .. import tuning
-from .common import INTERPRET, cdiv, find_tile, key_dtype, launch, next_power_of_2, rows
+from .common import INTERPRET, cdiv, find_tile, launch, next_power_of_2, rows
+
+TILE = 128  # rows of one tile in the tables; kernels take it whole or in parts
 
 CONFIGS = {
     "gather": {
         "half": {"BLOCK_M": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 4},
         "half_small": {"BLOCK_M": 32, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2},
-        "interpret": {"BLOCK_M": 64, "BLOCK_K": 128, "num_warps": 1, "num_stages": 1},
+        "interpret": {"BLOCK_M": 128, "BLOCK_K": 128, "num_warps": 1, "num_stages": 1},
     },
     "spread": {
-        "half": {"BLOCK_M": 64, "BLOCK_N": 256, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3},
+        "half": {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
         "half_small": {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2},
-        "interpret": {"BLOCK_M": 64, "BLOCK_N": 256, "BLOCK_K": 256, "num_warps": 1, "num_stages": 1},
+        "interpret": {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 256, "num_warps": 1, "num_stages": 1},
+    },
+    "pack": {
+        "half": {"BLOCK_M": 16, "num_warps": 4},
+        "half_small": {"BLOCK_M": 16, "num_warps": 4},
+        "interpret": {"BLOCK_M": 128, "num_warps": 1},
     },
 }
 MAX_TOP_K = 4
 
 
-def fits(N: int, H: int, E: int, TOP_K: int, P: int, dtype: torch.dtype) -> bool:
-    """Whether these kernels serve a projection: measured to pay where sets are few and full and the tiles fit."""
-    few_experts = TOP_K <= MAX_TOP_K and TOP_K * next_power_of_2(P) <= 512 and 3 * TOP_K >= E and H * E <= 64
-    return dtype != torch.float32 and few_experts and 128 * math.comb(E, TOP_K) <= N
+def fits(N: int, H: int, E: int, TOP_K: int, dtype: torch.dtype) -> bool:
+    """Whether these kernels serve a projection, and its plan therefore sorts by sets: those must be few and full."""
+    return dtype != torch.float32 and TOP_K <= MAX_TOP_K and E <= 64 and TILE * math.comb(E, TOP_K) <= N
+
+
+def joint(H: int, E: int, TOP_K: int) -> bool:
+    """Whether `spread` takes all heads in one pass: tiles must not visit many experts that few of their rows chose."""
+    return 3 * TOP_K >= E and H * E <= 64
+
+
+# ---- jit helpers
 
 
 @triton.jit
-def _binomial(n, k):
-    """C(n, k) for k = 1, 2, 3, 4."""
-    two = n * (n - 1) // 2
-    three = two * (n - 2) // 3
-    return tl.where(k == 1, n, tl.where(k == 2, two, tl.where(k == 3, three, three * (n - 3) // 4)))
+def _weights(desc, he, k, p, TRANSPOSED: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr):
+    """W[he, k:, p:], [BLOCK_K, BLOCK_P]; TRANSPOSED: stored as [he, p, k]."""
+    if TRANSPOSED:
+        return desc.load([he, p, k]).reshape(BLOCK_P, BLOCK_K).T
+    else:
+        return desc.load([he, k, p]).reshape(BLOCK_K, BLOCK_P)
 
 
 @triton.jit
-def _keys_kernel(
-    experts_ptr, set_ptr, signature_ptr, N,
-    H: tl.constexpr, TOP_K: tl.constexpr, SETS: tl.constexpr, SORTED_HEADS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """set[n*H + h] = h*SETS + the rank of the set that (n, h) chose; signature[n] = the ranks of the first heads as digits."""
-    offs_n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask_n = offs_n < N
-    signature = tl.zeros((BLOCK,), tl.int32)
-    for h in range(H):
-        rank = tl.zeros((BLOCK,), tl.int32)
-        for j in range(TOP_K):
-            e = tl.load(experts_ptr + (offs_n * H + h) * TOP_K + j, mask=mask_n, other=0)
-            place = tl.full((BLOCK,), 1, tl.int32)  # 1 + how many of the set are smaller
-            for i in range(TOP_K):
-                place += (tl.load(experts_ptr + (offs_n * H + h) * TOP_K + i, mask=mask_n, other=0) < e).to(tl.int32)
-            rank += _binomial(e, place)
-        tl.store(set_ptr + offs_n * H + h, h * SETS + rank, mask=mask_n)
-        signature = tl.where(h < SORTED_HEADS, signature * SETS + rank, signature)
-    tl.store(signature_ptr + offs_n, signature, mask=mask_n)
-
-
-@triton.jit
-def _lists_kernel(
-    experts_ptr, order_ptr, list_ptr, count_ptr, slot_ptr, N, ROWS,
-    H: tl.constexpr, E: tl.constexpr, TOP_K: tl.constexpr, BLOCK_HE: tl.constexpr, BLOCK_M: tl.constexpr,
-):  # fmt: skip
-    """For each tile of `spread`: the experts it visits and how many; slot[he, m] = which choice of row m that is, or -1."""
-    tile = tl.program_id(0)
-    offs_m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    mask_m = offs_m < N
-    n = tl.load(order_ptr + offs_m, mask=mask_m, other=0).to(tl.int64)
-    offs_he = tl.arange(0, BLOCK_HE)
-    slot = tl.full((BLOCK_M, BLOCK_HE), -1, tl.int32)
-    for s in range(H * TOP_K):
-        e = tl.load(experts_ptr + n * (H * TOP_K) + s, mask=mask_m, other=-1)
-        chosen = mask_m[:, None] & ((s // TOP_K * E + e)[:, None] == offs_he[None, :])
-        slot = tl.where(chosen, s, slot)
-    tl.store(
-        slot_ptr + offs_he[None, :] * ROWS + offs_m[:, None], slot, mask=(offs_he < H * E)[None, :] & (offs_m < ROWS)[:, None]
-    )
-    used = (tl.max(slot, axis=0) >= 0).to(tl.int32)
-    place = tl.cumsum(used, 0) - used
-    tl.store(list_ptr + tile * (H * E) + place, offs_he, mask=used > 0)
-    tl.store(count_ptr + tile, tl.sum(used, 0))
-
-
-@triton.jit
-def _gather_out(
-    acc, e, row, mask_m, s_ptr, experts_ptr, b_ptr, a_ptr, dot_ptr,
-    TOP_K: tl.constexpr, P: tl.constexpr, DOT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr,
-):  # fmt: skip
-    """What becomes of acc = x W[e]: stored as b, or dotted with a; returned times its gate."""
+def _choice(e, row, mask_m, s_ptr, experts_ptr, TOP_K: tl.constexpr, BLOCK_M: tl.constexpr):
+    """The gate and the route of expert e in each row: rows of one set list it in different orders."""
     s = tl.zeros((BLOCK_M,), tl.float32)
     route = row * TOP_K
-    for j in tl.static_range(TOP_K):  # rows of one set list it in different orders
+    for j in tl.static_range(TOP_K):
         here = tl.load(experts_ptr + row * TOP_K + j, mask=mask_m, other=-1) == e
         s = tl.where(here, tl.load(s_ptr + row * TOP_K + j, mask=mask_m, other=0.0), s)
         route = tl.where(here, row * TOP_K + j, route)
-    offs_p = tl.arange(0, BLOCK_P)
-    mask = mask_m[:, None] & (offs_p < P)[None, :]
-    if DOT:
-        a = tl.load(a_ptr + row[:, None] * P + offs_p[None, :], mask=mask, other=0.0).to(tl.float32)
-        tl.store(dot_ptr + route, tl.sum(a * acc, axis=1), mask=mask_m)
-    else:
-        tl.store(b_ptr + route[:, None] * P + offs_p[None, :], acc.to(b_ptr.dtype.element_ty), mask=mask)
-    return acc * s[:, None]
+    return s, route
+
+
+@triton.jit
+def _count(bits, HE: tl.constexpr):
+    count = 0
+    for i in tl.static_range(HE):
+        count += ((bits >> i) & 1).to(tl.int32)
+    return count
+
+
+@triton.jit
+def _lowest(bits):
+    """The place of the lowest bit of an int64: the exponent of that bit as a float."""
+    low = (bits & -bits).to(tl.float32)
+    return ((low.to(tl.int32, bitcast=True) >> 23) & 255) - 127
+
+
+# ---- kernels
+
+
+@triton.jit
+def _set_tiles_kernel(
+    experts_ptr, order_ptr, offsets_ptr, table_ptr, GROUPS,
+    SETS: tl.constexpr, TOP_K: tl.constexpr, BLOCK_G: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Of each tile of `gather`: its first row in the order, the end of its set, its head, its experts in ascending order."""
+    tile = tl.program_id(0)
+    table_ptr += tile * (3 + TOP_K)
+    group, first, end = find_tile(offsets_ptr, tile, GROUPS, TILE, BLOCK_G)
+    tl.store(table_ptr, first)
+    tl.store(table_ptr + 1, end)
+    tl.store(table_ptr + 2, group // SETS)
+    row = tl.load(order_ptr + first, mask=first < end, other=0).to(tl.int64)
+    offs_j = tl.arange(0, 4)
+    e = tl.load(experts_ptr + row * TOP_K + offs_j, mask=offs_j < TOP_K, other=0)
+    place = tl.sum(((e[None, :] < e[:, None]) & (offs_j < TOP_K)[None, :]).to(tl.int32), 1)
+    tl.store(table_ptr + 3 + place, e, mask=offs_j < TOP_K)
 
 
 @triton.jit
 def _gather_kernel(
-    x_ptr, w_ptr, s_ptr, experts_ptr, v_ptr, b_ptr, a_ptr, dot_ptr, order_ptr, ranges_ptr, GROUPS,
+    x_ptr, w_desc, w_rest_desc, s_ptr, experts_ptr, v_ptr, u_ptr, a_ptr, dot_ptr, order_ptr, table_ptr,
     H: tl.constexpr, E: tl.constexpr, TOP_K: tl.constexpr, D: tl.constexpr, P: tl.constexpr, stride_xn: tl.constexpr,
-    stride_wg: tl.constexpr, stride_wk: tl.constexpr, stride_wn: tl.constexpr, DOT: tl.constexpr,
-    BLOCK_G: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr,
+    TRANSPOSED: tl.constexpr, KEEP: tl.constexpr, DOT: tl.constexpr, TILE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    _, first, end = find_tile(ranges_ptr, tl.program_id(0), GROUPS, BLOCK_M, BLOCK_G)
+    """KEEP: u is stored; DOT: u . a is. Columns are BLOCK_P and, where that is less than P, BLOCK_Q more."""
+    tile = tl.program_id(0) // (TILE // BLOCK_M)
+    table_ptr += tile * (3 + TOP_K)
+    first = tl.load(table_ptr) + tl.program_id(0) % (TILE // BLOCK_M) * BLOCK_M
+    end = tl.load(table_ptr + 1)
     if first >= end:
         return
     offs_m = first + tl.arange(0, BLOCK_M)
     mask_m = offs_m < end
     row = tl.load(order_ptr + offs_m, mask=mask_m, other=0).to(tl.int64)  # n*H + h
-    row0 = tl.load(order_ptr + first).to(tl.int64)  # its set is the tile's
-    h = row0 % H
-    offs_p = tl.arange(0, BLOCK_P)
-    mask_p = offs_p < P
     x_ptrs = x_ptr + (row // H)[:, None] * stride_xn
-    w_ptrs = w_ptr + h * E * stride_wg + offs_p[None, :] * stride_wn
-    experts = tl.load(experts_ptr + row0 * TOP_K + tl.arange(0, 4), mask=tl.arange(0, 4) < TOP_K, other=E)
-    e0 = tl.min(experts, 0).to(tl.int64)  # in ascending order: the sum's, whichever row is the tile's first
-    acc0 = tl.zeros((BLOCK_M, BLOCK_P), tl.float32)
-    if TOP_K > 1:
-        e1 = tl.min(tl.where(experts > e0, experts, E), 0).to(tl.int64)
-        acc1 = tl.zeros((BLOCK_M, BLOCK_P), tl.float32)
-    if TOP_K > 2:
-        e2 = tl.min(tl.where(experts > e1, experts, E), 0).to(tl.int64)
-        acc2 = tl.zeros((BLOCK_M, BLOCK_P), tl.float32)
-    if TOP_K > 3:
-        e3 = tl.min(tl.where(experts > e2, experts, E), 0).to(tl.int64)
-        acc3 = tl.zeros((BLOCK_M, BLOCK_P), tl.float32)
-    for k in range(0, D, BLOCK_K):
-        offs_k = k + tl.arange(0, BLOCK_K)
-        mask_k = offs_k < D
-        x = tl.load(x_ptrs + offs_k[None, :], mask=mask_m[:, None] & mask_k[None, :], other=0.0)
-        tile = w_ptrs + offs_k[:, None] * stride_wk
-        mask = mask_k[:, None] & mask_p[None, :]
-        acc0 = tl.dot(x, tl.load(tile + e0 * stride_wg, mask=mask, other=0.0), acc0)
-        if TOP_K > 1:
-            acc1 = tl.dot(x, tl.load(tile + e1 * stride_wg, mask=mask, other=0.0), acc1)
-        if TOP_K > 2:
-            acc2 = tl.dot(x, tl.load(tile + e2 * stride_wg, mask=mask, other=0.0), acc2)
-        if TOP_K > 3:
-            acc3 = tl.dot(x, tl.load(tile + e3 * stride_wg, mask=mask, other=0.0), acc3)
+    offs_p = tl.arange(0, BLOCK_P)
+    mask = mask_m[:, None] & (offs_p < P)[None, :]
+    cols = row[:, None] * P + offs_p[None, :]
+    he = tl.load(table_ptr + 2) * E
+    if BLOCK_Q > 0:
+        offs_q = BLOCK_P + tl.arange(0, BLOCK_Q)
+        mask_q = mask_m[:, None] & (offs_q < P)[None, :]
+        cols_q = row[:, None] * P + offs_q[None, :]
+    if DOT:
+        a = tl.load(a_ptr + cols, mask=mask, other=0.0)  # long before it is needed
+    for j in tl.static_range(0, TOP_K, 2):  # two experts at a time
+        e0 = tl.load(table_ptr + 3 + j)
+        s0, route0 = _choice(e0, row, mask_m, s_ptr, experts_ptr, TOP_K, BLOCK_M)
+        acc0 = tl.zeros((BLOCK_M, BLOCK_P), tl.float32)
+        if BLOCK_Q > 0:
+            rest0 = tl.zeros((BLOCK_M, BLOCK_Q), tl.float32)
+        if j + 1 < TOP_K:
+            e1 = tl.load(table_ptr + 4 + j)
+            s1, route1 = _choice(e1, row, mask_m, s_ptr, experts_ptr, TOP_K, BLOCK_M)
+            acc1 = tl.zeros((BLOCK_M, BLOCK_P), tl.float32)
+            if BLOCK_Q > 0:
+                rest1 = tl.zeros((BLOCK_M, BLOCK_Q), tl.float32)
+        for k in range(0, D, BLOCK_K):
+            offs_k = k + tl.arange(0, BLOCK_K)
+            x = tl.load(x_ptrs + offs_k[None, :], mask=mask_m[:, None] & (offs_k < D)[None, :], other=0.0)
+            acc0 = tl.dot(x, _weights(w_desc, he + e0, k, 0, TRANSPOSED, BLOCK_K, BLOCK_P), acc0)
+            if j + 1 < TOP_K:
+                acc1 = tl.dot(x, _weights(w_desc, he + e1, k, 0, TRANSPOSED, BLOCK_K, BLOCK_P), acc1)
+            if BLOCK_Q > 0:
+                rest0 = tl.dot(x, _weights(w_rest_desc, he + e0, k, BLOCK_P, TRANSPOSED, BLOCK_K, BLOCK_Q), rest0)
+                if j + 1 < TOP_K:
+                    rest1 = tl.dot(x, _weights(w_rest_desc, he + e1, k, BLOCK_P, TRANSPOSED, BLOCK_K, BLOCK_Q), rest1)
 
-    v = _gather_out(acc0, e0, row, mask_m, s_ptr, experts_ptr, b_ptr, a_ptr, dot_ptr, TOP_K, P, DOT, BLOCK_M, BLOCK_P)
-    if TOP_K > 1:
-        v += _gather_out(acc1, e1, row, mask_m, s_ptr, experts_ptr, b_ptr, a_ptr, dot_ptr, TOP_K, P, DOT, BLOCK_M, BLOCK_P)
-    if TOP_K > 2:
-        v += _gather_out(acc2, e2, row, mask_m, s_ptr, experts_ptr, b_ptr, a_ptr, dot_ptr, TOP_K, P, DOT, BLOCK_M, BLOCK_P)
-    if TOP_K > 3:
-        v += _gather_out(acc3, e3, row, mask_m, s_ptr, experts_ptr, b_ptr, a_ptr, dot_ptr, TOP_K, P, DOT, BLOCK_M, BLOCK_P)
-    v_ptrs = v_ptr + row[:, None] * P + offs_p[None, :]
-    tl.store(v_ptrs, v.to(v_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_p[None, :])
+        if DOT:
+            dot0 = tl.sum(a.to(tl.float32) * acc0, axis=1)
+            if j + 1 < TOP_K:
+                dot1 = tl.sum(a.to(tl.float32) * acc1, axis=1)
+            if BLOCK_Q > 0:
+                a_rest = tl.load(a_ptr + cols_q, mask=mask_q, other=0.0).to(tl.float32)
+                dot0 += tl.sum(a_rest * rest0, axis=1)
+                if j + 1 < TOP_K:
+                    dot1 += tl.sum(a_rest * rest1, axis=1)
+            tl.store(dot_ptr + route0, dot0, mask=mask_m)
+            if j + 1 < TOP_K:
+                tl.store(dot_ptr + route1, dot1, mask=mask_m)
+        if KEEP:
+            tl.store(u_ptr + route0[:, None] * P + offs_p[None, :], acc0.to(u_ptr.dtype.element_ty), mask=mask)
+            if BLOCK_Q > 0:
+                tl.store(u_ptr + route0[:, None] * P + offs_q[None, :], rest0.to(u_ptr.dtype.element_ty), mask=mask_q)
+            if j + 1 < TOP_K:
+                tl.store(u_ptr + route1[:, None] * P + offs_p[None, :], acc1.to(u_ptr.dtype.element_ty), mask=mask)
+                if BLOCK_Q > 0:
+                    tl.store(u_ptr + route1[:, None] * P + offs_q[None, :], rest1.to(u_ptr.dtype.element_ty), mask=mask_q)
+        if j == 0:
+            v = acc0 * s0[:, None]
+            if BLOCK_Q > 0:
+                v_rest = rest0 * s0[:, None]
+        else:
+            v += acc0 * s0[:, None]
+            if BLOCK_Q > 0:
+                v_rest += rest0 * s0[:, None]
+        if j + 1 < TOP_K:
+            v += acc1 * s1[:, None]
+            if BLOCK_Q > 0:
+                v_rest += rest1 * s1[:, None]
+    tl.store(v_ptr + cols, v.to(v_ptr.dtype.element_ty), mask=mask)
+    if BLOCK_Q > 0:
+        tl.store(v_ptr + cols_q, v_rest.to(v_ptr.dtype.element_ty), mask=mask_q)
+
+
+@triton.jit
+def _visited_kernel(
+    experts_ptr, order_ptr, visited_ptr, N,
+    H: tl.constexpr, E: tl.constexpr, TOP_K: tl.constexpr, BLOCK_HE: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Of each tile of `spread`: bit h*E + e where any of its tokens chose expert e for head h."""
+    offs_m = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    mask_m = offs_m < N
+    n = tl.load(order_ptr + offs_m, mask=mask_m, other=0).to(tl.int64)
+    offs_he = tl.arange(0, BLOCK_HE)
+    used = tl.zeros((BLOCK_HE,), tl.int32)
+    for s in tl.static_range(H * TOP_K):
+        e = tl.load(experts_ptr + n * (H * TOP_K) + s, mask=mask_m, other=-1)
+        he = tl.where(mask_m, s // TOP_K * E + e, -1)
+        used |= tl.max((he[:, None] == offs_he[None, :]).to(tl.int32), 0)
+    tl.store(visited_ptr + tl.program_id(0), tl.sum(used.to(tl.int64) << offs_he.to(tl.int64), 0))
+
+
+@triton.jit
+def _pack_kernel(
+    a_ptr, s_ptr, experts_ptr, order_ptr, visited_ptr, packed_ptr, place_ptr, N,
+    H: tl.constexpr, E: tl.constexpr, TOP_K: tl.constexpr, P: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """packed[tile, i, m] = the gate of the tile's i-th expert times row m's a, or 0; place[route] = its row in packed."""
+    pid = tl.program_id(0)
+    h = pid % H
+    tile = pid // H // (TILE // BLOCK_M)
+    offs_m = pid // H % (TILE // BLOCK_M) * BLOCK_M + tl.arange(0, BLOCK_M)
+    mask_m = tile * TILE + offs_m < N
+    row = tl.load(order_ptr + tile * TILE + offs_m, mask=mask_m, other=0).to(tl.int64) * H + h
+    offs_p = tl.arange(0, BLOCK_P)
+    mask = mask_m[:, None] & (offs_p < P)[None, :]
+    a = tl.load(a_ptr + row[:, None] * P + offs_p[None, :], mask=mask, other=0.0).to(tl.float32)
+    bits = tl.load(visited_ptr + tile)
+    earlier = _count(bits & ((1 << (h * E).to(tl.int64)) - 1), H * E)
+    place = (tile.to(tl.int64) * (H * E) + earlier) * TILE + offs_m
+    for e in tl.static_range(E):
+        visited = (bits >> (h * E + e).to(tl.int64)) & 1 != 0
+        s = tl.zeros((BLOCK_M,), tl.float32)
+        chosen = mask_m & False
+        for j in tl.static_range(TOP_K):
+            here = mask_m & (tl.load(experts_ptr + row * TOP_K + j, mask=mask_m, other=-1) == e)
+            s = tl.where(here, tl.load(s_ptr + row * TOP_K + j, mask=mask_m, other=0.0), s)
+            chosen = chosen | here
+            tl.store(place_ptr + row * TOP_K + j, place.to(tl.int32), mask=here)
+        gated = tl.where(chosen[:, None], a * s[:, None], 0.0).to(packed_ptr.dtype.element_ty)
+        tl.store(packed_ptr + place[:, None] * WIDTH + offs_p[None, :], gated, mask=visited & (offs_p < WIDTH)[None, :])
+        place += tl.where(visited, TILE, 0)
 
 
 @triton.jit
 def _spread_kernel(
-    a_ptr, w_ptr, y_ptr, order_ptr, list_ptr, count_ptr, slot_ptr, N, ROWS,
-    HE: tl.constexpr, SLOTS: tl.constexpr, P: tl.constexpr, D: tl.constexpr,
-    stride_wg: tl.constexpr, stride_wk: tl.constexpr, stride_wn: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    packed_desc, w_desc, y_ptr, base_ptr, b_ptr, c_ptr, order_ptr, visited_ptr, N,
+    HE: tl.constexpr, P: tl.constexpr, D: tl.constexpr, C: tl.constexpr, TRANSPOSED: tl.constexpr, TILE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
+    """y = base + b c + the sparse product, base and b c [N, C] [C, D] where given."""
     tiles_n: tl.constexpr = (D + BLOCK_N - 1) // BLOCK_N
     steps: tl.constexpr = (P + BLOCK_K - 1) // BLOCK_K
     pid = tl.program_id(0)
-    tile = pid // tiles_n
-    offs_m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    mask_m = offs_m < N
+    n0 = pid % tiles_n * BLOCK_N
+    m0 = pid // tiles_n * BLOCK_M
+    tile = m0 // TILE
+    offs_m = m0 + tl.arange(0, BLOCK_M)
+    offs_n = n0 + tl.arange(0, BLOCK_N)
+    mask_m, mask_n = offs_m < N, offs_n < D
     n = tl.load(order_ptr + offs_m, mask=mask_m, other=0).to(tl.int64)
-    offs_n = pid % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask_n = offs_n < D
-    a_ptrs = a_ptr + n[:, None] * (SLOTS * P)
+    bits = tl.load(visited_ptr + tile)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for i in range(tl.load(count_ptr + tile) * steps):
-        he = tl.load(list_ptr + tile * HE + i // steps).to(tl.int64)
-        slot = tl.load(slot_ptr + he * ROWS + offs_m)
-        offs_k = i % steps * BLOCK_K + tl.arange(0, BLOCK_K)
-        mask_k = offs_k < P
-        a = tl.load(a_ptrs + slot[:, None] * P + offs_k[None, :], mask=(slot >= 0)[:, None] & mask_k[None, :], other=0.0)
-        w_ptrs = w_ptr + he * stride_wg + offs_k[:, None] * stride_wk + offs_n[None, :] * stride_wn
-        w = tl.load(w_ptrs, mask=mask_k[:, None] & mask_n[None, :], other=0.0)
-        acc = tl.dot(a, w, acc)
-    y_ptrs = y_ptr + n[:, None] * D + offs_n[None, :]
-    tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
+    for i in range(_count(bits, HE) * steps):
+        k = i % steps * BLOCK_K
+        a = packed_desc.load([(tile * HE + i // steps) * TILE + m0 % TILE, k])
+        acc = tl.dot(a, _weights(w_desc, _lowest(bits), k, n0, TRANSPOSED, BLOCK_K, BLOCK_N), acc)
+        bits = tl.where(i % steps == steps - 1, bits & (bits - 1), bits)  # to the next expert
+    if C > 0:
+        offs_c = tl.arange(0, BLOCK_C)
+        b = tl.load(b_ptr + n[:, None] * C + offs_c[None, :], mask=mask_m[:, None] & (offs_c < C)[None, :], other=0.0)
+        c = tl.load(c_ptr + offs_c[:, None] * D + offs_n[None, :], mask=(offs_c < C)[:, None] & mask_n[None, :], other=0.0)
+        acc = tl.dot(b, c, acc)
+    offs = n[:, None] * D + offs_n[None, :]
+    mask = mask_m[:, None] & mask_n[None, :]
+    if base_ptr is not None:
+        acc += tl.load(base_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y_ptr + offs, acc.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+# ---- launchers
 
 
 def _config(name: str, x: torch.Tensor) -> dict[str, int]:
@@ -228,64 +321,111 @@ def _config(name: str, x: torch.Tensor) -> dict[str, int]:
     return dict(tuning.lookup(CONFIGS[name], x.dtype, INTERPRET) if large else CONFIGS[name]["half_small"])
 
 
-def _keys(experts, E):
-    """-> set [N*H], signature [N], and how many values each can take."""
-    N, H, TOP_K = experts.shape
-    sets = math.comb(E, TOP_K)
-    heads = H
-    while heads > 1 and sets**heads >= 2**31:  # as many heads as fit an int32: any order is right
-        heads -= 1
-    keys = experts.new_empty(N * H, dtype=key_dtype(H * sets))
-    signature = experts.new_empty(N, dtype=key_dtype(sets**heads))
-    block = 1024 if INTERPRET else 128
-    meta = {"H": H, "TOP_K": TOP_K, "SETS": sets, "SORTED_HEADS": heads, "BLOCK": block}
-    launch(_keys_kernel, (cdiv(N, block),), experts, keys, signature, N, **meta, num_warps=4)
-    return keys, signature, H * sets
+def _padded(w: torch.Tensor, transposed: bool) -> torch.Tensor:
+    """w [H*E, D, P] (or transposed, [H*E, P, D]), P a multiple of 32 and D of 8; see NOTE [Descriptors]."""
+    rows, cols = (-w.shape[1] % 32, -w.shape[2] % 8) if transposed else (0, -w.shape[2] % 32)
+    return torch.nn.functional.pad(w, (0, cols, 0, rows)) if rows or cols else w.contiguous()
 
 
-def gather(x, w, s, experts, a=None):
-    """x [N, D], w [H*E, D, P], s and experts [N, H, TOP_K] -> v [N, H, P] and b [N*H*TOP_K, P]; with a [N, H, P] instead of b the
-    dots b . a, float32 [N*H*TOP_K]."""
-    x = rows(x)
-    (N, D), (H, TOP_K), P = x.shape, experts.shape[1:], w.shape[2]
+def _weight_descriptor(w: torch.Tensor, transposed: bool, block_k: int, block_n: int) -> TensorDescriptor:
+    return TensorDescriptor.from_tensor(w, [1, block_n, block_k] if transposed else [1, block_k, block_n])
+
+
+def gather(x, w, transposed, s, experts, order, offsets, a=None, keep=True):
+    """x [N, D], w [H*E, D, P] (or transposed, [H*E, P, D]), s and experts [N, H, TOP_K], the rows n*H + h in the order of their
+    sets and where those begin -> v [N, H, P] and u [N*H*TOP_K, P], empty unless `keep`; with a [N, H, P] the dots u . a instead,
+    float32 [N*H*TOP_K]."""
+    x, P, w = rows(x), w.shape[1 if transposed else 2], _padded(w, transposed)
+    (N, D), (H, TOP_K) = x.shape, experts.shape[1:]
     E = w.shape[0] // H
-    keys, _, groups = _keys(experts, E)
-    key, order = torch.sort(keys, stable=True)
-    ranges = torch.searchsorted(key, torch.arange(groups + 1, device=x.device, dtype=key.dtype), out_int32=True)
+    groups = offsets.shape[0] - 1
+    tiles = cdiv(N * H, TILE) + groups
+    table = experts.new_empty(tiles, 3 + TOP_K)
+    meta = {"SETS": groups // H, "TOP_K": TOP_K, "BLOCK_G": next_power_of_2(groups, 1), "TILE": TILE}
+    launch(_set_tiles_kernel, (tiles,), experts, order, offsets, table, groups, **meta, num_warps=1)
+
     v = x.new_empty(N, H, P)
-    out = x.new_empty(N * H * TOP_K, P) if a is None else x.new_empty(N * H * TOP_K, dtype=torch.float32)
+    u = x.new_empty(N * H * TOP_K if keep and a is None else 0, P)
+    dot = x.new_empty(0 if a is None else N * H * TOP_K, dtype=torch.float32)
     config = _config("gather", x)
-    BLOCK_P = next_power_of_2(P)
-    if TOP_K * BLOCK_P > 256:
+    BLOCK_P, BLOCK_Q = _columns(P)
+    if (BLOCK_P + BLOCK_Q) * min(TOP_K, 2) <= 192 and config["num_warps"] == 8:  # two small tiles on one multiprocessor
+        config["num_warps"], config["num_stages"] = 4, 3
+    if BLOCK_P + BLOCK_Q > 128:  # as much shared memory as there is
+        config["num_stages"] = min(config["num_stages"], 3)
+    if BLOCK_P > 128 or TOP_K > 2:  # the sum of the first two waits in registers
         config["BLOCK_M"], config["num_stages"] = min(config["BLOCK_M"], 64), min(config["num_stages"], 3)
+    w_desc = _weight_descriptor(w, transposed, config["BLOCK_K"], BLOCK_P)
     launch(
-        _gather_kernel, (cdiv(N * H, config["BLOCK_M"]) + groups,),
-        x, w, s, experts, v, out, v if a is None else a.contiguous(), out, order, ranges, groups,
+        _gather_kernel, (tiles * (TILE // config["BLOCK_M"]),),
+        x, w_desc, _weight_descriptor(w, transposed, config["BLOCK_K"], BLOCK_Q) if BLOCK_Q else w_desc,
+        s, experts, v, u, v if a is None else a.contiguous(), dot, order, table,
         H=H, E=E, TOP_K=TOP_K, D=D, P=P, stride_xn=x.stride(0),
-        stride_wg=w.stride(0), stride_wk=w.stride(1), stride_wn=w.stride(2), DOT=a is not None,
-        BLOCK_G=next_power_of_2(groups, 1), BLOCK_P=BLOCK_P, **config,
+        TRANSPOSED=transposed, KEEP=keep and a is None, DOT=a is not None, TILE=TILE,
+        BLOCK_P=BLOCK_P, BLOCK_Q=BLOCK_Q, **config,
     )  # fmt: skip
-    return v, out
+    return v, u if a is None else dot
 
 
-def spread(gated, w, experts):
-    """gated [N*H*TOP_K, P], w [H*E, P, D], experts [N, H, TOP_K] -> y [N, D]."""
-    (N, H, TOP_K), P, D = experts.shape, gated.shape[1], w.shape[2]
-    E = w.shape[0] // H
-    _, signature, _ = _keys(experts, E)
-    order = torch.sort(signature, stable=True)[1]
-    config = _config("spread", gated)
-    config["BLOCK_N"] = min(config["BLOCK_N"], next_power_of_2(D))
-    config["BLOCK_K"] = min(config["BLOCK_K"], next_power_of_2(P))
-    BLOCK_M = config["BLOCK_M"]
-    tiles = cdiv(N, BLOCK_M)
-    lists, counts, slots = experts.new_empty(tiles, H * E), experts.new_empty(tiles), experts.new_empty(H * E, tiles * BLOCK_M)
-    meta = {"H": H, "E": E, "TOP_K": TOP_K, "BLOCK_HE": next_power_of_2(H * E), "BLOCK_M": BLOCK_M}
-    launch(_lists_kernel, (tiles,), experts, order, lists, counts, slots, N, tiles * BLOCK_M, **meta, num_warps=4)
-    y = gated.new_empty(N, D)
+def _columns(P: int) -> tuple[int, int]:
+    """P columns as one power of two, or as two where that wastes much less."""
+    whole = next_power_of_2(P)
+    half = whole // 2
+    rest = next_power_of_2(P - half) if half < P else 0
+    return (half, rest) if half >= 64 and 4 * rest <= half and not INTERPRET else (whole, 0)
+
+
+def _pack(a, s, experts, order, E):
+    """a [N, H, P], s and experts [N, H, TOP_K], the tokens in the order of their signatures -> packed [rows, P padded] and the
+    experts that each tile visits, int64 [tiles], both for `_spread`; and each route's row in packed, int32 [N*H*TOP_K]."""
+    a, (N, H, TOP_K), P = a.contiguous(), experts.shape, a.shape[2]
+    tiles, width = cdiv(N, TILE), P + -P % 32
+    visited = experts.new_empty(tiles, dtype=torch.int64)
+    meta = {"H": H, "E": E, "TOP_K": TOP_K, "TILE": TILE}
+    launch(_visited_kernel, (tiles,), experts, order, visited, N, **meta, BLOCK_HE=next_power_of_2(H * E), num_warps=4)
+    packed = a.new_empty(tiles * H * E * TILE, width)
+    place = experts.new_empty(N * H * TOP_K)
+    config = _config("pack", a)
     launch(
-        _spread_kernel, (tiles * cdiv(D, config["BLOCK_N"]),),
-        gated, w, y, order, lists, counts, slots, N, tiles * BLOCK_M,
-        HE=H * E, SLOTS=H * TOP_K, P=P, D=D, stride_wg=w.stride(0), stride_wk=w.stride(1), stride_wn=w.stride(2), **config,
+        _pack_kernel, (tiles * (TILE // config["BLOCK_M"]) * H,),
+        a, s, experts, order, visited, packed, place, N,
+        **meta, P=P, WIDTH=width, BLOCK_P=next_power_of_2(width), **config,
     )  # fmt: skip
-    return y
+    return packed, visited, place
+
+
+def _spread(packed, visited, w, transposed, order, y, base, b, c):
+    """What `_pack` returned, w [H*E, P, D] (or transposed, [H*E, D, P]), the same order of the tokens -> y [N, D], filled in."""
+    HE, (N, D), w = w.shape[0], y.shape, _padded(w, not transposed)
+    config = _config("spread", packed)
+    P, C = packed.shape[1], 0 if b is None else b.shape[1]
+    if P % config["BLOCK_K"]:
+        config["BLOCK_K"], config["num_stages"] = 32, config["num_stages"] + 1
+    config["BLOCK_N"] = min(config["BLOCK_N"], next_power_of_2(D))
+    launch(
+        _spread_kernel, (visited.shape[0] * (TILE // config["BLOCK_M"]) * cdiv(D, config["BLOCK_N"]),),
+        TensorDescriptor.from_tensor(packed, [config["BLOCK_M"], config["BLOCK_K"]]),
+        _weight_descriptor(w, transposed, config["BLOCK_K"], config["BLOCK_N"]), y, base, b, c, order, visited, N,
+        HE=HE, P=P, D=D, C=C, TRANSPOSED=transposed, TILE=TILE, BLOCK_C=next_power_of_2(C), **config,
+    )  # fmt: skip
+
+
+def spread(a, w, transposed, s, experts, set_order, token_order, base=None, b=None, c=None):
+    """a [N, H, P], w [H*E, P, D] (or transposed, [H*E, D, P]), s and experts [N, H, TOP_K], a plan's orders -> y [N, D], and the
+    packed gated rows with each route's place in them, None where heads went one by one.
+
+    With base [N, D], or b [N, C] and c [C, D] of few columns C, y = base + b c + the projection in one pass over y.
+    """
+    N, H, TOP_K = experts.shape
+    E, D = w.shape[0] // H, w.shape[1 if transposed else 2]
+    y = a.new_empty(N, D)
+    if joint(H, E, TOP_K):
+        packed, visited, place = _pack(a, s, experts, token_order, E)
+        _spread(packed, visited, w, transposed, token_order, y, base, b, c)
+        return y, packed, place
+    for h in range(H):  # a head's rows come in the order of its sets
+        one, order = slice(h, h + 1), set_order[h * N : (h + 1) * N] // H
+        packed, visited, _ = _pack(a[:, one], s[:, one].contiguous(), experts[:, one].contiguous(), order, E)
+        _spread(packed, visited, w[h * E : (h + 1) * E], transposed, order, y, base, b, c)
+        base, b, c = y, None, None
+    return y, None, None
