@@ -35,9 +35,10 @@ SPILLS: dict[tuple[str, str, str], int] = {
     ("_attention_bwd_dq_kernel", "float32", "sm_90"): 184,
     ("_attention_bwd_dq_kernel", "float32", "sm_100"): 216,
     ("_attention_bwd_dq_kernel", "float32", "gfx942"): 112,
-    # A few bytes, by the assembler's own choice.
+    # A few bytes above 128 registers, by the assembler's own choice.
     ("_grouped_dw_kernel", "float32", "sm_80"): 8,
     ("_grouped_dw_kernel", "float32", "sm_90"): 8,
+    ("_grouped_dw_kernel", "float32", "sm_100"): 8,
 }
 
 # kernels/sets.py, and a kernel that float32 needs with tf32 only.
