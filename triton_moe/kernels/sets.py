@@ -48,7 +48,9 @@ MAX_TOP_K = 4
 
 def sets_pay(N: int, H: int, E: int, TOP_K: int, dtype: torch.dtype) -> bool:
     """Whether sets are few and full enough for these kernels to pay, so that a plan should sort by them."""
-    return dtype != torch.float32 and TOP_K <= MAX_TOP_K and 3 * TOP_K >= E and H * E <= 64 and 128 * math.comb(E, TOP_K) <= N
+    few_experts = TOP_K <= MAX_TOP_K and 3 * TOP_K >= E and H * E <= 64
+    S = math.comb(E, TOP_K)
+    return dtype != torch.float32 and few_experts and H * S <= 512 and 128 * S <= N
 
 
 def fits(N: int, H: int, E: int, TOP_K: int, P: int, dtype: torch.dtype) -> bool:
