@@ -343,8 +343,8 @@ def value_projection(x: Tensor, w: Tensor, routing: Routing) -> Tensor:
     D = _check.integer("the width of x", x.shape[-1], 1)
     _check.integer("the head width of w", _check.tensor("w", w, None, D, None).shape[2], 1)
     N = _tokens(x)
-    routing, (x2, w2) = _routed(x, N, w, routing, {"x": x, "w": w})
-    v = _ValueProjection.apply(x2.reshape(N, D), w2, *routing[:2], *routing.plan)
+    routed, (x2, w2) = _routed(x, N, w, routing, {"x": x, "w": w})
+    v = _ValueProjection.apply(x2.reshape(N, D), w2, *routed[:2], *routed.plan)
     return v.view(*x.shape[:-1], *v.shape[1:])
 
 
@@ -358,9 +358,9 @@ def output_projection(a: Tensor, w: Tensor, routing: Routing) -> Tensor:
     P = _check.integer("the head width of a", a.shape[-1], 1)
     _check.integer("the output width of w", _check.tensor("w", w, None, P, None).shape[2], 1)
     N = math.prod(a.shape[:-2])
-    routing, (a2, w2) = _routed(a, N, w, routing, {"a": a, "w": w}, a.shape[-2])
+    routed, (a2, w2) = _routed(a, N, w, routing, {"a": a, "w": w}, a.shape[-2])
     H = a.shape[-2]
-    y = _OutputProjection.apply(a2.reshape(N, H, P), w2, *routing[:2], *routing.plan)
+    y = _OutputProjection.apply(a2.reshape(N, H, P), w2, *routed[:2], *routed.plan)
     return y.view(*a.shape[:-2], w.shape[2])
 
 
