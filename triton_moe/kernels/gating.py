@@ -50,11 +50,11 @@ MAX_EXPERTS = 1024  # per head: one tile holds all logits of a head
 MAX_SIGNATURES = 512
 MAX_COLUMNS = 64  # of logits a program of several heads computes
 MAX_COUNTED = 64  # experts of all heads
-CHUNK, ROWS = 128, 32  # tokens of a side that a program of the plan takes, and how many experts or sets
+CHUNK, ROWS = 64, 16  # tokens of a side that a program of the plan takes, and how many experts or sets
 
 CONFIGS = {
     "gating_fwd": {
-        "half": {"BLOCK_N": 64, "BLOCK_D": 64, "PARTS": 2, "num_warps": 4, "num_stages": 3},
+        "half": {"BLOCK_N": 64, "BLOCK_D": 64, "PARTS": 2, "num_warps": 4, "num_stages": 4},
         "float32": {"BLOCK_N": 32, "BLOCK_D": 32, "PARTS": 2, "num_warps": 4, "num_stages": 2},
         "interpret": {"BLOCK_N": 512, "BLOCK_D": 64, "PARTS": 2, "num_warps": 1, "num_stages": 1},
     },
@@ -390,10 +390,13 @@ def gating_forward(
     HEADS = min(next_power_of_2(sides * H, 1), max(1, MAX_COLUMNS // BLOCK_E))
     HEADS = max(HEADS, 16 // BLOCK_E)  # `tl.dot` takes no less than 16 columns
     columns = HEADS * BLOCK_E
+    if columns > 32:
+        config["num_stages"] = min(config["num_stages"], 3)
     if columns > 64 and not INTERPRET:  # a tile of logits stays within the registers, one of sel within shared memory
         config["BLOCK_N"] = max(8 if x.dtype == torch.float32 else 16, min(config["BLOCK_N"], 4096 // columns))
         config["BLOCK_D"] = max(16, min(config["BLOCK_D"], 8192 // columns))
-        config["num_warps"], config["num_stages"] = 8, 1
+        if x.dtype == torch.float32 or columns > 512 or torch.version.hip:  # AMD has 64 KB of shared memory
+            config["num_warps"], config["num_stages"] = 8, 1
     launch(
         _gating_fwd_kernel, (cdiv(N, config["BLOCK_N"]) * cdiv(sides * H, HEADS),),
         x, sel, seed if seed is not None else experts, logits, weights, experts,
@@ -422,7 +425,7 @@ def gating_backward(
     E = logits.shape[-1]
     total = x.new_empty(N, sides * H * E)
     BLOCK_E = next_power_of_2(E, 1)
-    BLOCK_M = 512 if INTERPRET else max(1, 2048 // BLOCK_E)
+    BLOCK_M = 512 if INTERPRET else max(1, 1024 // BLOCK_E)
     launch(
         _gating_bwd_kernel, (cdiv(N * sides * H, BLOCK_M),),
         dweights.contiguous(), weights, experts, logits, logits if dlogits is None else dlogits.contiguous(), total,
