@@ -498,6 +498,8 @@ def _sorted_routes(experts, n_experts):
     dtype = torch.uint8 if sides * HE <= 255 else torch.int16 if sides * HE <= 32767 else torch.int32  # fewer bytes, fewer passes
     expert, order = torch.sort((experts + heads).reshape(-1).to(dtype), stable=True)
     groups = torch.arange(sides * HE + 1, device=experts.device, dtype=dtype)
-    offsets = torch.searchsorted(expert, groups, out_int32=True).unfold(0, HE + 1, HE)
+    order, offsets = order.to(torch.int32).view(sides, R), torch.searchsorted(expert, groups, out_int32=True)
+    if sides == 1:
+        return order, offsets[None]
     first = torch.arange(sides, device=experts.device, dtype=torch.int32)[:, None] * R
-    return order.to(torch.int32).view(sides, R) - first, offsets - first
+    return order - first, offsets.unfold(0, HE + 1, HE) - first
