@@ -88,10 +88,10 @@ def test_what_else_reaches_x_is_added(joint, always, device, monkeypatch):
 
 
 def test_fits_where_sets_are_few_and_full():
-    assert sets.fits(32768, 4, 4, 2, torch.bfloat16) and sets.joint(4, 4, 2)
+    assert sets.fits(32768, 4, 4, 2, torch.bfloat16) and sets.joint(4, 2)
     assert not sets.fits(32768, 4, 4, 2, torch.float32)
     assert not sets.fits(500, 4, 4, 2, torch.bfloat16)
-    assert sets.fits(32768, 4, 16, 2, torch.bfloat16) and not sets.joint(4, 16, 2)
+    assert sets.fits(32768, 4, 16, 2, torch.bfloat16) and not sets.joint(16, 2)
     assert not sets.fits(1 << 20, 1, 32, 4, torch.bfloat16)
 
 
