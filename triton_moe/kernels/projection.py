@@ -187,20 +187,27 @@ def _grouped_dw_kernel(
     tiles_j: tl.constexpr = (J + BLOCK_J - 1) // BLOCK_J
     pid = tl.program_id(0)
     place = pid // (tiles_i * tiles_j)
+    offs_g = tl.arange(0, BLOCK_G)
     start, count, chunks, apart = _chunks(offsets_ptr, GROUPS, CHUNK, BLOCK_G)
-    last = tl.cumsum(chunks, 0)
-    group = tl.sum((last <= place).to(tl.int32), 0)
-    if group >= GROUPS:
+    length = tl.cdiv(tl.cdiv(count, tl.maximum(chunks, 1)), BLOCK_R) * BLOCK_R
+    if BLOCK_G <= 64:  # the longest first: the last to run are then short
+        earlier = (length[:, None] > length[None, :]) | (
+            (length[:, None] == length[None, :]) & (offs_g[:, None] < offs_g[None, :])
+        )
+        before = tl.sum(tl.where(earlier, chunks[:, None], 0), 0)
+    else:
+        before = tl.cumsum(chunks, 0) - chunks
+    here = (before <= place) & (place < before + chunks)
+    group = tl.max(tl.where(here, offs_g, -1), 0)
+    if group < 0:
         return
-    here = tl.arange(0, BLOCK_G) == group
     own = tl.sum(tl.where(here, chunks, 0), 0)
-    chunk = place - tl.sum(tl.where(here, last, 0), 0) + own
-    part = tl.sum(tl.where(tl.arange(0, BLOCK_G) < group, apart, 0), 0) + chunk
-    count = tl.sum(tl.where(here, count, 0), 0)
-    end = tl.sum(tl.where(here, start, 0), 0)
-    length = tl.cdiv(tl.cdiv(count, own), BLOCK_R) * BLOCK_R
-    first = end + chunk * length
-    end = tl.minimum(first + length, end + count)
+    chunk = place - tl.sum(tl.where(here, before, 0), 0)
+    part = tl.sum(tl.where(offs_g < group, apart, 0), 0) + chunk
+    first = tl.sum(tl.where(here, start, 0), 0)
+    end = first + tl.sum(tl.where(here, count, 0), 0)
+    first += chunk * tl.sum(tl.where(here, length, 0), 0)
+    end = tl.minimum(first + tl.sum(tl.where(here, length, 0), 0), end)
 
     offs_i = pid // tiles_j % tiles_i * BLOCK_I + tl.arange(0, BLOCK_I)
     offs_j = pid % tiles_j * BLOCK_J + tl.arange(0, BLOCK_J)
@@ -362,10 +369,8 @@ def _grouped_dw(a, b, order, offsets, div_a, div_b, precision, size=None, order_
     groups, (I, J), R = offsets.shape[0] - 1, size or (a.shape[1], b.shape[1]), order.shape[0]
     dw = a.new_empty(groups, I, J)
     config = dict(tuning.lookup(CONFIGS["grouped_dw"], a.dtype, INTERPRET))
-    for name, width in (("BLOCK_I", I), ("BLOCK_J", J)):
-        block = min(config[name], next_power_of_2(width))
-        half = max(16, block // 2)
-        config[name] = half if cdiv(width, half) * half < cdiv(width, block) * block else block
+    config["BLOCK_I"] = min(config["BLOCK_I"], next_power_of_2(I))
+    config["BLOCK_J"] = min(config["BLOCK_J"], next_power_of_2(J))
     if INTERPRET:
         config["BLOCK_R"] = min(config["BLOCK_R"], next_power_of_2(R))
     tiles = cdiv(I, config["BLOCK_I"]) * cdiv(J, config["BLOCK_J"])
