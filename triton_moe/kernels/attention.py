@@ -32,29 +32,69 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .. import tuning
 from .common import INTERPRET, cdiv, launch, next_power_of_2, opaque, rows
 
-TMA = False
-# BLOCK_M queries by BLOCK_N keys; BLOCK_F position channels at a time (attention_dq_pos accumulates BLOCK_FO of them).
+
+# BLOCK_M queries by BLOCK_N keys; BLOCK_F position channels at a time (attention_dq_pos accumulates BLOCK_FO of them). "half" is
+# for Hopper, "half_small" for less shared memory or fewer registers, "half_wide" for heads of more than 128 channels, "half_xl"
+# for position channels.
+def _tile(BLOCK_M: int, BLOCK_N: int, num_warps: int, num_stages: int, **others: int) -> dict[str, int]:
+    return dict(BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=num_warps, num_stages=num_stages, **others)
+
+
 CONFIGS = {
     "attention_forward": {
-        "half": dict(BLOCK_M=128, BLOCK_N=64, BLOCK_F=32, num_warps=8, num_stages=2),
-        "float32": dict(BLOCK_M=32, BLOCK_N=32, BLOCK_F=32, num_warps=8, num_stages=1),
-        "interpret": dict(BLOCK_M=256, BLOCK_N=256, BLOCK_F=256, num_warps=1, num_stages=1),
+        "half": _tile(64, 64, 4, 3),
+        "half_small": _tile(64, 64, 4, 2),
+        "half_wide": _tile(64, 32, 8, 1),
+        "half_xl": _tile(128, 64, 8, 2, BLOCK_F=32),
+        "float32": _tile(32, 32, 8, 1, BLOCK_F=32),
+        "interpret": _tile(256, 256, 1, 1, BLOCK_F=256),
     },
     "attention_dkdv": {
-        "half": dict(BLOCK_M=32, BLOCK_N=64, BLOCK_F=32, num_warps=4, num_stages=2),
-        "float32": dict(BLOCK_M=16, BLOCK_N=32, BLOCK_F=32, num_warps=8, num_stages=1),
-        "interpret": dict(BLOCK_M=256, BLOCK_N=256, BLOCK_F=256, num_warps=1, num_stages=1),
+        "half": _tile(32, 64, 4, 3),
+        "half_small": _tile(32, 32, 4, 2),
+        "half_wide": _tile(16, 32, 4, 1),
+        "half_xl": _tile(32, 64, 8, 2, BLOCK_F=32),
+        "float32": _tile(16, 32, 8, 1, BLOCK_F=32),
+        "interpret": _tile(256, 256, 1, 1, BLOCK_F=256),
     },
     "attention_dq": {
-        "half": dict(BLOCK_M=64, BLOCK_N=64, BLOCK_F=32, num_warps=4, num_stages=2),
-        "float32": dict(BLOCK_M=16, BLOCK_N=16, BLOCK_F=32, num_warps=8, num_stages=1),
-        "interpret": dict(BLOCK_M=256, BLOCK_N=256, BLOCK_F=256, num_warps=1, num_stages=1),
+        "half": _tile(64, 32, 4, 3),
+        "half_small": _tile(64, 32, 4, 2),
+        "half_wide": _tile(32, 32, 4, 1),
+        "half_xl": _tile(64, 64, 8, 2, BLOCK_F=32),
+        "float32": _tile(16, 16, 8, 1, BLOCK_F=32),
+        "interpret": _tile(256, 256, 1, 1, BLOCK_F=256),
     },
     "attention_dq_pos": {
-        "half": dict(BLOCK_M=64, BLOCK_N=32, BLOCK_F=32, BLOCK_FO=256, num_warps=8, num_stages=1),
-        "float32": dict(BLOCK_M=16, BLOCK_N=16, BLOCK_F=32, BLOCK_FO=128, num_warps=8, num_stages=1),
-        "interpret": dict(BLOCK_M=256, BLOCK_N=256, BLOCK_F=256, BLOCK_FO=512, num_warps=1, num_stages=1),
+        "half_xl": _tile(64, 32, 8, 1, BLOCK_F=32, BLOCK_FO=256),
+        "float32": _tile(16, 16, 8, 1, BLOCK_F=32, BLOCK_FO=128),
+        "interpret": _tile(256, 256, 1, 1, BLOCK_F=256, BLOCK_FO=512),
     },
+}
+# Where Hopper's copy engine fetches the rows: the widest head, and its tiles.
+TMA_CONFIGS = {
+    "attention_forward": (
+        (64, _tile(128, 64, 4, 3)),
+        (80, _tile(64, 64, 4, 3)),
+        (96, _tile(128, 64, 4, 3)),
+        (112, _tile(128, 64, 8, 3)),
+        (128, _tile(64, 64, 4, 3)),
+        (160, _tile(64, 32, 4, 3)),
+        (256, _tile(128, 64, 8, 2)),
+    ),
+    "attention_dkdv": (
+        (64, _tile(64, 64, 4, 3)),
+        (128, _tile(64, 64, 4, 2)),
+        (160, _tile(32, 64, 4, 3)),
+        (256, _tile(32, 64, 8, 2)),
+    ),
+    "attention_dq": (
+        (64, _tile(64, 64, 4, 3)),
+        (80, _tile(64, 64, 4, 2)),
+        (96, _tile(64, 64, 4, 3)),
+        (160, _tile(64, 64, 4, 2)),
+        (256, _tile(64, 16, 4, 3)),
+    ),
 }
 
 
@@ -286,7 +326,7 @@ def _sequence_bounds_kernel(cu_seqlens_ptr, bounds_ptr, n, T, steps, BLOCK: tl.c
 def _forward_step(
     acc, m, total, n, q, low, high, b, hk, k_ptr, k_tail, v_ptr, v_tail, q_pos_ptr, k_pos_ptr, padding_ptr, offs_t, T, S, scale,
     H: tl.constexpr, F: tl.constexpr, stride_kb, stride_kt: tl.constexpr, stride_kh: tl.constexpr,
-    stride_vb, stride_vt: tl.constexpr, stride_vh: tl.constexpr, P: tl.constexpr, PV: tl.constexpr,
+    stride_vb, stride_vt: tl.constexpr, stride_vh: tl.constexpr, LOAD_P: tl.constexpr, LOAD_PV: tl.constexpr,
     CHUNKS_P: tl.constexpr, CHUNKS_PV: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr, TMA: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, LOW: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
@@ -295,7 +335,7 @@ def _forward_step(
     keep = None
     if MASKED:
         keep = _kept_keys(padding_ptr, offs_n, S)
-    k = _load_rows(k_ptr, k_tail, b, hk, n, stride_kb, stride_kt, stride_kh, keep, P, CHUNKS_P, BLOCK_N, TMA)
+    k = _load_rows(k_ptr, k_tail, b, hk, n, stride_kb, stride_kt, stride_kh, keep, LOAD_P, CHUNKS_P, BLOCK_N, TMA)
     s = _dot_rows(q, k, CHUNKS_P, PRECISION)  # [BLOCK_M, BLOCK_N]
     if q_pos_ptr is not None:
         s = _add_position(
@@ -318,7 +358,7 @@ def _forward_step(
         p = tl.exp2(s * scale - pivot[:, None])
         alpha = tl.exp2(m - pivot)
     total = total * alpha + tl.sum(p, 1)
-    v = _load_rows(v_ptr, v_tail, b, hk, n, stride_vb, stride_vt, stride_vh, keep, PV, CHUNKS_PV, BLOCK_N, TMA)
+    v = _load_rows(v_ptr, v_tail, b, hk, n, stride_vb, stride_vt, stride_vh, keep, LOAD_PV, CHUNKS_PV, BLOCK_N, TMA)
     acc = _add_dots(_times(acc, alpha[:, None], CHUNKS_PV), p.to(v[0].dtype), v, CHUNKS_PV, PRECISION)
     return acc, m_new, total
 
@@ -331,7 +371,7 @@ def _attention_fwd_kernel(
     stride_kb, stride_kt: tl.constexpr, stride_kh: tl.constexpr,
     stride_vb, stride_vt: tl.constexpr, stride_vh: tl.constexpr,
     stride_ob, stride_ot: tl.constexpr, stride_oh: tl.constexpr, scale,
-    P: tl.constexpr, PV: tl.constexpr, GROUP: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    PV: tl.constexpr, LOAD_P: tl.constexpr, LOAD_PV: tl.constexpr, GROUP: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr,
     PRECISION: tl.constexpr, EXACT: tl.constexpr, TMA: tl.constexpr, CHUNKS_P: tl.constexpr, CHUNKS_PV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
@@ -345,7 +385,7 @@ def _attention_fwd_kernel(
     offs_t = first + tl.arange(0, BLOCK_M)
     mask_t = offs_t < T
     low, high = _key_range(offs_t, T, S, bounds_ptr, window, IS_CAUSAL, HAS_WINDOW)
-    q = _load_rows(q_ptr, None, b, h, first, stride_qb, stride_qt, stride_qh, mask_t, P, CHUNKS_P, BLOCK_M, False)
+    q = _load_rows(q_ptr, None, b, h, first, stride_qb, stride_qt, stride_qh, mask_t, LOAD_P, CHUNKS_P, BLOCK_M, False)
     if q_pos_ptr is not None:
         q_pos_ptr += (b.to(tl.int64) * T * H + h) * F
     if padding_ptr is not None:
@@ -362,13 +402,13 @@ def _attention_fwd_kernel(
         acc, m, total = _forward_step(
             acc, m, total, start + _masked_tile(i, begin, end) * BLOCK_N, q, low, high, b, h // GROUP, k_ptr, k_tail, v_ptr, v_tail,
             q_pos_ptr, k_pos_ptr, padding_ptr, offs_t, T, S, scale, H, F, stride_kb, stride_kt, stride_kh,
-            stride_vb, stride_vt, stride_vh, P, PV, CHUNKS_P, CHUNKS_PV, PRECISION, EXACT, TMA, BLOCK_N, BLOCK_F, LOW, True,
+            stride_vb, stride_vt, stride_vh, LOAD_P, LOAD_PV, CHUNKS_P, CHUNKS_PV, PRECISION, EXACT, TMA, BLOCK_N, BLOCK_F, LOW, True,
         )  # fmt: skip
     if padding_ptr is None:
         for i in range(begin, end):
             acc, m, total = _forward_step(
                 acc, m, total, start + i * BLOCK_N, q, low, high, b, h // GROUP, k_ptr, k_tail, v_ptr, v_tail, q_pos_ptr, k_pos_ptr, None,
-                offs_t, T, S, scale, H, F, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, P, PV,
+                offs_t, T, S, scale, H, F, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, LOAD_P, LOAD_PV,
                 CHUNKS_P, CHUNKS_PV, PRECISION, EXACT, TMA, BLOCK_N, BLOCK_F, LOW, False,
             )  # fmt: skip
 
@@ -426,7 +466,7 @@ def _dkdv_step(
     dk, dv, t, k, v, low, high, keep, offs_n, b, h, do_ptr, do_tail, q_ptr, q_tail, q_pos_ptr, k_pos_ptr, stats_ptr, plane,
     T, S, scale, H: tl.constexpr, F: tl.constexpr, stride_dob, stride_dot: tl.constexpr, stride_doh: tl.constexpr,
     stride_qb, stride_qt: tl.constexpr, stride_qh: tl.constexpr,
-    P: tl.constexpr, PV: tl.constexpr, CHUNKS_P: tl.constexpr, CHUNKS_PV: tl.constexpr, PRECISION: tl.constexpr,
+    LOAD_P: tl.constexpr, LOAD_PV: tl.constexpr, CHUNKS_P: tl.constexpr, CHUNKS_PV: tl.constexpr, PRECISION: tl.constexpr,
     EXACT: tl.constexpr, TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr,
     LOW: tl.constexpr, HIGH: tl.constexpr, PADDING: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
@@ -439,7 +479,7 @@ def _dkdv_step(
         visible = _visible(tl.arange(0, BLOCK_M)[None, :], (low - t)[:, None], (high - t)[:, None], LOW, HIGH)
         if PADDING:
             visible &= keep[:, None]
-    q = _load_rows(q_ptr, q_tail, b, h, t, stride_qb, stride_qt, stride_qh, mask_t, P, CHUNKS_P, BLOCK_M, TMA)
+    q = _load_rows(q_ptr, q_tail, b, h, t, stride_qb, stride_qt, stride_qh, mask_t, LOAD_P, CHUNKS_P, BLOCK_M, TMA)
     s = _dot_rows(k, q, CHUNKS_P, PRECISION)  # [BLOCK_N, BLOCK_M]
     if q_pos_ptr is not None:
         s = _add_position(
@@ -451,7 +491,7 @@ def _dkdv_step(
     if EXACT:
         norm = _load_stats(stats_ptr, row + 2 * plane, t, T, 0.0, BLOCK_M, TMA, MASKED)[None, :]
     p = _probability(s, lse[None, :], norm, visible, scale, EXACT, MASKED)
-    do = _load_rows(do_ptr, do_tail, b, h, t, stride_dob, stride_dot, stride_doh, mask_t, PV, CHUNKS_PV, BLOCK_M, TMA)
+    do = _load_rows(do_ptr, do_tail, b, h, t, stride_dob, stride_dot, stride_doh, mask_t, LOAD_PV, CHUNKS_PV, BLOCK_M, TMA)
     dv = _add_dots(dv, p.to(do[0].dtype), do, CHUNKS_PV, PRECISION)
     dp = _dot_rows(v, do, CHUNKS_PV, PRECISION)
     delta = _load_stats(stats_ptr, row + plane, t, T, 0.0, BLOCK_M, TMA, MASKED)
@@ -472,7 +512,7 @@ def _attention_bwd_dkdv_kernel(
     stride_vb, stride_vt: tl.constexpr, stride_vh: tl.constexpr,
     stride_dkb, stride_dkt: tl.constexpr, stride_dkh: tl.constexpr,
     stride_dvb, stride_dvt: tl.constexpr, stride_dvh: tl.constexpr, scale,
-    P: tl.constexpr, PV: tl.constexpr, GROUP: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    P: tl.constexpr, PV: tl.constexpr, LOAD_P: tl.constexpr, LOAD_PV: tl.constexpr, GROUP: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr,
     PRECISION: tl.constexpr, EXACT: tl.constexpr, TMA: tl.constexpr, CHUNKS_P: tl.constexpr, CHUNKS_PV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
@@ -487,8 +527,8 @@ def _attention_bwd_dkdv_kernel(
         padding_ptr += b.to(tl.int64) * S
     keep = _kept_keys(padding_ptr, offs_n, S)
     low, high = _query_range(offs_n, T, S, bounds_ptr, window, IS_CAUSAL, HAS_WINDOW)
-    k = _load_rows(k_ptr, None, b, hk, first, stride_kb, stride_kt, stride_kh, keep, P, CHUNKS_P, BLOCK_N, False)
-    v = _load_rows(v_ptr, None, b, hk, first, stride_vb, stride_vt, stride_vh, keep, PV, CHUNKS_PV, BLOCK_N, False)
+    k = _load_rows(k_ptr, None, b, hk, first, stride_kb, stride_kt, stride_kh, keep, LOAD_P, CHUNKS_P, BLOCK_N, False)
+    v = _load_rows(v_ptr, None, b, hk, first, stride_vb, stride_vt, stride_vh, keep, LOAD_PV, CHUNKS_PV, BLOCK_N, False)
 
     unit = scale if EXACT else scale * 1.4426950408889634  # log2(e)
     HIGH: tl.constexpr = HAS_WINDOW or bounds_ptr is not None
@@ -507,7 +547,7 @@ def _attention_bwd_dkdv_kernel(
             dk, dv = _dkdv_step(
                 dk, dv, start + _masked_tile(i, begin, end) * BLOCK_M, k, v, low, high, keep, offs_n, b, h,
                 do_ptr, do_tail, q_ptr, q_tail, q_pos_rows, k_pos_ptr, stats_ptr, plane, T, S, unit, H, F,
-                stride_dob, stride_dot, stride_doh, stride_qb, stride_qt, stride_qh, P, PV, CHUNKS_P, CHUNKS_PV,
+                stride_dob, stride_dot, stride_doh, stride_qb, stride_qt, stride_qh, LOAD_P, LOAD_PV, CHUNKS_P, CHUNKS_PV,
                 PRECISION, EXACT, TMA, BLOCK_M, BLOCK_F, LOW, HIGH, PADDING, True,
             )  # fmt: skip
         if padding_ptr is None:
@@ -515,7 +555,7 @@ def _attention_bwd_dkdv_kernel(
                 dk, dv = _dkdv_step(
                     dk, dv, start + i * BLOCK_M, k, v, low, high, keep, offs_n, b, h, do_ptr, do_tail, q_ptr, q_tail,
                     q_pos_rows, k_pos_ptr, stats_ptr, plane, T, S, unit, H, F, stride_dob, stride_dot, stride_doh,
-                    stride_qb, stride_qt, stride_qh, P, PV, CHUNKS_P, CHUNKS_PV, PRECISION, EXACT, TMA,
+                    stride_qb, stride_qt, stride_qh, LOAD_P, LOAD_PV, CHUNKS_P, CHUNKS_PV, PRECISION, EXACT, TMA,
                     BLOCK_M, BLOCK_F, LOW, HIGH, PADDING, False,
                 )  # fmt: skip
 
@@ -530,7 +570,7 @@ def _dq_step(
     acc, total, n, q, do, lse, delta, dlse, norm, low, high, b, hk, k_ptr, k_tail, v_ptr, v_tail, q_pos_ptr, k_pos_ptr,
     padding_ptr, offs_t, offs_o, T, S, scale, H: tl.constexpr, F: tl.constexpr,
     stride_kb, stride_kt: tl.constexpr, stride_kh: tl.constexpr, stride_vb, stride_vt: tl.constexpr, stride_vh: tl.constexpr,
-    P: tl.constexpr, PV: tl.constexpr, CHUNKS_P: tl.constexpr, CHUNKS_PV: tl.constexpr, PRECISION: tl.constexpr,
+    LOAD_P: tl.constexpr, LOAD_PV: tl.constexpr, CHUNKS_P: tl.constexpr, CHUNKS_PV: tl.constexpr, PRECISION: tl.constexpr,
     EXACT: tl.constexpr, TMA: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, OUT: tl.constexpr, LOW: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """The keys n, n + 1, ... taken in: the new acc and, for "delta", total."""
@@ -542,14 +582,14 @@ def _dq_step(
         visible = _visible(tl.arange(0, BLOCK_N)[None, :], (low - n)[:, None], (high - n)[:, None], LOW, True)
         if padding_ptr is not None:
             visible &= keep[None, :]
-    k = _load_rows(k_ptr, k_tail, b, hk, n, stride_kb, stride_kt, stride_kh, keep, P, CHUNKS_P, BLOCK_N, TMA)
+    k = _load_rows(k_ptr, k_tail, b, hk, n, stride_kb, stride_kt, stride_kh, keep, LOAD_P, CHUNKS_P, BLOCK_N, TMA)
     s = _dot_rows(q, k, CHUNKS_P, PRECISION)  # [BLOCK_M, BLOCK_N]
     if q_pos_ptr is not None:
         s = _add_position(
             s, q_pos_ptr, H * F, offs_t, offs_t < T, k_pos_ptr, F, offs_n, offs_n < S, F, BLOCK_F, PRECISION
         )  # fmt: skip
     p = _probability(s, lse[:, None], norm[:, None], visible, scale, EXACT, MASKED)
-    v = _load_rows(v_ptr, v_tail, b, hk, n, stride_vb, stride_vt, stride_vh, keep, PV, CHUNKS_PV, BLOCK_N, TMA)
+    v = _load_rows(v_ptr, v_tail, b, hk, n, stride_vb, stride_vt, stride_vh, keep, LOAD_PV, CHUNKS_PV, BLOCK_N, TMA)
     dp = _dot_rows(do, v, CHUNKS_PV, PRECISION)
     if OUT == "delta":
         return (acc[0] + tl.sum(p * dp, 1),), total + tl.sum(p, 1)
@@ -578,7 +618,7 @@ def _attention_bwd_dq_kernel(
     stride_vb, stride_vt: tl.constexpr, stride_vh: tl.constexpr,
     stride_ob, stride_ot: tl.constexpr, stride_oh: tl.constexpr,
     stride_outb, stride_outt: tl.constexpr, stride_outh: tl.constexpr, scale,
-    P: tl.constexpr, PV: tl.constexpr, GROUP: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    P: tl.constexpr, PV: tl.constexpr, LOAD_P: tl.constexpr, LOAD_PV: tl.constexpr, GROUP: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr,
     PRECISION: tl.constexpr, EXACT: tl.constexpr, TMA: tl.constexpr, CHUNKS_P: tl.constexpr, CHUNKS_PV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_FO: tl.constexpr,
     OUT: tl.constexpr,
@@ -595,8 +635,8 @@ def _attention_bwd_dq_kernel(
     offs_t = first + tl.arange(0, BLOCK_M)
     mask_t = offs_t < T
     low, high = _key_range(offs_t, T, S, bounds_ptr, window, IS_CAUSAL, HAS_WINDOW)
-    q = _load_rows(q_ptr, None, b, h, first, stride_qb, stride_qt, stride_qh, mask_t, P, CHUNKS_P, BLOCK_M, False)
-    do = _load_rows(do_ptr, None, b, h, first, stride_dob, stride_dot, stride_doh, mask_t, PV, CHUNKS_PV, BLOCK_M, False)
+    q = _load_rows(q_ptr, None, b, h, first, stride_qb, stride_qt, stride_qh, mask_t, LOAD_P, CHUNKS_P, BLOCK_M, False)
+    do = _load_rows(do_ptr, None, b, h, first, stride_dob, stride_dot, stride_doh, mask_t, LOAD_PV, CHUNKS_PV, BLOCK_M, False)
     if q_pos_ptr is not None:
         q_pos_ptr += (b.to(tl.int64) * T * H + h) * F
     if padding_ptr is not None:
@@ -643,14 +683,14 @@ def _attention_bwd_dq_kernel(
         acc, total = _dq_step(
             acc, total, start + _masked_tile(i, begin, end) * BLOCK_N, q, do, lse, delta, dlse, norm, low, high, b, h // GROUP,
             k_ptr, k_tail, v_ptr, v_tail, q_pos_ptr, k_pos_ptr, padding_ptr, offs_t, offs_o, T, S, unit, H, F, stride_kb, stride_kt,
-            stride_kh, stride_vb, stride_vt, stride_vh, P, PV, CHUNKS_P, CHUNKS_PV, PRECISION, EXACT, TMA, BLOCK_N, BLOCK_F, OUT, LOW, True,
+            stride_kh, stride_vb, stride_vt, stride_vh, LOAD_P, LOAD_PV, CHUNKS_P, CHUNKS_PV, PRECISION, EXACT, TMA, BLOCK_N, BLOCK_F, OUT, LOW, True,
         )  # fmt: skip
     if padding_ptr is None:
         for i in range(begin, end):
             acc, total = _dq_step(
                 acc, total, start + i * BLOCK_N, q, do, lse, delta, dlse, norm, low, high, b, h // GROUP,
                 k_ptr, k_tail, v_ptr, v_tail, q_pos_ptr, k_pos_ptr, None, offs_t, offs_o, T, S, unit, H, F, stride_kb, stride_kt,
-                stride_kh, stride_vb, stride_vt, stride_vh, P, PV, CHUNKS_P, CHUNKS_PV, PRECISION, EXACT, TMA,
+                stride_kh, stride_vb, stride_vt, stride_vh, LOAD_P, LOAD_PV, CHUNKS_P, CHUNKS_PV, PRECISION, EXACT, TMA,
                 BLOCK_N, BLOCK_F, OUT, LOW, False,
             )  # fmt: skip
 
@@ -688,45 +728,65 @@ def _exact(dtype: torch.dtype, precision: str) -> bool:
     return dtype == torch.float32 and precision == "ieee"
 
 
+def _aligned(x: Tensor) -> bool:
+    return x.data_ptr() % 16 == 0 and all(stride > 0 and stride * x.element_size() % 16 == 0 for stride in x.stride()[:3])
+
+
+def _rows(x: Tensor) -> Tensor:
+    """As `common.rows`. 16-bit rows that do not start on 16 bytes, like those of width 100, get a copy with zeros to the next
+    multiple of 8 channels: to load them in pieces costs more."""
+    x = rows(x)
+    if x.element_size() == 4 or _aligned(x):
+        return x
+    channels = -x.shape[-1] % 8
+    return torch.nn.functional.pad(x, (0, channels)) if channels else x.clone(memory_format=torch.contiguous_format)
+
+
 def _chunks(width: int, dtype: torch.dtype) -> tuple[int, ...]:
-    """The head width as powers of two, 80 = 64 + 16: what a tile spans."""
+    """The head width as one or two powers of two, 80 = 64 + 16: what a tile spans."""
     chunk = next_power_of_2(width)
     if dtype != torch.float32 and chunk >= 64 and width <= chunk // 2 + chunk // 4:
         return chunk // 2, next_power_of_2(width - chunk // 2)
     return (chunk,)
 
 
-def _sources(x: Tensor, chunks: tuple[int, ...], rows: int, tma: bool):
+def _hopper(x: Tensor) -> bool:
+    if x.is_meta:
+        target = triton.runtime.driver.active.get_current_target()
+        return target.backend == "cuda" and target.arch >= 90
+    return not INTERPRET and not torch.version.hip and torch.cuda.get_device_capability(x.device) >= (9, 0)
+
+
+def _tma(q_pos: Tensor | None, padding: Tensor | None, *tensors: Tensor) -> bool:
+    """Whether Hopper's copy engine can fetch the rows of these tensors; it would also fetch those of padding."""
+    fits = all(x.element_size() == 2 and x.numel() > 0 and _aligned(x) for x in tensors)
+    return fits and q_pos is None and padding is None and _hopper(tensors[0])
+
+
+def _sources(x: Tensor, chunks: tuple[int, ...], block: int, tma: bool):
     """What `_load_rows` takes for x: its pointer, or the descriptors of its chunks."""
     if not tma:
         return x, None
-    descriptors = [TensorDescriptor(x, list(x.shape), list(x.stride()), [1, rows, 1, chunk]) for chunk in chunks]
+    descriptors = [TensorDescriptor(x, list(x.shape), list(x.stride()), [1, block, 1, chunk]) for chunk in chunks]
     return descriptors[0], descriptors[1] if len(chunks) == 2 else None
 
 
-def _aligned(*tensors: Tensor) -> bool:
-    """Whether Hopper's copy engine can fetch rows of these tensors."""
-    return all(x.data_ptr() % 16 == 0 and all(s * x.element_size() % 16 == 0 for s in x.stride()[:3]) for x in tensors)
-
-
-def _config(kernel: str, q: Tensor, k: Tensor, v: Tensor, q_pos: Tensor | None) -> dict[str, int]:
-    """The kernel's tiles, no larger than the problem; wide heads take half the rows and no prefetch, and where position
-    channels need registers too, the threads of 8 warps share them."""
-    config = dict(tuning.lookup(CONFIGS[kernel], q.dtype, INTERPRET))
-    width = max(next_power_of_2(q.shape[-1]), next_power_of_2(v.shape[-1]))
-    if q_pos is not None:
-        config["num_warps"] = 8
-    if width > 128 and not INTERPRET:
-        config["BLOCK_M"] = max(16, config["BLOCK_M"] // 2)
-        config["BLOCK_N"] = max(16, config["BLOCK_N"] // 2)
-        config["num_stages"] = 1
-    config["BLOCK_M"] = min(config["BLOCK_M"], next_power_of_2(q.shape[1]))
-    config["BLOCK_N"] = min(config["BLOCK_N"], next_power_of_2(k.shape[1]))
+def _config(kernel: str, q: Tensor, k: Tensor, v: Tensor, q_pos: Tensor | None, tma: bool) -> dict[str, int]:
+    """The kernel's tiles, no larger than the problem."""
+    configs, width = CONFIGS[kernel], max(q.shape[-1], v.shape[-1])
+    if tma:
+        config = next(config for widest, config in TMA_CONFIGS[kernel] if width <= widest)
+    elif INTERPRET or q.dtype == torch.float32:
+        config = tuning.lookup(configs, q.dtype, INTERPRET)
+        if width > 128 and not INTERPRET:
+            config = config | {"BLOCK_M": max(16, config["BLOCK_M"] // 2), "BLOCK_N": max(16, config["BLOCK_N"] // 2)}
+    else:
+        rung = "half_xl" if q_pos is not None else "half_wide" if width > 128 else "half" if _hopper(q) else "half_small"
+        config = configs[rung]
     F = 0 if q_pos is None else q_pos.shape[-1]
-    for name in ("BLOCK_F", "BLOCK_FO"):
-        if name in config:
-            config[name] = min(config[name], next_power_of_2(F))
-    return config
+    limits = {"BLOCK_M": q.shape[1], "BLOCK_N": k.shape[1], "BLOCK_F": F, "BLOCK_FO": F}
+    config = {"BLOCK_F": 16} | config
+    return {name: min(value, next_power_of_2(limits[name])) if name in limits else value for name, value in config.items()}
 
 
 def _attention_forward_fake(q, k, v, q_pos, k_pos, key_padding_mask, cu_seqlens, causal, window, scale, precision):
@@ -759,20 +819,21 @@ def attention_forward(
     if scale <= 0:  # the kernel takes the maximum before it multiplies
         sign = -1.0 if scale < 0 else 0.0
         q, q_pos, scale = q * sign, None if q_pos is None else q_pos * sign, abs(scale) or 1.0
-    q, k, v = rows(q), rows(k), rows(v)
+    q, k, v = _rows(q), _rows(k), _rows(v)
     q_pos = None if q_pos is None else q_pos.contiguous()
     k_pos = None if k_pos is None else k_pos.contiguous()
-    config = _config("attention_forward", q, k, v, q_pos)
-    tma = TMA and _aligned(k, v) and key_padding_mask is None
     chunks_p, chunks_pv = _chunks(P, q.dtype), _chunks(PV, q.dtype)
+    tma = _tma(q_pos, key_padding_mask, k, v)
+    config = _config("attention_forward", q, k, v, q_pos, tma)
     sources = *_sources(k, chunks_p, config["BLOCK_N"], tma), *_sources(v, chunks_pv, config["BLOCK_N"], tma)
     launch(
         _attention_fwd_kernel, (cdiv(T, config["BLOCK_M"]) * B * H,),
         q, *sources, q_pos, k_pos, _padding(key_padding_mask), _sequence_bounds(cu_seqlens, T), o, lse,
         T, S, H, 0 if q_pos is None else q_pos.shape[-1], min(window, T + S),
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *o.stride()[:3], scale,
-        P=P, PV=PV, GROUP=H // Hkv, IS_CAUSAL=causal, HAS_WINDOW=window > 0, PRECISION=precision,
-        EXACT=_exact(q.dtype, precision), TMA=tma, CHUNKS_P=chunks_p, CHUNKS_PV=chunks_pv, **config,
+        LOAD_P=min(q.shape[-1], k.shape[-1]), LOAD_PV=v.shape[-1], PV=PV, GROUP=H // Hkv, IS_CAUSAL=causal,
+        HAS_WINDOW=window > 0, PRECISION=precision, EXACT=_exact(q.dtype, precision), TMA=tma,
+        CHUNKS_P=chunks_p, CHUNKS_PV=chunks_pv, **config,
     )  # fmt: skip
     return o, lse
 
@@ -808,41 +869,43 @@ def attention_backward(
     )
     B, T, H, P = q.shape
     S, Hkv, PV = k.shape[1], k.shape[2], v.shape[3]
-    do, q, k, v, o = rows(do), rows(q), rows(k), rows(v), rows(o)
+    do, q, k, v, o, lse = _rows(do), _rows(q), _rows(k), _rows(v), rows(o), lse.contiguous()
     q_pos = None if q_pos is None else q_pos.contiguous()
     k_pos = None if k_pos is None else k_pos.contiguous()
     dlse = None if dlse is None else dlse.contiguous()
     exact = _exact(q.dtype, precision)
-    stats = lse.new_empty((4 if exact else 2) * B * H, cdiv(T, 16) * 16)  # B * H rows each of lse, delta; norm, dlse
+    # B * H rows each of lse and delta, and for EXACT of norm and dlse
+    stats = lse.new_empty((4 if exact else 2) * B * H, cdiv(T, 16) * 16)
 
     masks = (_padding(key_padding_mask), _sequence_bounds(cu_seqlens, T))
-    chunks_p, chunks_pv = _chunks(P, q.dtype), _chunks(PV, q.dtype)
-    tma = TMA and _aligned(do, q, k, v) and key_padding_mask is None
     strides = (*do.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
     scalars = (T, S, H, 0 if q_pos is None else q_pos.shape[-1], min(window, T + S), *strides)
+    chunks_p, chunks_pv = _chunks(P, q.dtype), _chunks(PV, q.dtype)
+    tma = _tma(q_pos, key_padding_mask, do, q, k, v)
     flags = dict(
-        P=P, PV=PV, GROUP=H // Hkv, IS_CAUSAL=causal, HAS_WINDOW=window > 0, PRECISION=precision,
-        EXACT=exact, CHUNKS_P=chunks_p, CHUNKS_PV=chunks_pv,
+        P=P, PV=PV, LOAD_P=min(q.shape[-1], k.shape[-1]), LOAD_PV=min(do.shape[-1], v.shape[-1]), GROUP=H // Hkv,
+        IS_CAUSAL=causal, HAS_WINDOW=window > 0, PRECISION=precision, EXACT=exact, TMA=tma,
+        CHUNKS_P=chunks_p, CHUNKS_PV=chunks_pv,
     )  # fmt: skip
 
-    def launch_dq(out: Tensor, name: str, kind: str) -> None:
-        config = {"BLOCK_FO": 16} | _config(kind, q, k, v, q_pos)
+    def launch_dq(out: Tensor, name: str) -> None:
+        config = {"BLOCK_FO": 16} | _config("attention_dq_pos" if name == "dq_pos" else "attention_dq", q, k, v, q_pos, tma)
         grid = (cdiv(T, config["BLOCK_M"]) * B * H, cdiv(out.shape[-1], config["BLOCK_FO"]) if name == "dq_pos" else 1)
         sources = *_sources(k, chunks_p, config["BLOCK_N"], tma), *_sources(v, chunks_pv, config["BLOCK_N"], tma)
-        arguments = (do, q, *sources, q_pos, k_pos, *masks, o, lse.contiguous(), dlse, stats, out)
+        arguments = (do, q, *sources, q_pos, k_pos, *masks, o, lse, dlse, stats, out)
         strides = (*o.stride()[:3], *out.stride()[:3])
-        launch(_attention_bwd_dq_kernel, grid, *arguments, *scalars, *strides, scale, **flags, TMA=tma, **config, OUT=name)
+        launch(_attention_bwd_dq_kernel, grid, *arguments, *scalars, *strides, scale, **flags, **config, OUT=name)
 
     if exact:
-        launch_dq(dq, "delta", "attention_dq")
-    launch_dq(dq, "dq", "attention_dq")
-    config = _config("attention_dkdv", q, k, v, q_pos)
-    grid = (cdiv(S, config["BLOCK_N"]) * B * Hkv,)
+        launch_dq(dq, "delta")
+    launch_dq(dq, "dq")
+    config = _config("attention_dkdv", q, k, v, q_pos, tma)
     sources = *_sources(do, chunks_pv, config["BLOCK_M"], tma), *_sources(q, chunks_p, config["BLOCK_M"], tma)
     rows_of_stats = TensorDescriptor(stats, list(stats.shape), list(stats.stride()), [1, config["BLOCK_M"]]) if tma else stats
     arguments = (*sources, k, v, q_pos, k_pos, *masks, rows_of_stats, dk, dv)
     strides = (*dk.stride()[:3], *dv.stride()[:3])
-    launch(_attention_bwd_dkdv_kernel, grid, *arguments, *scalars, *strides, scale, **flags, TMA=tma, **config)
+    grid = (cdiv(S, config["BLOCK_N"]) * B * Hkv,)
+    launch(_attention_bwd_dkdv_kernel, grid, *arguments, *scalars, *strides, scale, **flags, **config)
     if q_pos is not None:
-        launch_dq(dq_pos, "dq_pos", "attention_dq_pos")
+        launch_dq(dq_pos, "dq_pos")
     return dq, dk, dv, dq_pos
