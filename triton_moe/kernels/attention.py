@@ -161,9 +161,12 @@ def _tiles(low, high, BLOCK: tl.constexpr, ALL_MASKED: tl.constexpr):
 
 
 @triton.jit
-def _masked_tile(i, begin, end):
-    """The i-th of the tiles outside [begin, end)."""
-    return tl.where(i < begin, i, i + end - begin)
+def _nth(i, begin, end, MASKED: tl.constexpr):
+    """The i-th of the tiles that need a mask, or of those that need none."""
+    if MASKED:
+        return tl.where(i < begin, i, i + end - begin)
+    else:
+        return begin + i
 
 
 @triton.jit
@@ -184,6 +187,14 @@ def _visible(offs, low, high, LOW: tl.constexpr, HIGH: tl.constexpr):
         return offs < high
     else:
         return (offs >= low) & (offs < high)
+
+
+@triton.jit
+def _visible_keys(n, low, high, keep, padding_ptr, LOW: tl.constexpr, BLOCK_N: tl.constexpr):
+    visible = _visible(tl.arange(0, BLOCK_N)[None, :], (low - n)[:, None], (high - n)[:, None], LOW, True)
+    if padding_ptr is not None:
+        visible &= keep[None, :]
+    return visible
 
 
 @triton.jit
@@ -323,47 +334,6 @@ def _sequence_bounds_kernel(cu_seqlens_ptr, bounds_ptr, n, T, steps, BLOCK: tl.c
 
 
 @triton.jit
-def _forward_step(
-    acc, m, total, n, q, low, high, b, hk, k_ptr, k_tail, v_ptr, v_tail, q_pos_ptr, k_pos_ptr, padding_ptr, offs_t, T, S, scale,
-    H: tl.constexpr, F: tl.constexpr, stride_kb, stride_kt: tl.constexpr, stride_kh: tl.constexpr,
-    stride_vb, stride_vt: tl.constexpr, stride_vh: tl.constexpr, LOAD_P: tl.constexpr, LOAD_PV: tl.constexpr,
-    CHUNKS_P: tl.constexpr, CHUNKS_PV: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr, TMA: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, LOW: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """The keys n, n + 1, ... taken in: the new acc, m and total."""
-    offs_n = n + tl.arange(0, BLOCK_N)
-    keep = None
-    if MASKED:
-        keep = _kept_keys(padding_ptr, offs_n, S)
-    k = _load_rows(k_ptr, k_tail, b, hk, n, stride_kb, stride_kt, stride_kh, keep, LOAD_P, CHUNKS_P, BLOCK_N, TMA)
-    s = _dot_rows(q, k, CHUNKS_P, PRECISION)  # [BLOCK_M, BLOCK_N]
-    if q_pos_ptr is not None:
-        s = _add_position(
-            s, q_pos_ptr, H * F, offs_t, offs_t < T, k_pos_ptr, F, offs_n, offs_n < S, F, BLOCK_F, PRECISION
-        )  # fmt: skip
-    if EXACT:
-        s *= scale
-        scale = 1.0
-    if MASKED:
-        visible = _visible(tl.arange(0, BLOCK_N)[None, :], (low - n)[:, None], (high - n)[:, None], LOW, True)
-        if padding_ptr is not None:
-            visible &= keep[None, :]
-        s = tl.where(visible, s, float("-inf"))
-    m_new = tl.maximum(m, tl.max(s, 1) * scale)
-    pivot = tl.where(m_new == float("-inf"), 0.0, m_new)  # finite also while no key was visible
-    if EXACT:
-        p = _exp(s - pivot[:, None])
-        alpha = _exp(m - pivot)
-    else:
-        p = tl.exp2(s * scale - pivot[:, None])
-        alpha = tl.exp2(m - pivot)
-    total = total * alpha + tl.sum(p, 1)
-    v = _load_rows(v_ptr, v_tail, b, hk, n, stride_vb, stride_vt, stride_vh, keep, LOAD_PV, CHUNKS_PV, BLOCK_N, TMA)
-    acc = _add_dots(_times(acc, alpha[:, None], CHUNKS_PV), p.to(v[0].dtype), v, CHUNKS_PV, PRECISION)
-    return acc, m_new, total
-
-
-@triton.jit
 def _attention_fwd_kernel(
     q_ptr, k_ptr, k_tail, v_ptr, v_tail, q_pos_ptr, k_pos_ptr, padding_ptr, bounds_ptr, o_ptr, lse_ptr,
     T, S, H: tl.constexpr, F: tl.constexpr, window,
@@ -371,8 +341,9 @@ def _attention_fwd_kernel(
     stride_kb, stride_kt: tl.constexpr, stride_kh: tl.constexpr,
     stride_vb, stride_vt: tl.constexpr, stride_vh: tl.constexpr,
     stride_ob, stride_ot: tl.constexpr, stride_oh: tl.constexpr, scale,
-    PV: tl.constexpr, LOAD_P: tl.constexpr, LOAD_PV: tl.constexpr, GROUP: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr,
-    PRECISION: tl.constexpr, EXACT: tl.constexpr, TMA: tl.constexpr, CHUNKS_P: tl.constexpr, CHUNKS_PV: tl.constexpr,
+    PV: tl.constexpr, LOAD_P: tl.constexpr, LOAD_PV: tl.constexpr, GROUP: tl.constexpr, IS_CAUSAL: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr, TMA: tl.constexpr,
+    CHUNKS_P: tl.constexpr, CHUNKS_PV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(T, BLOCK_M)
@@ -380,37 +351,53 @@ def _attention_fwd_kernel(
     heads = tl.num_programs(0) // tiles
     b = pid % heads // H
     h = pid % heads % H
+    hk = h // GROUP
     row = (b.to(tl.int64) * H + h) * T  # of lse
     first = (tiles - 1 - pid // heads) * BLOCK_M  # the longest rows of a causal mask first, of all heads
     offs_t = first + tl.arange(0, BLOCK_M)
     mask_t = offs_t < T
     low, high = _key_range(offs_t, T, S, bounds_ptr, window, IS_CAUSAL, HAS_WINDOW)
+    LOW: tl.constexpr = HAS_WINDOW or bounds_ptr is not None
     q = _load_rows(q_ptr, None, b, h, first, stride_qb, stride_qt, stride_qh, mask_t, LOAD_P, CHUNKS_P, BLOCK_M, False)
     if q_pos_ptr is not None:
         q_pos_ptr += (b.to(tl.int64) * T * H + h) * F
     if padding_ptr is not None:
         padding_ptr += b.to(tl.int64) * S
 
-    LOW: tl.constexpr = HAS_WINDOW or bounds_ptr is not None
-    if not EXACT:
-        scale *= 1.4426950408889634  # log2(e)
+    unit = scale * 1.4426950408889634  # times log2(e)
     m = tl.full((BLOCK_M,), float("-inf"), tl.float32)  # running maximum
     total = tl.zeros((BLOCK_M,), tl.float32)  # running sum of exp(s - m)
     acc = _zero_chunks(BLOCK_M, CHUNKS_PV)
     start, count, begin, end = _tiles(low, high, BLOCK_N, padding_ptr is not None)
-    for i in range(count - (end - begin)):
-        acc, m, total = _forward_step(
-            acc, m, total, start + _masked_tile(i, begin, end) * BLOCK_N, q, low, high, b, h // GROUP, k_ptr, k_tail, v_ptr, v_tail,
-            q_pos_ptr, k_pos_ptr, padding_ptr, offs_t, T, S, scale, H, F, stride_kb, stride_kt, stride_kh,
-            stride_vb, stride_vt, stride_vh, LOAD_P, LOAD_PV, CHUNKS_P, CHUNKS_PV, PRECISION, EXACT, TMA, BLOCK_N, BLOCK_F, LOW, True,
-        )  # fmt: skip
-    if padding_ptr is None:
-        for i in range(begin, end):
-            acc, m, total = _forward_step(
-                acc, m, total, start + i * BLOCK_N, q, low, high, b, h // GROUP, k_ptr, k_tail, v_ptr, v_tail, q_pos_ptr, k_pos_ptr, None,
-                offs_t, T, S, scale, H, F, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, LOAD_P, LOAD_PV,
-                CHUNKS_P, CHUNKS_PV, PRECISION, EXACT, TMA, BLOCK_N, BLOCK_F, LOW, False,
-            )  # fmt: skip
+    for MASKED in tl.static_range(1, -1, -1):
+        for i in range(count - (end - begin) if MASKED else end - begin):
+            n = start + _nth(i, begin, end, MASKED) * BLOCK_N
+            offs_n = n + tl.arange(0, BLOCK_N)
+            keep = _kept_keys(padding_ptr, offs_n, S) if MASKED else None
+            k = _load_rows(k_ptr, k_tail, b, hk, n, stride_kb, stride_kt, stride_kh, keep, LOAD_P, CHUNKS_P, BLOCK_N, TMA)
+            s = _dot_rows(q, k, CHUNKS_P, PRECISION)  # [BLOCK_M, BLOCK_N]
+            if q_pos_ptr is not None:
+                s = _add_position(
+                    s, q_pos_ptr, H * F, offs_t, mask_t, k_pos_ptr, F, offs_n, offs_n < S, F, BLOCK_F, PRECISION
+                )  # fmt: skip
+            if MASKED:
+                s = tl.where(_visible_keys(n, low, high, keep, padding_ptr, LOW, BLOCK_N), s, float("-inf"))
+            if EXACT:
+                s *= scale
+                m_new = tl.maximum(m, tl.max(s, 1))
+            else:
+                m_new = tl.maximum(m, tl.max(s, 1) * unit)
+            pivot = tl.where(m_new == float("-inf"), 0.0, m_new)  # finite also while no key was visible
+            if EXACT:
+                p = _exp(s - pivot[:, None])
+                alpha = _exp(m - pivot)
+            else:
+                p = tl.exp2(s * unit - pivot[:, None])
+                alpha = tl.exp2(m - pivot)
+            m = m_new
+            total = total * alpha + tl.sum(p, 1)
+            v = _load_rows(v_ptr, v_tail, b, hk, n, stride_vb, stride_vt, stride_vh, keep, LOAD_PV, CHUNKS_PV, BLOCK_N, TMA)
+            acc = _add_dots(_times(acc, alpha[:, None], CHUNKS_PV), p.to(v[0].dtype), v, CHUNKS_PV, PRECISION)
 
     empty = total == 0.0  # not where a score was NaN
     total = tl.where(empty, 1.0, total)
@@ -462,47 +449,6 @@ def _probability(s, lse, norm, visible, scale, EXACT: tl.constexpr, MASKED: tl.c
 
 
 @triton.jit
-def _dkdv_step(
-    dk, dv, t, k, v, low, high, keep, offs_n, b, h, do_ptr, do_tail, q_ptr, q_tail, q_pos_ptr, k_pos_ptr, stats_ptr, plane,
-    T, S, scale, H: tl.constexpr, F: tl.constexpr, stride_dob, stride_dot: tl.constexpr, stride_doh: tl.constexpr,
-    stride_qb, stride_qt: tl.constexpr, stride_qh: tl.constexpr,
-    LOAD_P: tl.constexpr, LOAD_PV: tl.constexpr, CHUNKS_P: tl.constexpr, CHUNKS_PV: tl.constexpr, PRECISION: tl.constexpr,
-    EXACT: tl.constexpr, TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr,
-    LOW: tl.constexpr, HIGH: tl.constexpr, PADDING: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """The queries t, t + 1, ... taken in: the new dk and dv."""
-    offs_t = t + tl.arange(0, BLOCK_M)
-    mask_t = None
-    visible = None
-    if MASKED:
-        mask_t = offs_t < T
-        visible = _visible(tl.arange(0, BLOCK_M)[None, :], (low - t)[:, None], (high - t)[:, None], LOW, HIGH)
-        if PADDING:
-            visible &= keep[:, None]
-    q = _load_rows(q_ptr, q_tail, b, h, t, stride_qb, stride_qt, stride_qh, mask_t, LOAD_P, CHUNKS_P, BLOCK_M, TMA)
-    s = _dot_rows(k, q, CHUNKS_P, PRECISION)  # [BLOCK_N, BLOCK_M]
-    if q_pos_ptr is not None:
-        s = _add_position(
-            s, k_pos_ptr, F, offs_n, offs_n < S, q_pos_ptr, H * F, offs_t, offs_t < T, F, BLOCK_F, PRECISION
-        )  # fmt: skip
-    row = b * H + h
-    lse = _load_stats(stats_ptr, row, t, T, float("inf"), BLOCK_M, TMA, MASKED)
-    norm = None
-    if EXACT:
-        norm = _load_stats(stats_ptr, row + 2 * plane, t, T, 0.0, BLOCK_M, TMA, MASKED)[None, :]
-    p = _probability(s, lse[None, :], norm, visible, scale, EXACT, MASKED)
-    do = _load_rows(do_ptr, do_tail, b, h, t, stride_dob, stride_dot, stride_doh, mask_t, LOAD_PV, CHUNKS_PV, BLOCK_M, TMA)
-    dv = _add_dots(dv, p.to(do[0].dtype), do, CHUNKS_PV, PRECISION)
-    dp = _dot_rows(v, do, CHUNKS_PV, PRECISION)
-    delta = _load_stats(stats_ptr, row + plane, t, T, 0.0, BLOCK_M, TMA, MASKED)
-    ds = dp - delta[None, :]
-    if EXACT:
-        ds += _load_stats(stats_ptr, row + 3 * plane, t, T, 0.0, BLOCK_M, TMA, MASKED)[None, :]
-    dk = _add_dots(dk, (p * ds).to(q[0].dtype), q, CHUNKS_P, PRECISION)
-    return dk, dv
-
-
-@triton.jit
 def _attention_bwd_dkdv_kernel(
     do_ptr, do_tail, q_ptr, q_tail, k_ptr, v_ptr, q_pos_ptr, k_pos_ptr, padding_ptr, bounds_ptr, stats_ptr, dk_ptr, dv_ptr,
     T, S, H: tl.constexpr, F: tl.constexpr, window,
@@ -512,8 +458,9 @@ def _attention_bwd_dkdv_kernel(
     stride_vb, stride_vt: tl.constexpr, stride_vh: tl.constexpr,
     stride_dkb, stride_dkt: tl.constexpr, stride_dkh: tl.constexpr,
     stride_dvb, stride_dvt: tl.constexpr, stride_dvh: tl.constexpr, scale,
-    P: tl.constexpr, PV: tl.constexpr, LOAD_P: tl.constexpr, LOAD_PV: tl.constexpr, GROUP: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr,
-    PRECISION: tl.constexpr, EXACT: tl.constexpr, TMA: tl.constexpr, CHUNKS_P: tl.constexpr, CHUNKS_PV: tl.constexpr,
+    P: tl.constexpr, PV: tl.constexpr, LOAD_P: tl.constexpr, LOAD_PV: tl.constexpr, GROUP: tl.constexpr, IS_CAUSAL: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr, TMA: tl.constexpr,
+    CHUNKS_P: tl.constexpr, CHUNKS_PV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
     h_kv: tl.constexpr = H // GROUP
@@ -525,6 +472,7 @@ def _attention_bwd_dkdv_kernel(
     offs_n = first + tl.arange(0, BLOCK_N)
     if padding_ptr is not None:
         padding_ptr += b.to(tl.int64) * S
+    mask_n = offs_n < S
     keep = _kept_keys(padding_ptr, offs_n, S)
     low, high = _query_range(offs_n, T, S, bounds_ptr, window, IS_CAUSAL, HAS_WINDOW)
     k = _load_rows(k_ptr, None, b, hk, first, stride_kb, stride_kt, stride_kh, keep, LOAD_P, CHUNKS_P, BLOCK_N, False)
@@ -532,79 +480,49 @@ def _attention_bwd_dkdv_kernel(
 
     unit = scale if EXACT else scale * 1.4426950408889634  # log2(e)
     HIGH: tl.constexpr = HAS_WINDOW or bounds_ptr is not None
-    LOW: tl.constexpr = IS_CAUSAL or HIGH
-    PADDING: tl.constexpr = padding_ptr is not None
     plane = heads * GROUP  # rows of the statistics: B * H
     dk = _zero_chunks(BLOCK_N, CHUNKS_P)
     dv = _zero_chunks(BLOCK_N, CHUNKS_PV)
     start, count, begin, end = _tiles(low, high, BLOCK_M, padding_ptr is not None)
     for g in range(GROUP):
         h = hk * GROUP + g
-        q_pos_rows = q_pos_ptr
-        if q_pos_ptr is not None:
-            q_pos_rows += (b.to(tl.int64) * T * H + h) * F
-        for i in range(count - (end - begin)):
-            dk, dv = _dkdv_step(
-                dk, dv, start + _masked_tile(i, begin, end) * BLOCK_M, k, v, low, high, keep, offs_n, b, h,
-                do_ptr, do_tail, q_ptr, q_tail, q_pos_rows, k_pos_ptr, stats_ptr, plane, T, S, unit, H, F,
-                stride_dob, stride_dot, stride_doh, stride_qb, stride_qt, stride_qh, LOAD_P, LOAD_PV, CHUNKS_P, CHUNKS_PV,
-                PRECISION, EXACT, TMA, BLOCK_M, BLOCK_F, LOW, HIGH, PADDING, True,
-            )  # fmt: skip
-        if padding_ptr is None:
-            for i in range(begin, end):
-                dk, dv = _dkdv_step(
-                    dk, dv, start + i * BLOCK_M, k, v, low, high, keep, offs_n, b, h, do_ptr, do_tail, q_ptr, q_tail,
-                    q_pos_rows, k_pos_ptr, stats_ptr, plane, T, S, unit, H, F, stride_dob, stride_dot, stride_doh,
-                    stride_qb, stride_qt, stride_qh, LOAD_P, LOAD_PV, CHUNKS_P, CHUNKS_PV, PRECISION, EXACT, TMA,
-                    BLOCK_M, BLOCK_F, LOW, HIGH, PADDING, False,
+        row = b * H + h
+        for MASKED in tl.static_range(1, -1, -1):
+            for i in range(count - (end - begin) if MASKED else end - begin):
+                t = start + _nth(i, begin, end, MASKED) * BLOCK_M
+                offs_t = t + tl.arange(0, BLOCK_M)
+                mask_t = offs_t < T if MASKED else None
+                q = _load_rows(q_ptr, q_tail, b, h, t, stride_qb, stride_qt, stride_qh, mask_t, LOAD_P, CHUNKS_P, BLOCK_M, TMA)
+                s = _dot_rows(k, q, CHUNKS_P, PRECISION)  # [BLOCK_N, BLOCK_M]
+                if q_pos_ptr is not None:
+                    q_pos = q_pos_ptr + (b.to(tl.int64) * T * H + h) * F
+                    s = _add_position(
+                        s, k_pos_ptr, F, offs_n, mask_n, q_pos, H * F, offs_t, offs_t < T, F, BLOCK_F, PRECISION
+                    )  # fmt: skip
+                visible = None
+                if MASKED:
+                    low_t, high_t = (low - t)[:, None], (high - t)[:, None]
+                    visible = _visible(tl.arange(0, BLOCK_M)[None, :], low_t, high_t, IS_CAUSAL or HIGH, HIGH)
+                    if padding_ptr is not None:
+                        visible &= keep[:, None]
+                lse = _load_stats(stats_ptr, row, t, T, float("inf"), BLOCK_M, TMA, MASKED)
+                norm = None
+                if EXACT:
+                    norm = _load_stats(stats_ptr, row + 2 * plane, t, T, 0.0, BLOCK_M, TMA, MASKED)[None, :]
+                p = _probability(s, lse[None, :], norm, visible, unit, EXACT, MASKED)
+                do = _load_rows(
+                    do_ptr, do_tail, b, h, t, stride_dob, stride_dot, stride_doh, mask_t, LOAD_PV, CHUNKS_PV, BLOCK_M, TMA
                 )  # fmt: skip
+                dv = _add_dots(dv, p.to(do[0].dtype), do, CHUNKS_PV, PRECISION)
+                dp = _dot_rows(v, do, CHUNKS_PV, PRECISION)
+                ds = dp - _load_stats(stats_ptr, row + plane, t, T, 0.0, BLOCK_M, TMA, MASKED)[None, :]
+                if EXACT:
+                    ds += _load_stats(stats_ptr, row + 3 * plane, t, T, 0.0, BLOCK_M, TMA, MASKED)[None, :]
+                dk = _add_dots(dk, (p * ds).to(q[0].dtype), q, CHUNKS_P, PRECISION)
 
-    mask_n = offs_n < S
     dk = _times(dk, scale, CHUNKS_P)
     _store_rows(dk_ptr, dk, b, hk, first, stride_dkb, stride_dkt, stride_dkh, mask_n, P, CHUNKS_P, BLOCK_N)
     _store_rows(dv_ptr, dv, b, hk, first, stride_dvb, stride_dvt, stride_dvh, mask_n, PV, CHUNKS_PV, BLOCK_N)
-
-
-@triton.jit
-def _dq_step(
-    acc, total, n, q, do, lse, delta, dlse, norm, low, high, b, hk, k_ptr, k_tail, v_ptr, v_tail, q_pos_ptr, k_pos_ptr,
-    padding_ptr, offs_t, offs_o, T, S, scale, H: tl.constexpr, F: tl.constexpr,
-    stride_kb, stride_kt: tl.constexpr, stride_kh: tl.constexpr, stride_vb, stride_vt: tl.constexpr, stride_vh: tl.constexpr,
-    LOAD_P: tl.constexpr, LOAD_PV: tl.constexpr, CHUNKS_P: tl.constexpr, CHUNKS_PV: tl.constexpr, PRECISION: tl.constexpr,
-    EXACT: tl.constexpr, TMA: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, OUT: tl.constexpr, LOW: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """The keys n, n + 1, ... taken in: the new acc and, for "delta", total."""
-    offs_n = n + tl.arange(0, BLOCK_N)
-    keep = None
-    visible = None
-    if MASKED:
-        keep = _kept_keys(padding_ptr, offs_n, S)
-        visible = _visible(tl.arange(0, BLOCK_N)[None, :], (low - n)[:, None], (high - n)[:, None], LOW, True)
-        if padding_ptr is not None:
-            visible &= keep[None, :]
-    k = _load_rows(k_ptr, k_tail, b, hk, n, stride_kb, stride_kt, stride_kh, keep, LOAD_P, CHUNKS_P, BLOCK_N, TMA)
-    s = _dot_rows(q, k, CHUNKS_P, PRECISION)  # [BLOCK_M, BLOCK_N]
-    if q_pos_ptr is not None:
-        s = _add_position(
-            s, q_pos_ptr, H * F, offs_t, offs_t < T, k_pos_ptr, F, offs_n, offs_n < S, F, BLOCK_F, PRECISION
-        )  # fmt: skip
-    p = _probability(s, lse[:, None], norm[:, None], visible, scale, EXACT, MASKED)
-    v = _load_rows(v_ptr, v_tail, b, hk, n, stride_vb, stride_vt, stride_vh, keep, LOAD_PV, CHUNKS_PV, BLOCK_N, TMA)
-    dp = _dot_rows(do, v, CHUNKS_PV, PRECISION)
-    if OUT == "delta":
-        return (acc[0] + tl.sum(p * dp, 1),), total + tl.sum(p, 1)
-    else:
-        ds = dp - delta[:, None]
-        if EXACT:
-            ds += dlse[:, None]
-        ds *= p
-        if OUT == "dq":
-            acc = _add_dots(acc, ds.to(k[0].dtype), k, CHUNKS_P, PRECISION)
-        else:
-            k_pos_ptrs = k_pos_ptr + offs_n.to(tl.int64)[:, None] * F + offs_o[None, :]
-            k_pos = tl.load(k_pos_ptrs, mask=(offs_n < S)[:, None] & (offs_o < F)[None, :], other=0.0)
-            acc = (tl.dot(ds.to(k_pos.dtype), k_pos, acc[0], input_precision=PRECISION),)
-        return acc, total
 
 
 @triton.jit
@@ -618,8 +536,9 @@ def _attention_bwd_dq_kernel(
     stride_vb, stride_vt: tl.constexpr, stride_vh: tl.constexpr,
     stride_ob, stride_ot: tl.constexpr, stride_oh: tl.constexpr,
     stride_outb, stride_outt: tl.constexpr, stride_outh: tl.constexpr, scale,
-    P: tl.constexpr, PV: tl.constexpr, LOAD_P: tl.constexpr, LOAD_PV: tl.constexpr, GROUP: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr,
-    PRECISION: tl.constexpr, EXACT: tl.constexpr, TMA: tl.constexpr, CHUNKS_P: tl.constexpr, CHUNKS_PV: tl.constexpr,
+    P: tl.constexpr, PV: tl.constexpr, LOAD_P: tl.constexpr, LOAD_PV: tl.constexpr, GROUP: tl.constexpr, IS_CAUSAL: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr, TMA: tl.constexpr,
+    CHUNKS_P: tl.constexpr, CHUNKS_PV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_FO: tl.constexpr,
     OUT: tl.constexpr,
 ):  # fmt: skip
@@ -630,11 +549,13 @@ def _attention_bwd_dq_kernel(
     heads = tl.num_programs(0) // tiles
     b = pid % heads // H
     h = pid % heads % H
+    hk = h // GROUP
     row = (b.to(tl.int64) * H + h) * T  # of lse
     first = (tiles - 1 - pid // heads) * BLOCK_M
     offs_t = first + tl.arange(0, BLOCK_M)
     mask_t = offs_t < T
     low, high = _key_range(offs_t, T, S, bounds_ptr, window, IS_CAUSAL, HAS_WINDOW)
+    LOW: tl.constexpr = HAS_WINDOW or bounds_ptr is not None
     q = _load_rows(q_ptr, None, b, h, first, stride_qb, stride_qt, stride_qh, mask_t, LOAD_P, CHUNKS_P, BLOCK_M, False)
     do = _load_rows(do_ptr, None, b, h, first, stride_dob, stride_dot, stride_doh, mask_t, LOAD_PV, CHUNKS_PV, BLOCK_M, False)
     if q_pos_ptr is not None:
@@ -669,7 +590,6 @@ def _attention_bwd_dq_kernel(
             norm = tl.load(stats_ptr + 2 * plane, mask=mask_t, other=0.0)
             dlse = tl.load(stats_ptr + 3 * plane, mask=mask_t, other=0.0)
 
-    LOW: tl.constexpr = HAS_WINDOW or bounds_ptr is not None
     offs_o = tl.program_id(1) * BLOCK_FO + tl.arange(0, BLOCK_FO)
     total = tl.zeros((BLOCK_M,), tl.float32)
     if OUT == "delta":
@@ -679,20 +599,35 @@ def _attention_bwd_dq_kernel(
     else:
         acc = (_zeros(BLOCK_M, BLOCK_FO),)
     start, count, begin, end = _tiles(low, high, BLOCK_N, padding_ptr is not None)
-    for i in range(count - (end - begin)):
-        acc, total = _dq_step(
-            acc, total, start + _masked_tile(i, begin, end) * BLOCK_N, q, do, lse, delta, dlse, norm, low, high, b, h // GROUP,
-            k_ptr, k_tail, v_ptr, v_tail, q_pos_ptr, k_pos_ptr, padding_ptr, offs_t, offs_o, T, S, unit, H, F, stride_kb, stride_kt,
-            stride_kh, stride_vb, stride_vt, stride_vh, LOAD_P, LOAD_PV, CHUNKS_P, CHUNKS_PV, PRECISION, EXACT, TMA, BLOCK_N, BLOCK_F, OUT, LOW, True,
-        )  # fmt: skip
-    if padding_ptr is None:
-        for i in range(begin, end):
-            acc, total = _dq_step(
-                acc, total, start + i * BLOCK_N, q, do, lse, delta, dlse, norm, low, high, b, h // GROUP,
-                k_ptr, k_tail, v_ptr, v_tail, q_pos_ptr, k_pos_ptr, None, offs_t, offs_o, T, S, unit, H, F, stride_kb, stride_kt,
-                stride_kh, stride_vb, stride_vt, stride_vh, LOAD_P, LOAD_PV, CHUNKS_P, CHUNKS_PV, PRECISION, EXACT, TMA,
-                BLOCK_N, BLOCK_F, OUT, LOW, False,
-            )  # fmt: skip
+    for MASKED in tl.static_range(1, -1, -1):
+        for i in range(count - (end - begin) if MASKED else end - begin):
+            n = start + _nth(i, begin, end, MASKED) * BLOCK_N
+            offs_n = n + tl.arange(0, BLOCK_N)
+            keep = _kept_keys(padding_ptr, offs_n, S) if MASKED else None
+            k = _load_rows(k_ptr, k_tail, b, hk, n, stride_kb, stride_kt, stride_kh, keep, LOAD_P, CHUNKS_P, BLOCK_N, TMA)
+            s = _dot_rows(q, k, CHUNKS_P, PRECISION)  # [BLOCK_M, BLOCK_N]
+            if q_pos_ptr is not None:
+                s = _add_position(
+                    s, q_pos_ptr, H * F, offs_t, mask_t, k_pos_ptr, F, offs_n, offs_n < S, F, BLOCK_F, PRECISION
+                )  # fmt: skip
+            visible = _visible_keys(n, low, high, keep, padding_ptr, LOW, BLOCK_N) if MASKED else None
+            p = _probability(s, lse[:, None], norm[:, None], visible, unit, EXACT, MASKED)
+            v = _load_rows(v_ptr, v_tail, b, hk, n, stride_vb, stride_vt, stride_vh, keep, LOAD_PV, CHUNKS_PV, BLOCK_N, TMA)
+            dp = _dot_rows(do, v, CHUNKS_PV, PRECISION)
+            if OUT == "delta":
+                total += tl.sum(p, 1)
+                acc = (acc[0] + tl.sum(p * dp, 1),)
+            else:
+                ds = dp - delta[:, None]
+                if EXACT:
+                    ds += dlse[:, None]
+                ds *= p
+                if OUT == "dq":
+                    acc = _add_dots(acc, ds.to(k[0].dtype), k, CHUNKS_P, PRECISION)
+                else:
+                    k_pos_ptrs = k_pos_ptr + offs_n.to(tl.int64)[:, None] * F + offs_o[None, :]
+                    k_pos = tl.load(k_pos_ptrs, mask=(offs_n < S)[:, None] & (offs_o < F)[None, :], other=0.0)
+                    acc = (tl.dot(ds.to(k_pos.dtype), k_pos, acc[0], input_precision=PRECISION),)
 
     if OUT == "delta":
         total = tl.where(total == 0.0, 1.0, total)
