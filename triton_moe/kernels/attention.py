@@ -33,33 +33,60 @@ from .. import tuning
 from .common import INTERPRET, cdiv, launch, next_power_of_2, opaque, rows
 
 
-# BLOCK_M queries by BLOCK_N keys; BLOCK_F position channels at a time (attention_dq_pos accumulates BLOCK_FO of them). "half" is
-# for Hopper, "half_small" for less shared memory or fewer registers, "half_wide" for heads of more than 128 channels, "half_xl"
-# for position channels.
 def _tile(BLOCK_M: int, BLOCK_N: int, num_warps: int, num_stages: int, **others: int) -> dict[str, int]:
+    """BLOCK_M queries by BLOCK_N keys."""
     return dict(BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=num_warps, num_stages=num_stages, **others)
 
 
+# "hopper" lists the widest head and its tiles; elsewhere heads of more than 128 channels are "half_wide". Position channels make
+# it "half_xl": BLOCK_F of them at a time, and attention_dq_pos accumulates BLOCK_FO.
 CONFIGS = {
     "attention_forward": {
-        "half": _tile(64, 64, 4, 3),
-        "half_small": _tile(64, 64, 4, 2),
+        "hopper": (
+            (64, _tile(128, 64, 4, 3)),
+            (80, _tile(64, 64, 4, 3)),
+            (96, _tile(128, 64, 4, 3)),
+            (112, _tile(128, 64, 8, 3)),
+            (128, _tile(64, 64, 4, 3)),
+            (160, _tile(64, 32, 4, 3)),
+            (256, _tile(128, 64, 8, 2)),
+        ),
+        "half": _tile(64, 64, 4, 2),
         "half_wide": _tile(64, 32, 8, 1),
         "half_xl": _tile(128, 64, 8, 2, BLOCK_F=32),
         "float32": _tile(32, 32, 8, 1, BLOCK_F=32),
         "interpret": _tile(256, 256, 1, 1, BLOCK_F=256),
     },
     "attention_dkdv": {
-        "half": _tile(32, 64, 4, 3),
-        "half_small": _tile(32, 32, 4, 2),
+        "hopper": (
+            (64, _tile(128, 64, 4, 2)),
+            (96, _tile(64, 64, 4, 2)),
+            (128, _tile(32, 64, 4, 3)),
+            (256, _tile(32, 32, 4, 2)),
+        ),
+        "half": _tile(32, 32, 4, 2),
         "half_wide": _tile(16, 32, 4, 1),
         "half_xl": _tile(32, 64, 8, 2, BLOCK_F=32),
         "float32": _tile(16, 32, 8, 1, BLOCK_F=32),
         "interpret": _tile(256, 256, 1, 1, BLOCK_F=256),
     },
+    "attention_dkdv_tma": {  # the same kernel where Hopper's copy engine can fetch the rows
+        "hopper": (
+            (96, _tile(64, 64, 4, 3)),
+            (160, _tile(64, 64, 4, 2)),
+            (256, _tile(64, 64, 8, 2)),
+        ),
+    },
     "attention_dq": {
-        "half": _tile(64, 32, 4, 3),
-        "half_small": _tile(64, 32, 4, 2),
+        "hopper": (
+            (64, _tile(64, 64, 4, 3)),
+            (80, _tile(64, 64, 4, 2)),
+            (96, _tile(64, 64, 4, 3)),
+            (112, _tile(128, 64, 8, 3)),
+            (160, _tile(64, 64, 4, 2)),
+            (256, _tile(64, 16, 4, 3)),
+        ),
+        "half": _tile(64, 32, 4, 2),
         "half_wide": _tile(32, 32, 4, 1),
         "half_xl": _tile(64, 64, 8, 2, BLOCK_F=32),
         "float32": _tile(16, 16, 8, 1, BLOCK_F=32),
@@ -70,31 +97,6 @@ CONFIGS = {
         "float32": _tile(16, 16, 8, 1, BLOCK_F=32, BLOCK_FO=128),
         "interpret": _tile(256, 256, 1, 1, BLOCK_F=256, BLOCK_FO=512),
     },
-}
-# Where Hopper's copy engine fetches the rows: the widest head, and its tiles.
-TMA_CONFIGS = {
-    "attention_forward": (
-        (64, _tile(128, 64, 4, 3)),
-        (80, _tile(64, 64, 4, 3)),
-        (96, _tile(128, 64, 4, 3)),
-        (112, _tile(128, 64, 8, 3)),
-        (128, _tile(64, 64, 4, 3)),
-        (160, _tile(64, 32, 4, 3)),
-        (256, _tile(128, 64, 8, 2)),
-    ),
-    "attention_dkdv": (
-        (64, _tile(64, 64, 4, 3)),
-        (128, _tile(64, 64, 4, 2)),
-        (160, _tile(32, 64, 4, 3)),
-        (256, _tile(32, 64, 8, 2)),
-    ),
-    "attention_dq": (
-        (64, _tile(64, 64, 4, 3)),
-        (80, _tile(64, 64, 4, 2)),
-        (96, _tile(64, 64, 4, 3)),
-        (160, _tile(64, 64, 4, 2)),
-        (256, _tile(64, 16, 4, 3)),
-    ),
 }
 
 
@@ -227,26 +229,28 @@ def _load_chunk(ptr, offs, cols, mask_rows, INSIDE: tl.constexpr, WIDTH: tl.cons
 
 @triton.jit
 def _load_rows(
-    x_ptr, tail, b, h, first, stride_b, stride_t: tl.constexpr, stride_h: tl.constexpr, mask_rows,
-    WIDTH: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr, TMA: tl.constexpr,
+    ptr, b, h, first, stride_b, stride_t: tl.constexpr, stride_h: tl.constexpr, mask_rows,
+    WIDTH: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The BLOCK rows x[b, first:, h] as a tuple of [BLOCK, chunk], zero beyond the WIDTH channels and, but for TMA, in masked
-    rows. With TMA x_ptr is the descriptor of the first chunk and tail that of the second; rows beyond the last are zero."""
-    if TMA:
-        parts = (x_ptr.load([b, first, h, 0]).reshape(BLOCK, CHUNKS[0]),)
-        if len(CHUNKS) == 2:
-            parts = parts + (tail.load([b, first, h, CHUNKS[0]]).reshape(BLOCK, CHUNKS[1]),)
-        return parts
-    else:
-        x_ptr += b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h + first.to(tl.int64) * stride_t
-        offs = tl.arange(0, BLOCK) * stride_t
-        parts = ()
-        start: tl.constexpr = 0
-        for i in tl.static_range(len(CHUNKS)):
-            cols = start + tl.arange(0, CHUNKS[i])
-            start = start + CHUNKS[i]
-            parts = parts + (_load_chunk(x_ptr, offs, cols, mask_rows, start <= WIDTH, WIDTH),)
-        return parts
+    """The BLOCK rows x[b, first:, h] as a tuple of [BLOCK, chunk], zero in masked rows and beyond WIDTH channels."""
+    ptr += b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h + first.to(tl.int64) * stride_t
+    offs = tl.arange(0, BLOCK) * stride_t
+    parts = ()
+    start: tl.constexpr = 0
+    for i in tl.static_range(len(CHUNKS)):
+        cols = start + tl.arange(0, CHUNKS[i])
+        start = start + CHUNKS[i]
+        parts = parts + (_load_chunk(ptr, offs, cols, mask_rows, start <= WIDTH, WIDTH),)
+    return parts
+
+
+@triton.jit
+def _fetch_rows(descriptor, tail, b, h, first, CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
+    """The same through Hopper's copy engine, from a descriptor of each chunk; rows beyond the last are zero."""
+    parts = (descriptor.load([b, first, h, 0]).reshape(BLOCK, CHUNKS[0]),)
+    if len(CHUNKS) == 2:
+        parts = parts + (tail.load([b, first, h, CHUNKS[0]]).reshape(BLOCK, CHUNKS[1]),)
+    return parts
 
 
 @triton.jit
@@ -335,14 +339,14 @@ def _sequence_bounds_kernel(cu_seqlens_ptr, bounds_ptr, n, T, steps, BLOCK: tl.c
 
 @triton.jit
 def _attention_fwd_kernel(
-    q_ptr, k_ptr, k_tail, v_ptr, v_tail, q_pos_ptr, k_pos_ptr, padding_ptr, bounds_ptr, o_ptr, lse_ptr,
+    q_ptr, k_ptr, v_ptr, q_pos_ptr, k_pos_ptr, padding_ptr, bounds_ptr, o_ptr, lse_ptr,
     T, S, H: tl.constexpr, F: tl.constexpr, window,
     stride_qb, stride_qt: tl.constexpr, stride_qh: tl.constexpr,
     stride_kb, stride_kt: tl.constexpr, stride_kh: tl.constexpr,
     stride_vb, stride_vt: tl.constexpr, stride_vh: tl.constexpr,
     stride_ob, stride_ot: tl.constexpr, stride_oh: tl.constexpr, scale,
     PV: tl.constexpr, LOAD_P: tl.constexpr, LOAD_PV: tl.constexpr, GROUP: tl.constexpr, IS_CAUSAL: tl.constexpr,
-    HAS_WINDOW: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr, TMA: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
     CHUNKS_P: tl.constexpr, CHUNKS_PV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
@@ -358,7 +362,7 @@ def _attention_fwd_kernel(
     mask_t = offs_t < T
     low, high = _key_range(offs_t, T, S, bounds_ptr, window, IS_CAUSAL, HAS_WINDOW)
     LOW: tl.constexpr = HAS_WINDOW or bounds_ptr is not None
-    q = _load_rows(q_ptr, None, b, h, first, stride_qb, stride_qt, stride_qh, mask_t, LOAD_P, CHUNKS_P, BLOCK_M, False)
+    q = _load_rows(q_ptr, b, h, first, stride_qb, stride_qt, stride_qh, mask_t, LOAD_P, CHUNKS_P, BLOCK_M)
     if q_pos_ptr is not None:
         q_pos_ptr += (b.to(tl.int64) * T * H + h) * F
     if padding_ptr is not None:
@@ -374,7 +378,7 @@ def _attention_fwd_kernel(
             n = start + _nth(i, begin, end, MASKED) * BLOCK_N
             offs_n = n + tl.arange(0, BLOCK_N)
             keep = _kept_keys(padding_ptr, offs_n, S) if MASKED else None
-            k = _load_rows(k_ptr, k_tail, b, hk, n, stride_kb, stride_kt, stride_kh, keep, LOAD_P, CHUNKS_P, BLOCK_N, TMA)
+            k = _load_rows(k_ptr, b, hk, n, stride_kb, stride_kt, stride_kh, keep, LOAD_P, CHUNKS_P, BLOCK_N)
             s = _dot_rows(q, k, CHUNKS_P, PRECISION)  # [BLOCK_M, BLOCK_N]
             if q_pos_ptr is not None:
                 s = _add_position(
@@ -396,7 +400,7 @@ def _attention_fwd_kernel(
                 alpha = tl.exp2(m - pivot)
             m = m_new
             total = total * alpha + tl.sum(p, 1)
-            v = _load_rows(v_ptr, v_tail, b, hk, n, stride_vb, stride_vt, stride_vh, keep, LOAD_PV, CHUNKS_PV, BLOCK_N, TMA)
+            v = _load_rows(v_ptr, b, hk, n, stride_vb, stride_vt, stride_vh, keep, LOAD_PV, CHUNKS_PV, BLOCK_N)
             acc = _add_dots(_times(acc, alpha[:, None], CHUNKS_PV), p.to(v[0].dtype), v, CHUNKS_PV, PRECISION)
 
     empty = total == 0.0  # not where a score was NaN
@@ -475,8 +479,8 @@ def _attention_bwd_dkdv_kernel(
     mask_n = offs_n < S
     keep = _kept_keys(padding_ptr, offs_n, S)
     low, high = _query_range(offs_n, T, S, bounds_ptr, window, IS_CAUSAL, HAS_WINDOW)
-    k = _load_rows(k_ptr, None, b, hk, first, stride_kb, stride_kt, stride_kh, keep, LOAD_P, CHUNKS_P, BLOCK_N, False)
-    v = _load_rows(v_ptr, None, b, hk, first, stride_vb, stride_vt, stride_vh, keep, LOAD_PV, CHUNKS_PV, BLOCK_N, False)
+    k = _load_rows(k_ptr, b, hk, first, stride_kb, stride_kt, stride_kh, keep, LOAD_P, CHUNKS_P, BLOCK_N)
+    v = _load_rows(v_ptr, b, hk, first, stride_vb, stride_vt, stride_vh, keep, LOAD_PV, CHUNKS_PV, BLOCK_N)
 
     unit = scale if EXACT else scale * 1.4426950408889634  # log2(e)
     HIGH: tl.constexpr = HAS_WINDOW or bounds_ptr is not None
@@ -492,7 +496,10 @@ def _attention_bwd_dkdv_kernel(
                 t = start + _nth(i, begin, end, MASKED) * BLOCK_M
                 offs_t = t + tl.arange(0, BLOCK_M)
                 mask_t = offs_t < T if MASKED else None
-                q = _load_rows(q_ptr, q_tail, b, h, t, stride_qb, stride_qt, stride_qh, mask_t, LOAD_P, CHUNKS_P, BLOCK_M, TMA)
+                if TMA:
+                    q = _fetch_rows(q_ptr, q_tail, b, h, t, CHUNKS_P, BLOCK_M)
+                else:
+                    q = _load_rows(q_ptr, b, h, t, stride_qb, stride_qt, stride_qh, mask_t, LOAD_P, CHUNKS_P, BLOCK_M)
                 s = _dot_rows(k, q, CHUNKS_P, PRECISION)  # [BLOCK_N, BLOCK_M]
                 if q_pos_ptr is not None:
                     q_pos = q_pos_ptr + (b.to(tl.int64) * T * H + h) * F
@@ -510,9 +517,10 @@ def _attention_bwd_dkdv_kernel(
                 if EXACT:
                     norm = _load_stats(stats_ptr, row + 2 * plane, t, T, 0.0, BLOCK_M, TMA, MASKED)[None, :]
                 p = _probability(s, lse[None, :], norm, visible, unit, EXACT, MASKED)
-                do = _load_rows(
-                    do_ptr, do_tail, b, h, t, stride_dob, stride_dot, stride_doh, mask_t, LOAD_PV, CHUNKS_PV, BLOCK_M, TMA
-                )  # fmt: skip
+                if TMA:
+                    do = _fetch_rows(do_ptr, do_tail, b, h, t, CHUNKS_PV, BLOCK_M)
+                else:
+                    do = _load_rows(do_ptr, b, h, t, stride_dob, stride_dot, stride_doh, mask_t, LOAD_PV, CHUNKS_PV, BLOCK_M)
                 dv = _add_dots(dv, p.to(do[0].dtype), do, CHUNKS_PV, PRECISION)
                 dp = _dot_rows(v, do, CHUNKS_PV, PRECISION)
                 ds = dp - _load_stats(stats_ptr, row + plane, t, T, 0.0, BLOCK_M, TMA, MASKED)[None, :]
@@ -527,7 +535,7 @@ def _attention_bwd_dkdv_kernel(
 
 @triton.jit
 def _attention_bwd_dq_kernel(
-    do_ptr, q_ptr, k_ptr, k_tail, v_ptr, v_tail, q_pos_ptr, k_pos_ptr, padding_ptr, bounds_ptr,
+    do_ptr, q_ptr, k_ptr, v_ptr, q_pos_ptr, k_pos_ptr, padding_ptr, bounds_ptr,
     o_ptr, lse_ptr, dlse_ptr, stats_ptr, out_ptr,
     T, S, H: tl.constexpr, F: tl.constexpr, window,
     stride_dob, stride_dot: tl.constexpr, stride_doh: tl.constexpr,
@@ -537,7 +545,7 @@ def _attention_bwd_dq_kernel(
     stride_ob, stride_ot: tl.constexpr, stride_oh: tl.constexpr,
     stride_outb, stride_outt: tl.constexpr, stride_outh: tl.constexpr, scale,
     P: tl.constexpr, PV: tl.constexpr, LOAD_P: tl.constexpr, LOAD_PV: tl.constexpr, GROUP: tl.constexpr, IS_CAUSAL: tl.constexpr,
-    HAS_WINDOW: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr, TMA: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
     CHUNKS_P: tl.constexpr, CHUNKS_PV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_FO: tl.constexpr,
     OUT: tl.constexpr,
@@ -556,8 +564,8 @@ def _attention_bwd_dq_kernel(
     mask_t = offs_t < T
     low, high = _key_range(offs_t, T, S, bounds_ptr, window, IS_CAUSAL, HAS_WINDOW)
     LOW: tl.constexpr = HAS_WINDOW or bounds_ptr is not None
-    q = _load_rows(q_ptr, None, b, h, first, stride_qb, stride_qt, stride_qh, mask_t, LOAD_P, CHUNKS_P, BLOCK_M, False)
-    do = _load_rows(do_ptr, None, b, h, first, stride_dob, stride_dot, stride_doh, mask_t, LOAD_PV, CHUNKS_PV, BLOCK_M, False)
+    q = _load_rows(q_ptr, b, h, first, stride_qb, stride_qt, stride_qh, mask_t, LOAD_P, CHUNKS_P, BLOCK_M)
+    do = _load_rows(do_ptr, b, h, first, stride_dob, stride_dot, stride_doh, mask_t, LOAD_PV, CHUNKS_PV, BLOCK_M)
     if q_pos_ptr is not None:
         q_pos_ptr += (b.to(tl.int64) * T * H + h) * F
     if padding_ptr is not None:
@@ -577,7 +585,7 @@ def _attention_bwd_dq_kernel(
             dlse = tl.where(lse == float("inf"), 0.0, tl.load(dlse_ptr + rows, mask=mask_t, other=0.0))
         if not EXACT:
             lse *= 1.4426950408889634
-            o = _load_rows(o_ptr, None, b, h, first, stride_ob, stride_ot, stride_oh, mask_t, PV, CHUNKS_PV, BLOCK_M, False)
+            o = _load_rows(o_ptr, b, h, first, stride_ob, stride_ot, stride_oh, mask_t, PV, CHUNKS_PV, BLOCK_M)
             delta -= dlse
             for i in tl.static_range(len(CHUNKS_PV)):
                 delta += tl.sum(do[i].to(tl.float32) * o[i].to(tl.float32), 1)
@@ -604,7 +612,7 @@ def _attention_bwd_dq_kernel(
             n = start + _nth(i, begin, end, MASKED) * BLOCK_N
             offs_n = n + tl.arange(0, BLOCK_N)
             keep = _kept_keys(padding_ptr, offs_n, S) if MASKED else None
-            k = _load_rows(k_ptr, k_tail, b, hk, n, stride_kb, stride_kt, stride_kh, keep, LOAD_P, CHUNKS_P, BLOCK_N, TMA)
+            k = _load_rows(k_ptr, b, hk, n, stride_kb, stride_kt, stride_kh, keep, LOAD_P, CHUNKS_P, BLOCK_N)
             s = _dot_rows(q, k, CHUNKS_P, PRECISION)  # [BLOCK_M, BLOCK_N]
             if q_pos_ptr is not None:
                 s = _add_position(
@@ -612,7 +620,7 @@ def _attention_bwd_dq_kernel(
                 )  # fmt: skip
             visible = _visible_keys(n, low, high, keep, padding_ptr, LOW, BLOCK_N) if MASKED else None
             p = _probability(s, lse[:, None], norm[:, None], visible, unit, EXACT, MASKED)
-            v = _load_rows(v_ptr, v_tail, b, hk, n, stride_vb, stride_vt, stride_vh, keep, LOAD_PV, CHUNKS_PV, BLOCK_N, TMA)
+            v = _load_rows(v_ptr, b, hk, n, stride_vb, stride_vt, stride_vh, keep, LOAD_PV, CHUNKS_PV, BLOCK_N)
             dp = _dot_rows(do, v, CHUNKS_PV, PRECISION)
             if OUT == "delta":
                 total += tl.sum(p, 1)
@@ -692,32 +700,30 @@ def _hopper(x: Tensor) -> bool:
     return not INTERPRET and not torch.version.hip and torch.cuda.get_device_capability(x.device) >= (9, 0)
 
 
-def _tma(q_pos: Tensor | None, padding: Tensor | None, *tensors: Tensor) -> bool:
-    """Whether Hopper's copy engine can fetch the rows of these tensors; it would also fetch those of padding."""
-    fits = all(x.element_size() == 2 and x.numel() > 0 and _aligned(x) for x in tensors)
-    return fits and q_pos is None and padding is None and _hopper(tensors[0])
+def _fetchable(x: Tensor) -> bool:
+    """Whether Hopper's copy engine can fetch the rows of x."""
+    return x.element_size() == 2 and x.numel() > 0 and _aligned(x)
 
 
-def _sources(x: Tensor, chunks: tuple[int, ...], block: int, tma: bool):
-    """What `_load_rows` takes for x: its pointer, or the descriptors of its chunks."""
-    if not tma:
-        return x, None
+def _descriptors(x: Tensor, chunks: tuple[int, ...], block: int):
+    """For `_fetch_rows`: of the first chunk and of the second, if there is one."""
     descriptors = [TensorDescriptor(x, list(x.shape), list(x.stride()), [1, block, 1, chunk]) for chunk in chunks]
     return descriptors[0], descriptors[1] if len(chunks) == 2 else None
 
 
-def _config(kernel: str, q: Tensor, k: Tensor, v: Tensor, q_pos: Tensor | None, tma: bool) -> dict[str, int]:
+def _config(kernel: str, q: Tensor, k: Tensor, v: Tensor, q_pos: Tensor | None) -> dict[str, int]:
     """The kernel's tiles, no larger than the problem."""
     configs, width = CONFIGS[kernel], max(q.shape[-1], v.shape[-1])
-    if tma:
-        config = next(config for widest, config in TMA_CONFIGS[kernel] if width <= widest)
-    elif INTERPRET or q.dtype == torch.float32:
-        config = tuning.lookup(configs, q.dtype, INTERPRET)
+    if INTERPRET or q.dtype == torch.float32:
+        config = dict(tuning.lookup(configs, q.dtype, INTERPRET))
         if width > 128 and not INTERPRET:
-            config = config | {"BLOCK_M": max(16, config["BLOCK_M"] // 2), "BLOCK_N": max(16, config["BLOCK_N"] // 2)}
+            config |= {"BLOCK_M": max(16, config["BLOCK_M"] // 2), "BLOCK_N": max(16, config["BLOCK_N"] // 2)}
+    elif q_pos is not None:
+        config = configs["half_xl"]
+    elif _hopper(q):
+        config = next(tile for widest, tile in configs["hopper"] if width <= widest)
     else:
-        rung = "half_xl" if q_pos is not None else "half_wide" if width > 128 else "half" if _hopper(q) else "half_small"
-        config = configs[rung]
+        config = configs["half" if width <= 128 else "half_wide"]
     F = 0 if q_pos is None else q_pos.shape[-1]
     limits = {"BLOCK_M": q.shape[1], "BLOCK_N": k.shape[1], "BLOCK_F": F, "BLOCK_FO": F}
     config = {"BLOCK_F": 16} | config
@@ -757,18 +763,15 @@ def attention_forward(
     q, k, v = _rows(q), _rows(k), _rows(v)
     q_pos = None if q_pos is None else q_pos.contiguous()
     k_pos = None if k_pos is None else k_pos.contiguous()
-    chunks_p, chunks_pv = _chunks(P, q.dtype), _chunks(PV, q.dtype)
-    tma = _tma(q_pos, key_padding_mask, k, v)
-    config = _config("attention_forward", q, k, v, q_pos, tma)
-    sources = *_sources(k, chunks_p, config["BLOCK_N"], tma), *_sources(v, chunks_pv, config["BLOCK_N"], tma)
+    config = _config("attention_forward", q, k, v, q_pos)
     launch(
         _attention_fwd_kernel, (cdiv(T, config["BLOCK_M"]) * B * H,),
-        q, *sources, q_pos, k_pos, _padding(key_padding_mask), _sequence_bounds(cu_seqlens, T), o, lse,
+        q, k, v, q_pos, k_pos, _padding(key_padding_mask), _sequence_bounds(cu_seqlens, T), o, lse,
         T, S, H, 0 if q_pos is None else q_pos.shape[-1], min(window, T + S),
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *o.stride()[:3], scale,
         LOAD_P=min(q.shape[-1], k.shape[-1]), LOAD_PV=v.shape[-1], PV=PV, GROUP=H // Hkv, IS_CAUSAL=causal,
-        HAS_WINDOW=window > 0, PRECISION=precision, EXACT=_exact(q.dtype, precision), TMA=tma,
-        CHUNKS_P=chunks_p, CHUNKS_PV=chunks_pv, **config,
+        HAS_WINDOW=window > 0, PRECISION=precision, EXACT=_exact(q.dtype, precision),
+        CHUNKS_P=_chunks(P, q.dtype), CHUNKS_PV=_chunks(PV, q.dtype), **config,
     )  # fmt: skip
     return o, lse
 
@@ -816,31 +819,31 @@ def attention_backward(
     strides = (*do.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
     scalars = (T, S, H, 0 if q_pos is None else q_pos.shape[-1], min(window, T + S), *strides)
     chunks_p, chunks_pv = _chunks(P, q.dtype), _chunks(PV, q.dtype)
-    tma = _tma(q_pos, key_padding_mask, do, q, k, v)
     flags = dict(
         P=P, PV=PV, LOAD_P=min(q.shape[-1], k.shape[-1]), LOAD_PV=min(do.shape[-1], v.shape[-1]), GROUP=H // Hkv,
-        IS_CAUSAL=causal, HAS_WINDOW=window > 0, PRECISION=precision, EXACT=exact, TMA=tma,
+        IS_CAUSAL=causal, HAS_WINDOW=window > 0, PRECISION=precision, EXACT=exact,
         CHUNKS_P=chunks_p, CHUNKS_PV=chunks_pv,
     )  # fmt: skip
 
     def launch_dq(out: Tensor, name: str) -> None:
-        config = {"BLOCK_FO": 16} | _config("attention_dq_pos" if name == "dq_pos" else "attention_dq", q, k, v, q_pos, tma)
+        config = {"BLOCK_FO": 16} | _config("attention_dq_pos" if name == "dq_pos" else "attention_dq", q, k, v, q_pos)
         grid = (cdiv(T, config["BLOCK_M"]) * B * H, cdiv(out.shape[-1], config["BLOCK_FO"]) if name == "dq_pos" else 1)
-        sources = *_sources(k, chunks_p, config["BLOCK_N"], tma), *_sources(v, chunks_pv, config["BLOCK_N"], tma)
-        arguments = (do, q, *sources, q_pos, k_pos, *masks, o, lse, dlse, stats, out)
+        arguments = (do, q, k, v, q_pos, k_pos, *masks, o, lse, dlse, stats, out)
         strides = (*o.stride()[:3], *out.stride()[:3])
         launch(_attention_bwd_dq_kernel, grid, *arguments, *scalars, *strides, scale, **flags, **config, OUT=name)
 
     if exact:
         launch_dq(dq, "delta")
     launch_dq(dq, "dq")
-    config = _config("attention_dkdv", q, k, v, q_pos, tma)
-    sources = *_sources(do, chunks_pv, config["BLOCK_M"], tma), *_sources(q, chunks_p, config["BLOCK_M"], tma)
-    rows_of_stats = TensorDescriptor(stats, list(stats.shape), list(stats.stride()), [1, config["BLOCK_M"]]) if tma else stats
+    tma = _hopper(q) and q_pos is None and key_padding_mask is None and all(_fetchable(x) for x in (do, q))
+    config = _config("attention_dkdv_tma" if tma else "attention_dkdv", q, k, v, q_pos)
+    block = config["BLOCK_M"]
+    sources = (*_descriptors(do, chunks_pv, block), *_descriptors(q, chunks_p, block)) if tma else (do, None, q, None)
+    rows_of_stats = TensorDescriptor(stats, list(stats.shape), list(stats.stride()), [1, block]) if tma else stats
     arguments = (*sources, k, v, q_pos, k_pos, *masks, rows_of_stats, dk, dv)
     strides = (*dk.stride()[:3], *dv.stride()[:3])
     grid = (cdiv(S, config["BLOCK_N"]) * B * Hkv,)
-    launch(_attention_bwd_dkdv_kernel, grid, *arguments, *scalars, *strides, scale, **flags, **config)
+    launch(_attention_bwd_dkdv_kernel, grid, *arguments, *scalars, *strides, scale, **flags, TMA=tma, **config)
     if q_pos is not None:
         launch_dq(dq_pos, "dq_pos")
     return dq, dk, dv, dq_pos
