@@ -123,7 +123,8 @@ class Mlp(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, gates, keys, values, bias, o_bias, experts, activation):
         ctx.options = activation, 0.0, 0, "ieee"
-        routing = gates, experts, *routing_plan(experts, keys.shape[0])
+        order, offsets = (t[0] for t in routing_plan(experts[None], keys.shape[0], False)[:2])
+        routing = gates, experts, order, offsets
         y, z = mlp.mlp_forward(x, keys, values, bias, o_bias, None, *routing, *ctx.options)
         ctx.save_for_backward(x, keys, values, bias, o_bias, *routing, z)
         return y
