@@ -84,8 +84,8 @@ class Routing(NamedTuple):
     """What `gating` chose. Only the first two fields are needed to build one by hand.
 
     weights: [N, H, TOP_K] float32, differentiable; experts: [N, H, TOP_K] int32 in [0, E), in order of selection;
-    logits: [N, H, E] float32, differentiable; plan: the orders in which the projections work (kernels.gating.Plan), made from
-    `experts` where absent.
+    logits: [N, H, E] float32, differentiable; plan: the orders in which the projections work (kernels.gating.Plan). Without one it
+    is made from `experts`, which may then repeat an expert in a row; the projections take their general and slower way.
     """
 
     weights: Tensor
@@ -392,7 +392,7 @@ def _routed(x: Tensor, N: int, w: Tensor, routing: Routing, tensors: dict, heads
     _check.integer("TOP_K of routing", TOP_K, 1, E)
     if routing.plan is None:
         experts = experts.clamp(0, E - 1)  # whatever it holds, no access leaves the tensors
-        plan = Plan(*(t[0] for t in _routing_plan(experts[None], E, _compute_dtype(x))))
+        plan = Plan(*(t[0] for t in routing_plan(experts[None], E, False)))  # without sets: experts by hand may repeat
         routing = routing._replace(experts=experts, plan=plan)
     else:
         plan = _check.instance("routing.plan", routing.plan, Plan)
