@@ -84,8 +84,8 @@ class Routing(NamedTuple):
     """What `gating` chose. Only the first two fields are needed to build one by hand.
 
     weights: [N, H, TOP_K] float32, differentiable; experts: [N, H, TOP_K] int32 in [0, E), in order of selection;
-    logits: [N, H, E] float32, differentiable; plan: the orders in which the projections work (kernels.gating.Plan). Without one it
-    is made from `experts`, which may then repeat an expert in a row; the projections take their general and slower way.
+    logits: [N, H, E] float32, differentiable; plan: the orders in which the projections work (kernels.gating.Plan). Without one
+    it is made from `experts`, which may then repeat an expert in a row; the projections take their general and slower way.
     """
 
     weights: Tensor
