@@ -1,7 +1,7 @@
 # make demo      train a small SwitchAll language model on this machine (ARGS="--steps 50" passes options on)
 # make test      run the tests; on a machine with a GPU the GPU tests too (ARGS="-k gating" passes options on)
 # make lint      ruff, formatting, types
-# make bench     compare with rivals (ARGS="--only NAME")
+# make bench     compare with rivals (ARGS="--only GROUP", or "--full" for all rows)
 # make clean     remove environments, builds and caches
 #
 # demo, test, lint and bench create .venv and install the package into it when needed.

@@ -202,10 +202,8 @@ def check_plan(experts, E, sets):
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Chunks and tiles that a small problem has several of."""
-    monkeypatch.setattr(kernels, "CHUNKS", 5)
-    monkeypatch.setattr(kernels, "MIN_CHUNK", 16)
-    config = {"FEW": 32, "MANY": 16, "TILE": 1024, "num_warps": 4}
-    monkeypatch.setattr(kernels, "PLAN_CONFIG", config)
+    monkeypatch.setattr(kernels, "CHUNK", 32)
+    monkeypatch.setattr(kernels, "ROWS", 16)
 
 
 @pytest.mark.smoke
@@ -226,8 +224,8 @@ def test_plan_sorts_stably(N, H, E, K, sets, used, small_tiles, device):
 @pytest.mark.parametrize(
     "N, H, E, K, sets",
     [
-        (32768, 4, 4, 2, True), (16384, 2, 5, 3, True), (32768, 2, 8, 4, True), (5000, 10, 6, 2, True), (131072, 1, 128, 8, False),
-        (32768, 1, 1024, 32, False), (1 << 20, 4, 4, 2, False), (32767, 32, 8, 4, False),
+        (32768, 4, 4, 2, True), (16384, 2, 5, 3, True), (32768, 2, 8, 4, True), (5000, 10, 6, 2, True),
+        (131072, 1, 128, 8, False), (32768, 1, 1024, 32, False), (1 << 20, 4, 4, 2, False), (32767, 32, 8, 4, False),
     ],
 )  # fmt: skip
 def test_plan_sorts_stably_at_size(N, H, E, K, sets, device):

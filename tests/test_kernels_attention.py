@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from triton_moe.kernels.attention import attention_backward, attention_forward
+from triton_moe.kernels.attention import CONFIGS, attention_backward, attention_forward
 from triton_moe.kernels.common import input_precision
 from triton_moe.kernels.position import rope_rotate, xl_keys, xl_query
 from triton_moe.testing import assert_close
@@ -146,6 +146,40 @@ def test_attention(device, dtype, case):
 @pytest.mark.smoke
 def test_attention_bfloat16(device):
     check(device, torch.bfloat16, T=19, S=25, H=4, Hkv=2, P=41, F=14, window=9)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "P", sorted({20, 41, 100} | {widest for table in CONFIGS.values() for widest, _ in table.get("hopper", ())})
+)
+@pytest.mark.parametrize(
+    "case",
+    [
+        dict(),
+        dict(causal=False, S=391, with_dlse=False),
+        dict(window=70, H=4),
+        dict(B=1, cu_seqlens=[0, 5, 200, 333]),
+        dict(padding=True),
+        dict(Pv=72, S=700),
+    ],
+    ids=str,
+)
+def test_every_configuration(device, P, case):
+    """Each width class, the copy engine's and (with padding) the other loads."""
+    case = {"T": 333, "H": 2, "Hkv": 2, "B": 2} | case
+    if "padding" in case:
+        case["padding"] = torch.arange(333, device=device)[None, :] >= torch.tensor([333, 150], device=device)[:, None]
+    if "cu_seqlens" in case:
+        case["cu_seqlens"] = torch.tensor(case["cu_seqlens"], dtype=torch.int32, device=device)
+    once, again = (check(device, torch.bfloat16, P=P, scale=P**-0.5, **case) for _ in range(2))
+    for a, b in zip(once, again, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("scale", [-0.4, 0.0])
+def test_scale_of_any_sign(device, scale):
+    for dtype in DTYPES:
+        check(device, dtype, scale=scale, window=5, with_dlse=False)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -84,8 +84,8 @@ class Routing(NamedTuple):
     """What `gating` chose. Only the first two fields are needed to build one by hand.
 
     weights: [N, H, TOP_K] float32, differentiable; experts: [N, H, TOP_K] int32 in [0, E), in order of selection;
-    logits: [N, H, E] float32, differentiable; plan: the orders in which the projections work (kernels.gating.Plan), made from
-    `experts` where absent.
+    logits: [N, H, E] float32, differentiable; plan: the orders in which the projections work (kernels.gating.Plan). Without one
+    it is made from `experts`, which may then repeat an expert in a row; the projections take their general and slower way.
     """
 
     weights: Tensor
@@ -351,8 +351,8 @@ def value_projection(x: Tensor, w: Tensor, routing: Routing) -> Tensor:
     D = _check.integer("the width of x", x.shape[-1], 1)
     _check.integer("the head width of w", _check.tensor("w", w, None, D, None).shape[2], 1)
     N = _tokens(x)
-    routing, (x2, w2) = _routed(x, N, w, routing, {"x": x, "w": w})
-    v = _ValueProjection.apply(torch.is_grad_enabled(), x2.reshape(N, D), w2, *routing[:2], *routing.plan)
+    routed, (x2, w2) = _routed(x, N, w, routing, {"x": x, "w": w})
+    v = _ValueProjection.apply(torch.is_grad_enabled(), x2.reshape(N, D), w2, *routed[:2], *routed.plan)
     return v.view(*x.shape[:-1], *v.shape[1:])
 
 
@@ -366,16 +366,14 @@ def output_projection(a: Tensor, w: Tensor, routing: Routing) -> Tensor:
     P = _check.integer("the head width of a", a.shape[-1], 1)
     _check.integer("the output width of w", _check.tensor("w", w, None, P, None).shape[2], 1)
     N = math.prod(a.shape[:-2])
-    routing, (a2, w2) = _routed(a, N, w, routing, {"a": a, "w": w})
-    H = routing.weights.shape[1]
-    if a.shape[-2] != H:
-        raise ValueError(f"a must have shape [..., {H}, {w.shape[1]}] for a routing of {H} heads, got {list(a.shape)}")
-    y = _OutputProjection.apply(a2.reshape(N, H, P), w2, *routing[:2], *routing.plan)
+    routed, (a2, w2) = _routed(a, N, w, routing, {"a": a, "w": w}, a.shape[-2])
+    H = a.shape[-2]
+    y = _OutputProjection.apply(a2.reshape(N, H, P), w2, *routed[:2], *routed.plan)
     return y.view(*a.shape[:-2], w.shape[2])
 
 
-def _routed(x: Tensor, N: int, w: Tensor, routing: Routing, tensors: dict) -> tuple[Routing, tuple[Tensor, ...]]:
-    """Check a routing against N tokens and the experts of w; complete its plan; cast the tensors."""
+def _routed(x: Tensor, N: int, w: Tensor, routing: Routing, tensors: dict, heads: int | None = None) -> tuple[Any, Any]:
+    """Check a routing against N tokens, the heads if any and the experts of w; complete its plan; cast the tensors."""
     _check.instance("routing", routing, Routing)
     _check.same(x, tensors, autocast=_autocast(x))
     weights = _check.tensor("routing.weights", routing.weights, N, None, None)
@@ -386,13 +384,15 @@ def _routed(x: Tensor, N: int, w: Tensor, routing: Routing, tensors: dict) -> tu
         if t.device != x.device:
             raise ValueError(f"{name} is on {t.device}, expected {x.device} like the other arguments")
     H = _check.integer("the number of heads of routing", weights.shape[1], 1)
+    if heads not in (None, H):
+        raise ValueError(f"a must have shape [..., {H}, {w.shape[1]}] for a routing of {H} heads, got {list(x.shape)}")
     if w.shape[0] == 0 or w.shape[0] % H:
         raise ValueError(f"w must have H * E experts for a routing of H = {H} heads, got {w.shape[0]}")
     E, TOP_K = w.shape[0] // H, weights.shape[2]
     _check.integer("TOP_K of routing", TOP_K, 1, E)
     if routing.plan is None:
         experts = experts.clamp(0, E - 1)  # whatever it holds, no access leaves the tensors
-        plan = Plan(*(t[0] for t in _routing_plan(experts[None], E, _compute_dtype(x))))
+        plan = Plan(*(t[0] for t in routing_plan(experts[None], E, False)))  # without sets: experts by hand may repeat
         routing = routing._replace(experts=experts, plan=plan)
     else:
         plan = _check.instance("routing.plan", routing.plan, Plan)
@@ -782,9 +782,9 @@ def _expert_out(o: Tensor, H: int) -> Tensor:
 def _head_forward(x, k_src, v_src, q, k, v, o, sel_v, sel_o, pos, mask, cu_seqlens, seed, c: _HeadConfig):
     """x [B, T, D], k_src and v_src [B, S, D] or None -> y [B, T, D], logits_v, logits_o, and what `_head_backward` takes.
 
-    The tensors kept are: the 13 inputs; what the gates on x made (weights, experts, logits and the five of the plan, each with the
-    sides as another first axis: value and output, or output alone); the same of the value gate on k_src (None without one); u
-    (None with one expert); then those of the attention.
+    The tensors kept are: the 13 inputs; what the gates on x made (weights, experts, logits and the five of the plan, each
+    with the sides as another first axis: value and output, or output alone); the same of the value gate on k_src (None without
+    one); u (None with one expert); then those of the attention.
     """
     B, T, D = x.shape
     H, P = c.n_heads, q.shape[0] // c.n_heads
@@ -881,7 +881,7 @@ def _head_backward(dy, dlogits_v, dlogits_o, saved, c: _HeadConfig):
             dx += dk2
 
     # the gates
-    dweights_v = None if v.ndim == 2 else value_backward_gates(dvalues, u, c.top_k)
+    dweights_v: Any = None if v.ndim == 2 else value_backward_gates(dvalues, u, c.top_k)
     sel_k = dgate_k = dsel_k = None
     sel_x, dweights, dlogits = sel_o, dweights_o[None], dlogits_o
     if route_k[0] is not None:

@@ -15,12 +15,23 @@ NOTE [Intervals]
     (causal, window, packed sequence) and, from the other side, an interval of queries for each key. A tile loops from
     the least lower end of its rows to the greatest upper end, so windows and packed sequences cost what they cover.
 
+    Most tiles lie inside the intervals of all their rows and need no mask: they have a loop of their own, after the others, whose
+    bounds are then no longer needed. With key padding every tile is masked. The longest tiles of all heads start first.
+
 NOTE [Float32]
-    What rounds float32 most is not the products but the differences. So scores and lse stay in natural units and exp is left
-    to the compiler: folding log2(e) into the scale would round scores before lse is subtracted. And the backward pass first
-    loops over the keys once more, for two numbers of each query: norm = 1 / sum_j p_ij, which takes the rounding of lse out
-    of p again, and delta as the average of the very do.v that it is subtracted from, against which it cancels where a query
-    sees few keys. 16-bit inputs and tf32 need no norm and take delta from do.o.
+    What rounds float32 most is not the products but the differences. So without tf32 (EXACT) scores and lse stay in natural
+    units and exp is our own; 16-bit inputs and tf32 fold log2(e) into the scale, as exp2 is what the hardware has. And the
+    backward pass of EXACT first loops over the keys once more, for two numbers of each query: norm = 1 / sum_j p_ij, which takes
+    the rounding of lse out of p again, and delta as the average of the very do.v that it is subtracted from, against which it
+    cancels where a query sees few keys. The others need no norm, and take delta - dlse from do.o in the kernel of dq.
+
+NOTE [Head widths]
+    A tile spans a head in one or two powers of two, 80 = 64 + 16, and 16-bit rows start on 16 bytes, if need be in a padded copy:
+    on an H200 (bfloat16, causal, N = 32768, T 4096, H 4) 80 channels take 229 us forward in two parts and 311 us as 128.
+
+NOTE [Copy engine]
+    The kernel of dk and dv keeps two accumulators and has few registers left for addresses. On Hopper the copy engine works them
+    out from a descriptor (176 us instead of 195, T 1024, P 128); dq and the forward pass gain nothing from it.
 """
 
 import torch
@@ -32,28 +43,71 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .. import tuning
 from .common import INTERPRET, cdiv, launch, next_power_of_2, opaque, rows
 
-TMA = False
-# BLOCK_M queries by BLOCK_N keys; BLOCK_F position channels at a time (attention_dq_pos accumulates BLOCK_FO of them).
+
+def _tile(BLOCK_M: int, BLOCK_N: int, num_warps: int, num_stages: int, **others: int) -> dict[str, int]:
+    """BLOCK_M queries by BLOCK_N keys."""
+    return dict(BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=num_warps, num_stages=num_stages, **others)
+
+
+# "hopper" lists the widest head and its tiles; elsewhere heads of more than 128 channels are "half_wide". Position channels make
+# it "half_xl": BLOCK_F of them at a time, and attention_dq_pos accumulates BLOCK_FO.
 CONFIGS = {
     "attention_forward": {
-        "half": dict(BLOCK_M=128, BLOCK_N=64, BLOCK_F=32, num_warps=8, num_stages=2),
-        "float32": dict(BLOCK_M=32, BLOCK_N=32, BLOCK_F=32, num_warps=8, num_stages=1),
-        "interpret": dict(BLOCK_M=256, BLOCK_N=256, BLOCK_F=256, num_warps=1, num_stages=1),
+        "hopper": (
+            (64, _tile(128, 64, 4, 3)),
+            (80, _tile(64, 64, 4, 3)),
+            (96, _tile(128, 64, 4, 3)),
+            (112, _tile(128, 64, 8, 3)),
+            (128, _tile(64, 64, 4, 3)),
+            (160, _tile(64, 32, 4, 3)),
+            (256, _tile(128, 64, 8, 2)),
+        ),
+        "half": _tile(64, 32, 4, 2),
+        "half_wide": _tile(64, 32, 8, 1),
+        "half_xl": _tile(128, 64, 8, 2, BLOCK_F=32),
+        "float32": _tile(32, 32, 8, 1, BLOCK_F=32),
+        "interpret": _tile(256, 256, 1, 1, BLOCK_F=256),
     },
     "attention_dkdv": {
-        "half": dict(BLOCK_M=32, BLOCK_N=64, BLOCK_F=32, num_warps=4, num_stages=2),
-        "float32": dict(BLOCK_M=16, BLOCK_N=32, BLOCK_F=32, num_warps=8, num_stages=1),
-        "interpret": dict(BLOCK_M=256, BLOCK_N=256, BLOCK_F=256, num_warps=1, num_stages=1),
+        "hopper": (
+            (64, _tile(128, 64, 4, 2)),
+            (96, _tile(64, 64, 4, 2)),
+            (128, _tile(32, 128, 8, 3)),
+            (160, _tile(32, 64, 4, 2)),
+            (256, _tile(32, 32, 4, 2)),
+        ),
+        "half": _tile(32, 32, 4, 2),
+        "half_wide": _tile(16, 32, 4, 1),
+        "half_xl": _tile(32, 64, 8, 2, BLOCK_F=32),
+        "float32": _tile(16, 32, 8, 1, BLOCK_F=32),
+        "interpret": _tile(256, 256, 1, 1, BLOCK_F=256),
+    },
+    "attention_dkdv_tma": {  # the same kernel where Hopper's copy engine can fetch the rows
+        "hopper": (
+            (96, _tile(64, 64, 4, 3)),
+            (160, _tile(64, 64, 4, 2)),
+            (256, _tile(64, 64, 8, 2)),
+        ),
     },
     "attention_dq": {
-        "half": dict(BLOCK_M=64, BLOCK_N=64, BLOCK_F=32, num_warps=4, num_stages=2),
-        "float32": dict(BLOCK_M=16, BLOCK_N=16, BLOCK_F=32, num_warps=8, num_stages=1),
-        "interpret": dict(BLOCK_M=256, BLOCK_N=256, BLOCK_F=256, num_warps=1, num_stages=1),
+        "hopper": (
+            (64, _tile(64, 64, 4, 3)),
+            (80, _tile(64, 64, 4, 2)),
+            (96, _tile(64, 64, 4, 3)),
+            (112, _tile(128, 64, 8, 3)),
+            (160, _tile(64, 64, 4, 2)),
+            (256, _tile(64, 16, 4, 3)),
+        ),
+        "half": _tile(64, 32, 4, 2),
+        "half_wide": _tile(32, 32, 4, 1),
+        "half_xl": _tile(64, 64, 8, 2, BLOCK_F=32),
+        "float32": _tile(16, 16, 8, 1, BLOCK_F=32),
+        "interpret": _tile(256, 256, 1, 1, BLOCK_F=256),
     },
     "attention_dq_pos": {
-        "half": dict(BLOCK_M=64, BLOCK_N=32, BLOCK_F=32, BLOCK_FO=256, num_warps=8, num_stages=1),
-        "float32": dict(BLOCK_M=16, BLOCK_N=16, BLOCK_F=32, BLOCK_FO=128, num_warps=8, num_stages=1),
-        "interpret": dict(BLOCK_M=256, BLOCK_N=256, BLOCK_F=256, BLOCK_FO=512, num_warps=1, num_stages=1),
+        "half_xl": _tile(64, 32, 8, 1, BLOCK_F=32, BLOCK_FO=256),
+        "float32": _tile(16, 16, 8, 1, BLOCK_F=32, BLOCK_FO=128),
+        "interpret": _tile(256, 256, 1, 1, BLOCK_F=256, BLOCK_FO=512),
     },
 }
 
@@ -121,9 +175,12 @@ def _tiles(low, high, BLOCK: tl.constexpr, ALL_MASKED: tl.constexpr):
 
 
 @triton.jit
-def _masked_tile(i, begin, end):
-    """The i-th of the tiles outside [begin, end)."""
-    return tl.where(i < begin, i, i + end - begin)
+def _nth(i, begin, end, MASKED: tl.constexpr):
+    """The i-th of the tiles that need a mask, or of those that need none."""
+    if MASKED:
+        return tl.where(i < begin, i, i + end - begin)
+    else:
+        return begin + i
 
 
 @triton.jit
@@ -144,6 +201,14 @@ def _visible(offs, low, high, LOW: tl.constexpr, HIGH: tl.constexpr):
         return offs < high
     else:
         return (offs >= low) & (offs < high)
+
+
+@triton.jit
+def _visible_keys(n, low, high, keep, padding_ptr, LOW: tl.constexpr, BLOCK_N: tl.constexpr):
+    visible = _visible(tl.arange(0, BLOCK_N)[None, :], (low - n)[:, None], (high - n)[:, None], LOW, True)
+    if padding_ptr is not None:
+        visible &= keep[None, :]
+    return visible
 
 
 @triton.jit
@@ -176,26 +241,28 @@ def _load_chunk(ptr, offs, cols, mask_rows, INSIDE: tl.constexpr, WIDTH: tl.cons
 
 @triton.jit
 def _load_rows(
-    x_ptr, tail, b, h, first, stride_b, stride_t: tl.constexpr, stride_h: tl.constexpr, mask_rows,
-    WIDTH: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr, TMA: tl.constexpr,
+    ptr, b, h, first, stride_b, stride_t: tl.constexpr, stride_h: tl.constexpr, mask_rows,
+    WIDTH: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The BLOCK rows x[b, first:, h] as a tuple of [BLOCK, chunk], zero beyond the WIDTH channels and, but for TMA, in masked
-    rows. With TMA x_ptr is the descriptor of the first chunk and tail that of the second; rows beyond the last are zero."""
-    if TMA:
-        parts = (x_ptr.load([b, first, h, 0]).reshape(BLOCK, CHUNKS[0]),)
-        if len(CHUNKS) == 2:
-            parts = parts + (tail.load([b, first, h, CHUNKS[0]]).reshape(BLOCK, CHUNKS[1]),)
-        return parts
-    else:
-        x_ptr += b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h + first.to(tl.int64) * stride_t
-        offs = tl.arange(0, BLOCK) * stride_t
-        parts = ()
-        start: tl.constexpr = 0
-        for i in tl.static_range(len(CHUNKS)):
-            cols = start + tl.arange(0, CHUNKS[i])
-            start = start + CHUNKS[i]
-            parts = parts + (_load_chunk(x_ptr, offs, cols, mask_rows, start <= WIDTH, WIDTH),)
-        return parts
+    """The BLOCK rows x[b, first:, h] as a tuple of [BLOCK, chunk], zero in masked rows and beyond WIDTH channels."""
+    ptr += b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h + first.to(tl.int64) * stride_t
+    offs = tl.arange(0, BLOCK) * stride_t
+    parts = ()
+    start: tl.constexpr = 0
+    for i in tl.static_range(len(CHUNKS)):
+        cols = start + tl.arange(0, CHUNKS[i])
+        start = start + CHUNKS[i]
+        parts = parts + (_load_chunk(ptr, offs, cols, mask_rows, start <= WIDTH, WIDTH),)
+    return parts
+
+
+@triton.jit
+def _fetch_rows(descriptor, tail, b, h, first, CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
+    """The same through Hopper's copy engine, from a descriptor of each chunk; rows beyond the last are zero."""
+    parts = (descriptor.load([b, first, h, 0]).reshape(BLOCK, CHUNKS[0]),)
+    if len(CHUNKS) == 2:
+        parts = parts + (tail.load([b, first, h, CHUNKS[0]]).reshape(BLOCK, CHUNKS[1]),)
+    return parts
 
 
 @triton.jit
@@ -283,56 +350,16 @@ def _sequence_bounds_kernel(cu_seqlens_ptr, bounds_ptr, n, T, steps, BLOCK: tl.c
 
 
 @triton.jit
-def _forward_step(
-    acc, m, total, n, q, low, high, b, hk, k_ptr, k_tail, v_ptr, v_tail, q_pos_ptr, k_pos_ptr, padding_ptr, offs_t, T, S, scale,
-    H: tl.constexpr, F: tl.constexpr, stride_kb, stride_kt: tl.constexpr, stride_kh: tl.constexpr,
-    stride_vb, stride_vt: tl.constexpr, stride_vh: tl.constexpr, P: tl.constexpr, PV: tl.constexpr,
-    CHUNKS_P: tl.constexpr, CHUNKS_PV: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr, TMA: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, LOW: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """The keys n, n + 1, ... taken in: the new acc, m and total."""
-    offs_n = n + tl.arange(0, BLOCK_N)
-    keep = None
-    if MASKED:
-        keep = _kept_keys(padding_ptr, offs_n, S)
-    k = _load_rows(k_ptr, k_tail, b, hk, n, stride_kb, stride_kt, stride_kh, keep, P, CHUNKS_P, BLOCK_N, TMA)
-    s = _dot_rows(q, k, CHUNKS_P, PRECISION)  # [BLOCK_M, BLOCK_N]
-    if q_pos_ptr is not None:
-        s = _add_position(
-            s, q_pos_ptr, H * F, offs_t, offs_t < T, k_pos_ptr, F, offs_n, offs_n < S, F, BLOCK_F, PRECISION
-        )  # fmt: skip
-    if EXACT:
-        s *= scale
-        scale = 1.0
-    if MASKED:
-        visible = _visible(tl.arange(0, BLOCK_N)[None, :], (low - n)[:, None], (high - n)[:, None], LOW, True)
-        if padding_ptr is not None:
-            visible &= keep[None, :]
-        s = tl.where(visible, s, float("-inf"))
-    m_new = tl.maximum(m, tl.max(s, 1) * scale)
-    pivot = tl.where(m_new == float("-inf"), 0.0, m_new)  # finite also while no key was visible
-    if EXACT:
-        p = _exp(s - pivot[:, None])
-        alpha = _exp(m - pivot)
-    else:
-        p = tl.exp2(s * scale - pivot[:, None])
-        alpha = tl.exp2(m - pivot)
-    total = total * alpha + tl.sum(p, 1)
-    v = _load_rows(v_ptr, v_tail, b, hk, n, stride_vb, stride_vt, stride_vh, keep, PV, CHUNKS_PV, BLOCK_N, TMA)
-    acc = _add_dots(_times(acc, alpha[:, None], CHUNKS_PV), p.to(v[0].dtype), v, CHUNKS_PV, PRECISION)
-    return acc, m_new, total
-
-
-@triton.jit
 def _attention_fwd_kernel(
-    q_ptr, k_ptr, k_tail, v_ptr, v_tail, q_pos_ptr, k_pos_ptr, padding_ptr, bounds_ptr, o_ptr, lse_ptr,
+    q_ptr, k_ptr, v_ptr, q_pos_ptr, k_pos_ptr, padding_ptr, bounds_ptr, o_ptr, lse_ptr,
     T, S, H: tl.constexpr, F: tl.constexpr, window,
     stride_qb, stride_qt: tl.constexpr, stride_qh: tl.constexpr,
     stride_kb, stride_kt: tl.constexpr, stride_kh: tl.constexpr,
     stride_vb, stride_vt: tl.constexpr, stride_vh: tl.constexpr,
     stride_ob, stride_ot: tl.constexpr, stride_oh: tl.constexpr, scale,
-    P: tl.constexpr, PV: tl.constexpr, GROUP: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr,
-    PRECISION: tl.constexpr, EXACT: tl.constexpr, TMA: tl.constexpr, CHUNKS_P: tl.constexpr, CHUNKS_PV: tl.constexpr,
+    PV: tl.constexpr, LOAD_P: tl.constexpr, LOAD_PV: tl.constexpr, GROUP: tl.constexpr, IS_CAUSAL: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
+    CHUNKS_P: tl.constexpr, CHUNKS_PV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(T, BLOCK_M)
@@ -340,37 +367,53 @@ def _attention_fwd_kernel(
     heads = tl.num_programs(0) // tiles
     b = pid % heads // H
     h = pid % heads % H
+    hk = h // GROUP
     row = (b.to(tl.int64) * H + h) * T  # of lse
     first = (tiles - 1 - pid // heads) * BLOCK_M  # the longest rows of a causal mask first, of all heads
     offs_t = first + tl.arange(0, BLOCK_M)
     mask_t = offs_t < T
     low, high = _key_range(offs_t, T, S, bounds_ptr, window, IS_CAUSAL, HAS_WINDOW)
-    q = _load_rows(q_ptr, None, b, h, first, stride_qb, stride_qt, stride_qh, mask_t, P, CHUNKS_P, BLOCK_M, False)
+    LOW: tl.constexpr = HAS_WINDOW or bounds_ptr is not None
+    q = _load_rows(q_ptr, b, h, first, stride_qb, stride_qt, stride_qh, mask_t, LOAD_P, CHUNKS_P, BLOCK_M)
     if q_pos_ptr is not None:
         q_pos_ptr += (b.to(tl.int64) * T * H + h) * F
     if padding_ptr is not None:
         padding_ptr += b.to(tl.int64) * S
 
-    LOW: tl.constexpr = HAS_WINDOW or bounds_ptr is not None
-    if not EXACT:
-        scale *= 1.4426950408889634  # log2(e)
+    unit = scale * 1.4426950408889634  # times log2(e)
     m = tl.full((BLOCK_M,), float("-inf"), tl.float32)  # running maximum
     total = tl.zeros((BLOCK_M,), tl.float32)  # running sum of exp(s - m)
     acc = _zero_chunks(BLOCK_M, CHUNKS_PV)
     start, count, begin, end = _tiles(low, high, BLOCK_N, padding_ptr is not None)
-    for i in range(count - (end - begin)):
-        acc, m, total = _forward_step(
-            acc, m, total, start + _masked_tile(i, begin, end) * BLOCK_N, q, low, high, b, h // GROUP, k_ptr, k_tail, v_ptr, v_tail,
-            q_pos_ptr, k_pos_ptr, padding_ptr, offs_t, T, S, scale, H, F, stride_kb, stride_kt, stride_kh,
-            stride_vb, stride_vt, stride_vh, P, PV, CHUNKS_P, CHUNKS_PV, PRECISION, EXACT, TMA, BLOCK_N, BLOCK_F, LOW, True,
-        )  # fmt: skip
-    if padding_ptr is None:
-        for i in range(begin, end):
-            acc, m, total = _forward_step(
-                acc, m, total, start + i * BLOCK_N, q, low, high, b, h // GROUP, k_ptr, k_tail, v_ptr, v_tail, q_pos_ptr, k_pos_ptr, None,
-                offs_t, T, S, scale, H, F, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, P, PV,
-                CHUNKS_P, CHUNKS_PV, PRECISION, EXACT, TMA, BLOCK_N, BLOCK_F, LOW, False,
-            )  # fmt: skip
+    for MASKED in tl.static_range(1, -1, -1):
+        for i in range(count - (end - begin) if MASKED else end - begin):
+            n = start + _nth(i, begin, end, MASKED) * BLOCK_N
+            offs_n = n + tl.arange(0, BLOCK_N)
+            keep = _kept_keys(padding_ptr, offs_n, S) if MASKED else None
+            k = _load_rows(k_ptr, b, hk, n, stride_kb, stride_kt, stride_kh, keep, LOAD_P, CHUNKS_P, BLOCK_N)
+            s = _dot_rows(q, k, CHUNKS_P, PRECISION)  # [BLOCK_M, BLOCK_N]
+            if q_pos_ptr is not None:
+                s = _add_position(
+                    s, q_pos_ptr, H * F, offs_t, mask_t, k_pos_ptr, F, offs_n, offs_n < S, F, BLOCK_F, PRECISION
+                )  # fmt: skip
+            if MASKED:
+                s = tl.where(_visible_keys(n, low, high, keep, padding_ptr, LOW, BLOCK_N), s, float("-inf"))
+            if EXACT:
+                s *= scale
+                m_new = tl.maximum(m, tl.max(s, 1))
+            else:
+                m_new = tl.maximum(m, tl.max(s, 1) * unit)
+            pivot = tl.where(m_new == float("-inf"), 0.0, m_new)  # finite also while no key was visible
+            if EXACT:
+                p = _exp(s - pivot[:, None])
+                alpha = _exp(m - pivot)
+            else:
+                p = tl.exp2(s * unit - pivot[:, None])
+                alpha = tl.exp2(m - pivot)
+            m = m_new
+            total = total * alpha + tl.sum(p, 1)
+            v = _load_rows(v_ptr, b, hk, n, stride_vb, stride_vt, stride_vh, keep, LOAD_PV, CHUNKS_PV, BLOCK_N)
+            acc = _add_dots(_times(acc, alpha[:, None], CHUNKS_PV), p.to(v[0].dtype), v, CHUNKS_PV, PRECISION)
 
     empty = total == 0.0  # not where a score was NaN
     total = tl.where(empty, 1.0, total)
@@ -422,47 +465,6 @@ def _probability(s, lse, norm, visible, scale, EXACT: tl.constexpr, MASKED: tl.c
 
 
 @triton.jit
-def _dkdv_step(
-    dk, dv, t, k, v, low, high, keep, offs_n, b, h, do_ptr, do_tail, q_ptr, q_tail, q_pos_ptr, k_pos_ptr, stats_ptr, plane,
-    T, S, scale, H: tl.constexpr, F: tl.constexpr, stride_dob, stride_dot: tl.constexpr, stride_doh: tl.constexpr,
-    stride_qb, stride_qt: tl.constexpr, stride_qh: tl.constexpr,
-    P: tl.constexpr, PV: tl.constexpr, CHUNKS_P: tl.constexpr, CHUNKS_PV: tl.constexpr, PRECISION: tl.constexpr,
-    EXACT: tl.constexpr, TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr,
-    LOW: tl.constexpr, HIGH: tl.constexpr, PADDING: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """The queries t, t + 1, ... taken in: the new dk and dv."""
-    offs_t = t + tl.arange(0, BLOCK_M)
-    mask_t = None
-    visible = None
-    if MASKED:
-        mask_t = offs_t < T
-        visible = _visible(tl.arange(0, BLOCK_M)[None, :], (low - t)[:, None], (high - t)[:, None], LOW, HIGH)
-        if PADDING:
-            visible &= keep[:, None]
-    q = _load_rows(q_ptr, q_tail, b, h, t, stride_qb, stride_qt, stride_qh, mask_t, P, CHUNKS_P, BLOCK_M, TMA)
-    s = _dot_rows(k, q, CHUNKS_P, PRECISION)  # [BLOCK_N, BLOCK_M]
-    if q_pos_ptr is not None:
-        s = _add_position(
-            s, k_pos_ptr, F, offs_n, offs_n < S, q_pos_ptr, H * F, offs_t, offs_t < T, F, BLOCK_F, PRECISION
-        )  # fmt: skip
-    row = b * H + h
-    lse = _load_stats(stats_ptr, row, t, T, float("inf"), BLOCK_M, TMA, MASKED)
-    norm = None
-    if EXACT:
-        norm = _load_stats(stats_ptr, row + 2 * plane, t, T, 0.0, BLOCK_M, TMA, MASKED)[None, :]
-    p = _probability(s, lse[None, :], norm, visible, scale, EXACT, MASKED)
-    do = _load_rows(do_ptr, do_tail, b, h, t, stride_dob, stride_dot, stride_doh, mask_t, PV, CHUNKS_PV, BLOCK_M, TMA)
-    dv = _add_dots(dv, p.to(do[0].dtype), do, CHUNKS_PV, PRECISION)
-    dp = _dot_rows(v, do, CHUNKS_PV, PRECISION)
-    delta = _load_stats(stats_ptr, row + plane, t, T, 0.0, BLOCK_M, TMA, MASKED)
-    ds = dp - delta[None, :]
-    if EXACT:
-        ds += _load_stats(stats_ptr, row + 3 * plane, t, T, 0.0, BLOCK_M, TMA, MASKED)[None, :]
-    dk = _add_dots(dk, (p * ds).to(q[0].dtype), q, CHUNKS_P, PRECISION)
-    return dk, dv
-
-
-@triton.jit
 def _attention_bwd_dkdv_kernel(
     do_ptr, do_tail, q_ptr, q_tail, k_ptr, v_ptr, q_pos_ptr, k_pos_ptr, padding_ptr, bounds_ptr, stats_ptr, dk_ptr, dv_ptr,
     T, S, H: tl.constexpr, F: tl.constexpr, window,
@@ -472,8 +474,9 @@ def _attention_bwd_dkdv_kernel(
     stride_vb, stride_vt: tl.constexpr, stride_vh: tl.constexpr,
     stride_dkb, stride_dkt: tl.constexpr, stride_dkh: tl.constexpr,
     stride_dvb, stride_dvt: tl.constexpr, stride_dvh: tl.constexpr, scale,
-    P: tl.constexpr, PV: tl.constexpr, GROUP: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr,
-    PRECISION: tl.constexpr, EXACT: tl.constexpr, TMA: tl.constexpr, CHUNKS_P: tl.constexpr, CHUNKS_PV: tl.constexpr,
+    P: tl.constexpr, PV: tl.constexpr, LOAD_P: tl.constexpr, LOAD_PV: tl.constexpr, GROUP: tl.constexpr, IS_CAUSAL: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr, TMA: tl.constexpr,
+    CHUNKS_P: tl.constexpr, CHUNKS_PV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
     h_kv: tl.constexpr = H // GROUP
@@ -485,91 +488,66 @@ def _attention_bwd_dkdv_kernel(
     offs_n = first + tl.arange(0, BLOCK_N)
     if padding_ptr is not None:
         padding_ptr += b.to(tl.int64) * S
+    mask_n = offs_n < S
     keep = _kept_keys(padding_ptr, offs_n, S)
     low, high = _query_range(offs_n, T, S, bounds_ptr, window, IS_CAUSAL, HAS_WINDOW)
-    k = _load_rows(k_ptr, None, b, hk, first, stride_kb, stride_kt, stride_kh, keep, P, CHUNKS_P, BLOCK_N, False)
-    v = _load_rows(v_ptr, None, b, hk, first, stride_vb, stride_vt, stride_vh, keep, PV, CHUNKS_PV, BLOCK_N, False)
+    k = _load_rows(k_ptr, b, hk, first, stride_kb, stride_kt, stride_kh, keep, LOAD_P, CHUNKS_P, BLOCK_N)
+    v = _load_rows(v_ptr, b, hk, first, stride_vb, stride_vt, stride_vh, keep, LOAD_PV, CHUNKS_PV, BLOCK_N)
 
     unit = scale if EXACT else scale * 1.4426950408889634  # log2(e)
     HIGH: tl.constexpr = HAS_WINDOW or bounds_ptr is not None
-    LOW: tl.constexpr = IS_CAUSAL or HIGH
-    PADDING: tl.constexpr = padding_ptr is not None
     plane = heads * GROUP  # rows of the statistics: B * H
     dk = _zero_chunks(BLOCK_N, CHUNKS_P)
     dv = _zero_chunks(BLOCK_N, CHUNKS_PV)
     start, count, begin, end = _tiles(low, high, BLOCK_M, padding_ptr is not None)
     for g in range(GROUP):
         h = hk * GROUP + g
-        q_pos_rows = q_pos_ptr
-        if q_pos_ptr is not None:
-            q_pos_rows += (b.to(tl.int64) * T * H + h) * F
-        for i in range(count - (end - begin)):
-            dk, dv = _dkdv_step(
-                dk, dv, start + _masked_tile(i, begin, end) * BLOCK_M, k, v, low, high, keep, offs_n, b, h,
-                do_ptr, do_tail, q_ptr, q_tail, q_pos_rows, k_pos_ptr, stats_ptr, plane, T, S, unit, H, F,
-                stride_dob, stride_dot, stride_doh, stride_qb, stride_qt, stride_qh, P, PV, CHUNKS_P, CHUNKS_PV,
-                PRECISION, EXACT, TMA, BLOCK_M, BLOCK_F, LOW, HIGH, PADDING, True,
-            )  # fmt: skip
-        if padding_ptr is None:
-            for i in range(begin, end):
-                dk, dv = _dkdv_step(
-                    dk, dv, start + i * BLOCK_M, k, v, low, high, keep, offs_n, b, h, do_ptr, do_tail, q_ptr, q_tail,
-                    q_pos_rows, k_pos_ptr, stats_ptr, plane, T, S, unit, H, F, stride_dob, stride_dot, stride_doh,
-                    stride_qb, stride_qt, stride_qh, P, PV, CHUNKS_P, CHUNKS_PV, PRECISION, EXACT, TMA,
-                    BLOCK_M, BLOCK_F, LOW, HIGH, PADDING, False,
-                )  # fmt: skip
+        row = b * H + h
+        for MASKED in tl.static_range(1, -1, -1):
+            for i in range(count - (end - begin) if MASKED else end - begin):
+                t = start + _nth(i, begin, end, MASKED) * BLOCK_M
+                offs_t = t + tl.arange(0, BLOCK_M)
+                mask_t = offs_t < T if MASKED else None
+                if TMA:
+                    q = _fetch_rows(q_ptr, q_tail, b, h, t, CHUNKS_P, BLOCK_M)
+                else:
+                    q = _load_rows(q_ptr, b, h, t, stride_qb, stride_qt, stride_qh, mask_t, LOAD_P, CHUNKS_P, BLOCK_M)
+                s = _dot_rows(k, q, CHUNKS_P, PRECISION)  # [BLOCK_N, BLOCK_M]
+                if q_pos_ptr is not None:
+                    q_pos = q_pos_ptr + (b.to(tl.int64) * T * H + h) * F
+                    s = _add_position(
+                        s, k_pos_ptr, F, offs_n, mask_n, q_pos, H * F, offs_t, offs_t < T, F, BLOCK_F, PRECISION
+                    )  # fmt: skip
+                visible = None
+                if MASKED:
+                    low_t, high_t = (low - t)[:, None], (high - t)[:, None]
+                    visible = _visible(tl.arange(0, BLOCK_M)[None, :], low_t, high_t, IS_CAUSAL or HIGH, HIGH)
+                    if padding_ptr is not None:
+                        visible &= keep[:, None]
+                lse = _load_stats(stats_ptr, row, t, T, float("inf"), BLOCK_M, TMA, MASKED)
+                norm = None
+                if EXACT:
+                    norm = _load_stats(stats_ptr, row + 2 * plane, t, T, 0.0, BLOCK_M, TMA, MASKED)[None, :]
+                p = _probability(s, lse[None, :], norm, visible, unit, EXACT, MASKED)
+                if TMA:
+                    do = _fetch_rows(do_ptr, do_tail, b, h, t, CHUNKS_PV, BLOCK_M)
+                else:
+                    do = _load_rows(do_ptr, b, h, t, stride_dob, stride_dot, stride_doh, mask_t, LOAD_PV, CHUNKS_PV, BLOCK_M)
+                dv = _add_dots(dv, p.to(do[0].dtype), do, CHUNKS_PV, PRECISION)
+                dp = _dot_rows(v, do, CHUNKS_PV, PRECISION)
+                ds = dp - _load_stats(stats_ptr, row + plane, t, T, 0.0, BLOCK_M, TMA, MASKED)[None, :]
+                if EXACT:
+                    ds += _load_stats(stats_ptr, row + 3 * plane, t, T, 0.0, BLOCK_M, TMA, MASKED)[None, :]
+                dk = _add_dots(dk, (p * ds).to(q[0].dtype), q, CHUNKS_P, PRECISION)
 
-    mask_n = offs_n < S
     dk = _times(dk, scale, CHUNKS_P)
     _store_rows(dk_ptr, dk, b, hk, first, stride_dkb, stride_dkt, stride_dkh, mask_n, P, CHUNKS_P, BLOCK_N)
     _store_rows(dv_ptr, dv, b, hk, first, stride_dvb, stride_dvt, stride_dvh, mask_n, PV, CHUNKS_PV, BLOCK_N)
 
 
 @triton.jit
-def _dq_step(
-    acc, total, n, q, do, lse, delta, dlse, norm, low, high, b, hk, k_ptr, k_tail, v_ptr, v_tail, q_pos_ptr, k_pos_ptr,
-    padding_ptr, offs_t, offs_o, T, S, scale, H: tl.constexpr, F: tl.constexpr,
-    stride_kb, stride_kt: tl.constexpr, stride_kh: tl.constexpr, stride_vb, stride_vt: tl.constexpr, stride_vh: tl.constexpr,
-    P: tl.constexpr, PV: tl.constexpr, CHUNKS_P: tl.constexpr, CHUNKS_PV: tl.constexpr, PRECISION: tl.constexpr,
-    EXACT: tl.constexpr, TMA: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, OUT: tl.constexpr, LOW: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """The keys n, n + 1, ... taken in: the new acc and, for "delta", total."""
-    offs_n = n + tl.arange(0, BLOCK_N)
-    keep = None
-    visible = None
-    if MASKED:
-        keep = _kept_keys(padding_ptr, offs_n, S)
-        visible = _visible(tl.arange(0, BLOCK_N)[None, :], (low - n)[:, None], (high - n)[:, None], LOW, True)
-        if padding_ptr is not None:
-            visible &= keep[None, :]
-    k = _load_rows(k_ptr, k_tail, b, hk, n, stride_kb, stride_kt, stride_kh, keep, P, CHUNKS_P, BLOCK_N, TMA)
-    s = _dot_rows(q, k, CHUNKS_P, PRECISION)  # [BLOCK_M, BLOCK_N]
-    if q_pos_ptr is not None:
-        s = _add_position(
-            s, q_pos_ptr, H * F, offs_t, offs_t < T, k_pos_ptr, F, offs_n, offs_n < S, F, BLOCK_F, PRECISION
-        )  # fmt: skip
-    p = _probability(s, lse[:, None], norm[:, None], visible, scale, EXACT, MASKED)
-    v = _load_rows(v_ptr, v_tail, b, hk, n, stride_vb, stride_vt, stride_vh, keep, PV, CHUNKS_PV, BLOCK_N, TMA)
-    dp = _dot_rows(do, v, CHUNKS_PV, PRECISION)
-    if OUT == "delta":
-        return (acc[0] + tl.sum(p * dp, 1),), total + tl.sum(p, 1)
-    else:
-        ds = dp - delta[:, None]
-        if EXACT:
-            ds += dlse[:, None]
-        ds *= p
-        if OUT == "dq":
-            acc = _add_dots(acc, ds.to(k[0].dtype), k, CHUNKS_P, PRECISION)
-        else:
-            k_pos_ptrs = k_pos_ptr + offs_n.to(tl.int64)[:, None] * F + offs_o[None, :]
-            k_pos = tl.load(k_pos_ptrs, mask=(offs_n < S)[:, None] & (offs_o < F)[None, :], other=0.0)
-            acc = (tl.dot(ds.to(k_pos.dtype), k_pos, acc[0], input_precision=PRECISION),)
-        return acc, total
-
-
-@triton.jit
 def _attention_bwd_dq_kernel(
-    do_ptr, q_ptr, k_ptr, k_tail, v_ptr, v_tail, q_pos_ptr, k_pos_ptr, padding_ptr, bounds_ptr,
+    do_ptr, q_ptr, k_ptr, v_ptr, q_pos_ptr, k_pos_ptr, padding_ptr, bounds_ptr,
     o_ptr, lse_ptr, dlse_ptr, stats_ptr, out_ptr,
     T, S, H: tl.constexpr, F: tl.constexpr, window,
     stride_dob, stride_dot: tl.constexpr, stride_doh: tl.constexpr,
@@ -578,8 +556,9 @@ def _attention_bwd_dq_kernel(
     stride_vb, stride_vt: tl.constexpr, stride_vh: tl.constexpr,
     stride_ob, stride_ot: tl.constexpr, stride_oh: tl.constexpr,
     stride_outb, stride_outt: tl.constexpr, stride_outh: tl.constexpr, scale,
-    P: tl.constexpr, PV: tl.constexpr, GROUP: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr,
-    PRECISION: tl.constexpr, EXACT: tl.constexpr, TMA: tl.constexpr, CHUNKS_P: tl.constexpr, CHUNKS_PV: tl.constexpr,
+    P: tl.constexpr, PV: tl.constexpr, LOAD_P: tl.constexpr, LOAD_PV: tl.constexpr, GROUP: tl.constexpr, IS_CAUSAL: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
+    CHUNKS_P: tl.constexpr, CHUNKS_PV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_FO: tl.constexpr,
     OUT: tl.constexpr,
 ):  # fmt: skip
@@ -590,13 +569,15 @@ def _attention_bwd_dq_kernel(
     heads = tl.num_programs(0) // tiles
     b = pid % heads // H
     h = pid % heads % H
+    hk = h // GROUP
     row = (b.to(tl.int64) * H + h) * T  # of lse
     first = (tiles - 1 - pid // heads) * BLOCK_M
     offs_t = first + tl.arange(0, BLOCK_M)
     mask_t = offs_t < T
     low, high = _key_range(offs_t, T, S, bounds_ptr, window, IS_CAUSAL, HAS_WINDOW)
-    q = _load_rows(q_ptr, None, b, h, first, stride_qb, stride_qt, stride_qh, mask_t, P, CHUNKS_P, BLOCK_M, False)
-    do = _load_rows(do_ptr, None, b, h, first, stride_dob, stride_dot, stride_doh, mask_t, PV, CHUNKS_PV, BLOCK_M, False)
+    LOW: tl.constexpr = HAS_WINDOW or bounds_ptr is not None
+    q = _load_rows(q_ptr, b, h, first, stride_qb, stride_qt, stride_qh, mask_t, LOAD_P, CHUNKS_P, BLOCK_M)
+    do = _load_rows(do_ptr, b, h, first, stride_dob, stride_dot, stride_doh, mask_t, LOAD_PV, CHUNKS_PV, BLOCK_M)
     if q_pos_ptr is not None:
         q_pos_ptr += (b.to(tl.int64) * T * H + h) * F
     if padding_ptr is not None:
@@ -616,7 +597,7 @@ def _attention_bwd_dq_kernel(
             dlse = tl.where(lse == float("inf"), 0.0, tl.load(dlse_ptr + rows, mask=mask_t, other=0.0))
         if not EXACT:
             lse *= 1.4426950408889634
-            o = _load_rows(o_ptr, None, b, h, first, stride_ob, stride_ot, stride_oh, mask_t, PV, CHUNKS_PV, BLOCK_M, False)
+            o = _load_rows(o_ptr, b, h, first, stride_ob, stride_ot, stride_oh, mask_t, PV, CHUNKS_PV, BLOCK_M)
             delta -= dlse
             for i in tl.static_range(len(CHUNKS_PV)):
                 delta += tl.sum(do[i].to(tl.float32) * o[i].to(tl.float32), 1)
@@ -629,7 +610,6 @@ def _attention_bwd_dq_kernel(
             norm = tl.load(stats_ptr + 2 * plane, mask=mask_t, other=0.0)
             dlse = tl.load(stats_ptr + 3 * plane, mask=mask_t, other=0.0)
 
-    LOW: tl.constexpr = HAS_WINDOW or bounds_ptr is not None
     offs_o = tl.program_id(1) * BLOCK_FO + tl.arange(0, BLOCK_FO)
     total = tl.zeros((BLOCK_M,), tl.float32)
     if OUT == "delta":
@@ -639,20 +619,35 @@ def _attention_bwd_dq_kernel(
     else:
         acc = (_zeros(BLOCK_M, BLOCK_FO),)
     start, count, begin, end = _tiles(low, high, BLOCK_N, padding_ptr is not None)
-    for i in range(count - (end - begin)):
-        acc, total = _dq_step(
-            acc, total, start + _masked_tile(i, begin, end) * BLOCK_N, q, do, lse, delta, dlse, norm, low, high, b, h // GROUP,
-            k_ptr, k_tail, v_ptr, v_tail, q_pos_ptr, k_pos_ptr, padding_ptr, offs_t, offs_o, T, S, unit, H, F, stride_kb, stride_kt,
-            stride_kh, stride_vb, stride_vt, stride_vh, P, PV, CHUNKS_P, CHUNKS_PV, PRECISION, EXACT, TMA, BLOCK_N, BLOCK_F, OUT, LOW, True,
-        )  # fmt: skip
-    if padding_ptr is None:
-        for i in range(begin, end):
-            acc, total = _dq_step(
-                acc, total, start + i * BLOCK_N, q, do, lse, delta, dlse, norm, low, high, b, h // GROUP,
-                k_ptr, k_tail, v_ptr, v_tail, q_pos_ptr, k_pos_ptr, None, offs_t, offs_o, T, S, unit, H, F, stride_kb, stride_kt,
-                stride_kh, stride_vb, stride_vt, stride_vh, P, PV, CHUNKS_P, CHUNKS_PV, PRECISION, EXACT, TMA,
-                BLOCK_N, BLOCK_F, OUT, LOW, False,
-            )  # fmt: skip
+    for MASKED in tl.static_range(1, -1, -1):
+        for i in range(count - (end - begin) if MASKED else end - begin):
+            n = start + _nth(i, begin, end, MASKED) * BLOCK_N
+            offs_n = n + tl.arange(0, BLOCK_N)
+            keep = _kept_keys(padding_ptr, offs_n, S) if MASKED else None
+            k = _load_rows(k_ptr, b, hk, n, stride_kb, stride_kt, stride_kh, keep, LOAD_P, CHUNKS_P, BLOCK_N)
+            s = _dot_rows(q, k, CHUNKS_P, PRECISION)  # [BLOCK_M, BLOCK_N]
+            if q_pos_ptr is not None:
+                s = _add_position(
+                    s, q_pos_ptr, H * F, offs_t, mask_t, k_pos_ptr, F, offs_n, offs_n < S, F, BLOCK_F, PRECISION
+                )  # fmt: skip
+            visible = _visible_keys(n, low, high, keep, padding_ptr, LOW, BLOCK_N) if MASKED else None
+            p = _probability(s, lse[:, None], norm[:, None], visible, unit, EXACT, MASKED)
+            v = _load_rows(v_ptr, b, hk, n, stride_vb, stride_vt, stride_vh, keep, LOAD_PV, CHUNKS_PV, BLOCK_N)
+            dp = _dot_rows(do, v, CHUNKS_PV, PRECISION)
+            if OUT == "delta":
+                total += tl.sum(p, 1)
+                acc = (acc[0] + tl.sum(p * dp, 1),)
+            else:
+                ds = dp - delta[:, None]
+                if EXACT:
+                    ds += dlse[:, None]
+                ds *= p
+                if OUT == "dq":
+                    acc = _add_dots(acc, ds.to(k[0].dtype), k, CHUNKS_P, PRECISION)
+                else:
+                    k_pos_ptrs = k_pos_ptr + offs_n.to(tl.int64)[:, None] * F + offs_o[None, :]
+                    k_pos = tl.load(k_pos_ptrs, mask=(offs_n < S)[:, None] & (offs_o < F)[None, :], other=0.0)
+                    acc = (tl.dot(ds.to(k_pos.dtype), k_pos, acc[0], input_precision=PRECISION),)
 
     if OUT == "delta":
         total = tl.where(total == 0.0, 1.0, total)
@@ -688,45 +683,63 @@ def _exact(dtype: torch.dtype, precision: str) -> bool:
     return dtype == torch.float32 and precision == "ieee"
 
 
+def _aligned(x: Tensor) -> bool:
+    return x.data_ptr() % 16 == 0 and all(stride > 0 and stride * x.element_size() % 16 == 0 for stride in x.stride()[:3])
+
+
+def _rows(x: Tensor) -> Tensor:
+    """As `common.rows`. 16-bit rows that do not start on 16 bytes, like those of width 100, get a copy with zeros to the next
+    multiple of 8 channels: to load them in pieces costs more."""
+    x = rows(x)
+    if x.element_size() == 4 or _aligned(x):
+        return x
+    channels = -x.shape[-1] % 8
+    return torch.nn.functional.pad(x, (0, channels)) if channels else x.clone(memory_format=torch.contiguous_format)
+
+
 def _chunks(width: int, dtype: torch.dtype) -> tuple[int, ...]:
-    """The head width as powers of two, 80 = 64 + 16: what a tile spans."""
+    """The head width as one or two powers of two, 80 = 64 + 16: what a tile spans."""
     chunk = next_power_of_2(width)
     if dtype != torch.float32 and chunk >= 64 and width <= chunk // 2 + chunk // 4:
         return chunk // 2, next_power_of_2(width - chunk // 2)
     return (chunk,)
 
 
-def _sources(x: Tensor, chunks: tuple[int, ...], rows: int, tma: bool):
-    """What `_load_rows` takes for x: its pointer, or the descriptors of its chunks."""
-    if not tma:
-        return x, None
-    descriptors = [TensorDescriptor(x, list(x.shape), list(x.stride()), [1, rows, 1, chunk]) for chunk in chunks]
+def _hopper(x: Tensor) -> bool:
+    if x.is_meta:
+        target = triton.runtime.driver.active.get_current_target()
+        return target.backend == "cuda" and target.arch // 10 == 9
+    return not INTERPRET and not torch.version.hip and torch.cuda.get_device_capability(x.device)[0] == 9
+
+
+def _fetchable(x: Tensor) -> bool:
+    """Whether Hopper's copy engine can fetch the rows of x."""
+    return x.element_size() == 2 and x.numel() > 0 and _aligned(x)
+
+
+def _descriptors(x: Tensor, chunks: tuple[int, ...], block: int):
+    """For `_fetch_rows`: of the first chunk and of the second, if there is one."""
+    descriptors = [TensorDescriptor(x, list(x.shape), list(x.stride()), [1, block, 1, chunk]) for chunk in chunks]
     return descriptors[0], descriptors[1] if len(chunks) == 2 else None
 
 
-def _aligned(*tensors: Tensor) -> bool:
-    """Whether Hopper's copy engine can fetch rows of these tensors."""
-    return all(x.data_ptr() % 16 == 0 and all(s * x.element_size() % 16 == 0 for s in x.stride()[:3]) for x in tensors)
-
-
 def _config(kernel: str, q: Tensor, k: Tensor, v: Tensor, q_pos: Tensor | None) -> dict[str, int]:
-    """The kernel's tiles, no larger than the problem; wide heads take half the rows and no prefetch, and where position
-    channels need registers too, the threads of 8 warps share them."""
-    config = dict(tuning.lookup(CONFIGS[kernel], q.dtype, INTERPRET))
-    width = max(next_power_of_2(q.shape[-1]), next_power_of_2(v.shape[-1]))
-    if q_pos is not None:
-        config["num_warps"] = 8
-    if width > 128 and not INTERPRET:
-        config["BLOCK_M"] = max(16, config["BLOCK_M"] // 2)
-        config["BLOCK_N"] = max(16, config["BLOCK_N"] // 2)
-        config["num_stages"] = 1
-    config["BLOCK_M"] = min(config["BLOCK_M"], next_power_of_2(q.shape[1]))
-    config["BLOCK_N"] = min(config["BLOCK_N"], next_power_of_2(k.shape[1]))
+    """The kernel's tiles, no larger than the problem."""
+    configs, width = CONFIGS[kernel], max(q.shape[-1], v.shape[-1])
+    if INTERPRET or q.dtype == torch.float32:
+        config = dict(tuning.lookup(configs, q.dtype, INTERPRET))
+        if width > 128 and not INTERPRET:
+            config |= {"BLOCK_M": max(16, config["BLOCK_M"] // 2), "BLOCK_N": max(16, config["BLOCK_N"] // 2)}
+    elif q_pos is not None:
+        config = configs["half_xl"]
+    elif _hopper(q):
+        config = next(tile for widest, tile in configs["hopper"] if width <= widest)
+    else:
+        config = configs["half" if width <= 128 else "half_wide"]
     F = 0 if q_pos is None else q_pos.shape[-1]
-    for name in ("BLOCK_F", "BLOCK_FO"):
-        if name in config:
-            config[name] = min(config[name], next_power_of_2(F))
-    return config
+    limits = {"BLOCK_M": q.shape[1], "BLOCK_N": k.shape[1], "BLOCK_F": F, "BLOCK_FO": F}
+    config = {"BLOCK_F": 16} | config
+    return {name: min(value, next_power_of_2(limits[name])) if name in limits else value for name, value in config.items()}
 
 
 def _attention_forward_fake(q, k, v, q_pos, k_pos, key_padding_mask, cu_seqlens, causal, window, scale, precision):
@@ -759,20 +772,18 @@ def attention_forward(
     if scale <= 0:  # the kernel takes the maximum before it multiplies
         sign = -1.0 if scale < 0 else 0.0
         q, q_pos, scale = q * sign, None if q_pos is None else q_pos * sign, abs(scale) or 1.0
-    q, k, v = rows(q), rows(k), rows(v)
+    q, k, v = _rows(q), _rows(k), _rows(v)
     q_pos = None if q_pos is None else q_pos.contiguous()
     k_pos = None if k_pos is None else k_pos.contiguous()
     config = _config("attention_forward", q, k, v, q_pos)
-    tma = TMA and _aligned(k, v) and key_padding_mask is None
-    chunks_p, chunks_pv = _chunks(P, q.dtype), _chunks(PV, q.dtype)
-    sources = *_sources(k, chunks_p, config["BLOCK_N"], tma), *_sources(v, chunks_pv, config["BLOCK_N"], tma)
     launch(
         _attention_fwd_kernel, (cdiv(T, config["BLOCK_M"]) * B * H,),
-        q, *sources, q_pos, k_pos, _padding(key_padding_mask), _sequence_bounds(cu_seqlens, T), o, lse,
+        q, k, v, q_pos, k_pos, _padding(key_padding_mask), _sequence_bounds(cu_seqlens, T), o, lse,
         T, S, H, 0 if q_pos is None else q_pos.shape[-1], min(window, T + S),
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *o.stride()[:3], scale,
-        P=P, PV=PV, GROUP=H // Hkv, IS_CAUSAL=causal, HAS_WINDOW=window > 0, PRECISION=precision,
-        EXACT=_exact(q.dtype, precision), TMA=tma, CHUNKS_P=chunks_p, CHUNKS_PV=chunks_pv, **config,
+        LOAD_P=min(q.shape[-1], k.shape[-1]), LOAD_PV=v.shape[-1], PV=PV, GROUP=H // Hkv, IS_CAUSAL=causal,
+        HAS_WINDOW=window > 0, PRECISION=precision, EXACT=_exact(q.dtype, precision),
+        CHUNKS_P=_chunks(P, q.dtype), CHUNKS_PV=_chunks(PV, q.dtype), **config,
     )  # fmt: skip
     return o, lse
 
@@ -812,41 +823,43 @@ def attention_backward(
     dq, dk = first.split([q.shape[2], k.shape[2]], 2) if joint else (first, second)
     B, T, H, P = q.shape
     S, Hkv, PV = k.shape[1], k.shape[2], v.shape[3]
-    do, q, k, v, o = rows(do), rows(q), rows(k), rows(v), rows(o)
+    do, q, k, v, o, lse = _rows(do), _rows(q), _rows(k), _rows(v), rows(o), lse.contiguous()
     q_pos = None if q_pos is None else q_pos.contiguous()
     k_pos = None if k_pos is None else k_pos.contiguous()
     dlse = None if dlse is None else dlse.contiguous()
     exact = _exact(q.dtype, precision)
-    stats = lse.new_empty((4 if exact else 2) * B * H, cdiv(T, 16) * 16)  # B * H rows each of lse, delta; norm, dlse
+    # B * H rows each of lse and delta, and for EXACT of norm and dlse
+    stats = lse.new_empty((4 if exact else 2) * B * H, cdiv(T, 16) * 16)
 
     masks = (_padding(key_padding_mask), _sequence_bounds(cu_seqlens, T))
-    chunks_p, chunks_pv = _chunks(P, q.dtype), _chunks(PV, q.dtype)
-    tma = TMA and _aligned(do, q, k, v) and key_padding_mask is None
     strides = (*do.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
     scalars = (T, S, H, 0 if q_pos is None else q_pos.shape[-1], min(window, T + S), *strides)
+    chunks_p, chunks_pv = _chunks(P, q.dtype), _chunks(PV, q.dtype)
     flags = dict(
-        P=P, PV=PV, GROUP=H // Hkv, IS_CAUSAL=causal, HAS_WINDOW=window > 0, PRECISION=precision,
-        EXACT=exact, CHUNKS_P=chunks_p, CHUNKS_PV=chunks_pv,
+        P=P, PV=PV, LOAD_P=min(q.shape[-1], k.shape[-1]), LOAD_PV=min(do.shape[-1], v.shape[-1]), GROUP=H // Hkv,
+        IS_CAUSAL=causal, HAS_WINDOW=window > 0, PRECISION=precision, EXACT=exact,
+        CHUNKS_P=chunks_p, CHUNKS_PV=chunks_pv,
     )  # fmt: skip
 
-    def launch_dq(out: Tensor, name: str, kind: str) -> None:
-        config = {"BLOCK_FO": 16} | _config(kind, q, k, v, q_pos)
+    def launch_dq(out: Tensor, name: str) -> None:
+        config = {"BLOCK_FO": 16} | _config("attention_dq_pos" if name == "dq_pos" else "attention_dq", q, k, v, q_pos)
         grid = (cdiv(T, config["BLOCK_M"]) * B * H, cdiv(out.shape[-1], config["BLOCK_FO"]) if name == "dq_pos" else 1)
-        sources = *_sources(k, chunks_p, config["BLOCK_N"], tma), *_sources(v, chunks_pv, config["BLOCK_N"], tma)
-        arguments = (do, q, *sources, q_pos, k_pos, *masks, o, lse.contiguous(), dlse, stats, out)
+        arguments = (do, q, k, v, q_pos, k_pos, *masks, o, lse, dlse, stats, out)
         strides = (*o.stride()[:3], *out.stride()[:3])
-        launch(_attention_bwd_dq_kernel, grid, *arguments, *scalars, *strides, scale, **flags, TMA=tma, **config, OUT=name)
+        launch(_attention_bwd_dq_kernel, grid, *arguments, *scalars, *strides, scale, **flags, **config, OUT=name)
 
     if exact:
-        launch_dq(dq, "delta", "attention_dq")
-    launch_dq(dq, "dq", "attention_dq")
-    config = _config("attention_dkdv", q, k, v, q_pos)
-    grid = (cdiv(S, config["BLOCK_N"]) * B * Hkv,)
-    sources = *_sources(do, chunks_pv, config["BLOCK_M"], tma), *_sources(q, chunks_p, config["BLOCK_M"], tma)
-    rows_of_stats = TensorDescriptor(stats, list(stats.shape), list(stats.stride()), [1, config["BLOCK_M"]]) if tma else stats
+        launch_dq(dq, "delta")
+    launch_dq(dq, "dq")
+    tma = _hopper(q) and q_pos is None and key_padding_mask is None and all(_fetchable(x) for x in (do, q))
+    config = _config("attention_dkdv_tma" if tma else "attention_dkdv", q, k, v, q_pos)
+    block = config["BLOCK_M"]
+    sources = (*_descriptors(do, chunks_pv, block), *_descriptors(q, chunks_p, block)) if tma else (do, None, q, None)
+    rows_of_stats = TensorDescriptor(stats, list(stats.shape), list(stats.stride()), [1, block]) if tma else stats
     arguments = (*sources, k, v, q_pos, k_pos, *masks, rows_of_stats, dk, dv)
     strides = (*dk.stride()[:3], *dv.stride()[:3])
+    grid = (cdiv(S, config["BLOCK_N"]) * B * Hkv,)
     launch(_attention_bwd_dkdv_kernel, grid, *arguments, *scalars, *strides, scale, **flags, TMA=tma, **config)
     if q_pos is not None:
-        launch_dq(dq_pos, "dq_pos", "attention_dq_pos")
+        launch_dq(dq_pos, "dq_pos")
     return first, second, dv, dq_pos

@@ -26,10 +26,9 @@ NOTE [Partial sums]
 
 NOTE [Counting sort]
     The routing plan is three stable sorts of every side: the routes by expert, the (token, head) rows by the set of experts that
-    they chose, the tokens by their signature (sets.py says what these are for). Each head is a problem of its own, as its items
-    have their fixed place, and all problems share two launches: the first counts the keys of each chunk of tokens, the second
-    adds up the counts of all chunks before its own and places the chunk's items in turn. Keys are computed from the experts
-    whenever they are needed; they are never stored.
+    they chose, the tokens by their signature (sets.py says what these are for). Keys are few, so all sorts are counted, in the
+    same three launches: how often each key occurs in each chunk of tokens; the sums over the chunks before each; each item's
+    place, which is where its key begins, what the earlier chunks hold of it, and its rank among its like in the chunk.
     A set's key is its rank in the revolving-door order (Knuth, The Art of Computer Programming 4A, 7.2.1.3, algorithm R), in
     which neighbours differ in one expert. A signature's digits are the ranks of the heads, and a digit runs backwards where the
     digits before it make an odd number (reflected Gray code), so neighbouring signatures differ in one expert too. Signatures
@@ -50,19 +49,16 @@ from .common import INTERPRET, cdiv, launch, next_power_of_2, opaque, rows, unif
 MAX_EXPERTS = 1024  # per head: one tile holds all logits of a head
 MAX_SIGNATURES = 512
 MAX_COLUMNS = 64  # of logits a program of several heads computes
-FEW_KEYS = tl.constexpr(32)  # sorted with a column of counts a key; more by comparing items
-CHUNKS, MIN_CHUNK = 64, 128  # of the tokens of a side: every program of the second launch reads the counts of all
+MAX_COUNTED = 64  # experts of all heads
+CHUNK, ROWS = 64, 16  # tokens of a side that a program of the plan takes, and how many experts or sets
 
 CONFIGS = {
     "gating_fwd": {
-        "half": {"BLOCK_N": 64, "BLOCK_D": 64, "PARTS": 2, "num_warps": 4, "num_stages": 3},
+        "half": {"BLOCK_N": 64, "BLOCK_D": 64, "PARTS": 2, "num_warps": 4, "num_stages": 4},
         "float32": {"BLOCK_N": 32, "BLOCK_D": 32, "PARTS": 2, "num_warps": 4, "num_stages": 2},
         "interpret": {"BLOCK_N": 512, "BLOCK_D": 64, "PARTS": 2, "num_warps": 1, "num_stages": 1},
     },
 }
-
-
-PLAN_CONFIG = {"FEW": 512, "MANY": 128, "TILE": 8192, "num_warps": 4}
 
 
 class Plan(NamedTuple):
@@ -82,7 +78,7 @@ class Plan(NamedTuple):
 
 @triton.jit
 def _selection_key(logits, offs_e, E, survived):
-    """int64, of the logits' shape, see NOTE [Selection key]."""
+    """int64, see NOTE [Selection key]."""
     bits = tl.where(logits == 0.0, 0.0, logits).to(tl.int32, bitcast=True)
     ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64) + 2147483648  # [0, 2**32), monotonic
     ordered = tl.where(logits != logits, 0, ordered)
@@ -130,7 +126,7 @@ def _gating_fwd_kernel(
     logits = tl.reshape(logits, (BLOCK_N, HEADS, BLOCK_E))
     head = head0 + tl.arange(0, HEADS)
     side, h = head // H, head % H
-    row = (side[None, :] * N.to(tl.int64) + offs_n[:, None]) * H + h[None, :]  # of the outputs [SIDES, N, H, ...]
+    row = (side.to(tl.int64)[None, :] * N + offs_n[:, None]) * H + h[None, :]  # of the outputs [SIDES, N, H, ...]
     mask_r = mask_n[:, None] & (head < SIDES * H)[None, :]
     offs_e = tl.arange(0, BLOCK_E)[None, None, :]
     tl.store(logits_ptr + row[:, :, None] * E + offs_e, logits, mask=mask_r[:, :, None] & (offs_e < E))
@@ -229,117 +225,139 @@ def _set_rank(experts_ptrs, mask, TOP_K: tl.constexpr, SETS: tl.constexpr):
 
 
 @triton.jit
-def _key(
-    experts_ptr, n, mask, h, KIND: tl.constexpr, H: tl.constexpr, TOP_K: tl.constexpr, SETS: tl.constexpr,
-    SORTED_HEADS: tl.constexpr, DIVISOR: tl.constexpr,
+def _plan_count_kernel(
+    experts_ptr, keys_ptr, counts_ptr, N, chunks,
+    SORT_SETS: tl.constexpr, H: tl.constexpr, E: tl.constexpr, TOP_K: tl.constexpr, SETS: tl.constexpr,
+    SORTED_HEADS: tl.constexpr, DIVISOR: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """The rank of the set that head h of token n chose, or the token's signature."""
-    if KIND == "sets":
-        key = _set_rank(experts_ptr + (n * H + h) * TOP_K, mask, TOP_K, SETS)
-    else:
-        key = mask.to(tl.int32) * 0
-        for head in tl.static_range(SORTED_HEADS):
-            rank = _set_rank(experts_ptr + (n * H + head) * TOP_K, mask, TOP_K, SETS)
-            key = key * SETS + tl.where(key % 2 == 1, SETS - 1 - rank, rank)
-        key = key // DIVISOR
-    return key
+    """counts[side, chunk]: how many of the chunk's items have each key; keys[side]: set ranks [N, H], then signatures [N]."""
+    route_blocks: tl.constexpr = (H * E + ROWS - 1) // ROWS
+    problems: tl.constexpr = route_blocks + 1 if SORT_SETS else route_blocks
+    chunk = tl.program_id(0) // problems % chunks
+    problem = tl.program_id(0) % problems
+    side = (tl.program_id(0) // problems // chunks).to(tl.int64)
+    n = chunk * CHUNK + tl.arange(0, CHUNK)
+    mask = n < N
+    experts_ptr += side * N * (H * TOP_K)
+    counts_ptr += (side * chunks + chunk) * COLUMNS
+    if problem < route_blocks:
+        row = problem * ROWS + tl.arange(0, ROWS)
+        mask_row = row < H * E
+        count = tl.zeros((ROWS, CHUNK), tl.int32)
+        for j in range(TOP_K):
+            e_ptrs = experts_ptr + (n[None, :] * H + (row // E)[:, None]) * TOP_K + j
+            e = tl.load(e_ptrs, mask=mask_row[:, None] & mask[None, :], other=-1)
+            count += (e == (row % E)[:, None]).to(tl.int32)
+        tl.store(counts_ptr + row, tl.sum(count, axis=1), mask=mask_row)
+    elif SORT_SETS:
+        keys_ptr += side * N * (H + 1)
+        signature = tl.zeros((CHUNK,), tl.int32)
+        for h in range(H):
+            rank = _set_rank(experts_ptr + (n * H + h) * TOP_K, mask, TOP_K, SETS)
+            tl.store(keys_ptr + n * H + h, rank, mask=mask)
+            tl.atomic_add(counts_ptr + H * E + h * SETS + rank, 1, mask=mask, sem="relaxed")
+            digit = tl.where(signature % 2 == 1, SETS - 1 - rank, rank)
+            signature = tl.where(h < SORTED_HEADS, signature * SETS + digit, signature)
+        signature = signature // DIVISOR
+        tl.store(keys_ptr + N * H + n, signature, mask=mask)
+        tl.atomic_add(counts_ptr + H * (E + SETS) + signature, 1, mask=mask, sem="relaxed")
 
 
 @triton.jit
-def _sort(
-    experts_ptr, keys_ptr, counts_ptr, order_ptr, offsets_ptr, N, chunk, chunks, first, end, h,
-    KIND: tl.constexpr, PLACE: tl.constexpr, H: tl.constexpr, TOP_K: tl.constexpr, SETS: tl.constexpr,
-    SORTED_HEADS: tl.constexpr, DIVISOR: tl.constexpr, COLUMNS: tl.constexpr,
-    W: tl.constexpr, KEYS: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr,
+def _plan_sum_kernel(
+    counts_ptr, totals_ptr, chunks, COLUMNS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr
 ):  # fmt: skip
-    """Count the keys of the tokens first ... end - 1, or write these tokens' W items each to their places in order."""
+    """Each count becomes the sum of the chunks before its own; totals[side] are the sums of all."""
+    blocks: tl.constexpr = (COLUMNS + BLOCK_K - 1) // BLOCK_K
+    side = (tl.program_id(0) // blocks).to(tl.int64)
+    offs_k = tl.program_id(0) % blocks * BLOCK_K + tl.arange(0, BLOCK_K)
+    mask_k = offs_k < COLUMNS
+    total = tl.zeros((BLOCK_K,), tl.int32)
+    for c in range(0, chunks, BLOCK_C):
+        offs_c = c + tl.arange(0, BLOCK_C)
+        mask = (offs_c < chunks)[:, None] & mask_k[None, :]
+        ptrs = counts_ptr + (side * chunks + offs_c)[:, None] * COLUMNS + offs_k[None, :]
+        count = tl.load(ptrs, mask=mask, other=0)
+        tl.store(ptrs, total[None, :] + tl.cumsum(count, 0) - count, mask=mask)
+        total += tl.sum(count, axis=0)
+    tl.store(totals_ptr + side * COLUMNS + offs_k, total, mask=mask_k)
+
+
+@triton.jit
+def _first_place(totals_ptr, row, KEYS: tl.constexpr, BLOCK_KEYS: tl.constexpr):
+    """Where the items of key `row` begin."""
     offs_k = tl.arange(0, BLOCK_KEYS)
-    mask_k = offs_k < KEYS
-    base = tl.zeros((BLOCK_KEYS,), tl.int32)
-    if PLACE:
-        total = tl.zeros((BLOCK_KEYS,), tl.int32)
-        for c in range(0, chunks, BLOCK_C):
-            offs_c = c + tl.arange(0, BLOCK_C)
-            counts_ptrs = counts_ptr + offs_c[:, None] * COLUMNS + offs_k[None, :]
-            counts = tl.load(counts_ptrs, mask=(offs_c < chunks)[:, None] & mask_k[None, :], other=0)
-            total += tl.sum(counts, axis=0)
-            base += tl.sum(tl.where((offs_c < chunk)[:, None], counts, 0), axis=0)
-        begin = h * N * W + tl.cumsum(total, 0) - total
-        base += begin
-        if KIND != "tokens":
-            if chunk == 0:
-                tl.store(offsets_ptr + h * KEYS + offs_k, begin, mask=mask_k)
-                tl.store(offsets_ptr + H * KEYS, H * N * W)
-
-    offs = tl.arange(0, BLOCK)
-    for start in range(first * W, end * W, BLOCK):
-        i = start + offs
-        mask = i < end * W
-        item = i if KIND == "tokens" else (i // W * H + h) * W + i % W
-        if PLACE or KIND == "routes":
-            key = tl.load(keys_ptr + item, mask=mask, other=0)
-        else:
-            key = _key(experts_ptr, i, mask, h, KIND, H, TOP_K, SETS, SORTED_HEADS, DIVISOR)
-            tl.store(keys_ptr + item, key, mask=mask)
-        if BLOCK_KEYS <= FEW_KEYS:
-            here = (offs_k[:, None] == key[None, :]) & mask[None, :]  # scans are cheap along the last axis
-            if PLACE:
-                place = tl.sum(tl.where(here, base[:, None] + tl.cumsum(here.to(tl.int32), 1) - 1, 0), axis=0)
-            count = tl.sum(here.to(tl.int32), axis=1)
-        else:
-            if PLACE:
-                earlier = (key[:, None] == key[None, :]) & (offs[:, None] < offs[None, :])
-                place = tl.gather(base, key, 0) + tl.sum(earlier.to(tl.int32), axis=0)
-            digit0 = (tl.arange(0, BLOCK_KEYS // 16)[:, None] == (key // 16)[None, :]) & mask[None, :]
-            digit1 = (key % 16)[:, None] == tl.arange(0, 16)[None, :]
-            pairs = tl.dot(digit0.to(tl.float16), digit1.to(tl.float16))  # a histogram of two digits, exact
-            count = tl.reshape(pairs.to(tl.int32), (BLOCK_KEYS,))
-        if PLACE:
-            tl.store(order_ptr + place, item, mask=mask)
-        base += count
-    if not PLACE:
-        tl.store(counts_ptr + chunk * COLUMNS + offs_k, base, mask=mask_k)
+    total = tl.load(totals_ptr + offs_k, mask=offs_k < KEYS, other=0)
+    return tl.sum(tl.where(offs_k[None, :] < row[:, None], total[None, :], 0), axis=1)
 
 
 @triton.jit
-def _plan_kernel(
-    experts_ptr, keys_ptr, counts_ptr, order_ptr, offsets_ptr, set_order_ptr, set_offsets_ptr, token_order_ptr, N, CHUNK, chunks,
-    PLACE: tl.constexpr, SORT_SETS: tl.constexpr, H: tl.constexpr, E: tl.constexpr, TOP_K: tl.constexpr, SETS: tl.constexpr,
-    SORTED_HEADS: tl.constexpr, DIVISOR: tl.constexpr, SIGNATURES: tl.constexpr, COLUMNS: tl.constexpr,
-    BLOCK_E: tl.constexpr, BLOCK_SETS: tl.constexpr, BLOCK_SIGNATURES: tl.constexpr,
-    FEW: tl.constexpr, MANY: tl.constexpr, TILE: tl.constexpr,
+def _plan_place_kernel(
+    experts_ptr, keys_ptr, counts_ptr, totals_ptr,
+    order_ptr, offsets_ptr, set_order_ptr, set_offsets_ptr, token_order_ptr, N, chunks,
+    SORT_SETS: tl.constexpr, H: tl.constexpr, E: tl.constexpr, TOP_K: tl.constexpr, SETS: tl.constexpr,
+    SIGNATURES: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_HE: tl.constexpr, BLOCK_SETS: tl.constexpr, BLOCK_SIGNATURES: tl.constexpr,
 ):  # fmt: skip
-    problems: tl.constexpr = 2 * H + 1 if SORT_SETS else H
-    pid = tl.program_id(0)
-    chunk = pid % chunks
-    problem = pid // chunks % problems
-    side = (pid // chunks // problems).to(tl.int64)
-    first = chunk * CHUNK
-    end = tl.minimum(first + CHUNK, N)
+    """Write each item of the chunk to its place."""
+    route_blocks: tl.constexpr = (H * E + ROWS - 1) // ROWS
+    set_blocks: tl.constexpr = (H * SETS + ROWS - 1) // ROWS if SORT_SETS else 0
+    problems: tl.constexpr = route_blocks + set_blocks + 1 if SORT_SETS else route_blocks
+    chunk = tl.program_id(0) // problems % chunks
+    problem = tl.program_id(0) % problems
+    side = (tl.program_id(0) // problems // chunks).to(tl.int64)
+    offs = tl.arange(0, CHUNK)
+    n = chunk * CHUNK + offs
+    mask = n < N
     experts_ptr += side * N * (H * TOP_K)
     keys_ptr += side * N * (H + 1)
-    counts_ptr += side * chunks * COLUMNS
-    if problem < H:
-        _sort(
-            experts_ptr, experts_ptr, counts_ptr + problem * E,
-            order_ptr + side * N * (H * TOP_K), offsets_ptr + side * (H * E + 1), N, chunk, chunks, first, end, problem,
-            "routes", PLACE, H, TOP_K, SETS, SORTED_HEADS, DIVISOR, COLUMNS,
-            TOP_K, E, BLOCK_E, FEW if BLOCK_E <= FEW_KEYS else MANY, TILE // BLOCK_E,
-        )  # fmt: skip
-    elif problem < 2 * H:
-        _sort(
-            experts_ptr, keys_ptr, counts_ptr + H * E + (problem - H) * SETS,
-            set_order_ptr + side * N * H, set_offsets_ptr + side * (H * SETS + 1), N, chunk, chunks, first, end, problem - H,
-            "sets", PLACE, H, TOP_K, SETS, SORTED_HEADS, DIVISOR, COLUMNS,
-            1, SETS, BLOCK_SETS, FEW if BLOCK_SETS <= FEW_KEYS else MANY, TILE // BLOCK_SETS,
-        )  # fmt: skip
+    counts_ptr += (side * chunks + chunk) * COLUMNS
+    totals_ptr += side * COLUMNS
+    if problem < route_blocks:
+        row = problem * ROWS + tl.arange(0, ROWS)
+        mask_row = row < H * E
+        mask_tile = mask_row[:, None] & mask[None, :]
+        count = tl.zeros((ROWS, CHUNK), tl.int32)
+        first_route = (n[None, :] * H + (row // E)[:, None]) * TOP_K
+        for j in range(TOP_K):
+            e = tl.load(experts_ptr + first_route + j, mask=mask_tile, other=-1)
+            count += (e == (row % E)[:, None]).to(tl.int32)
+        begin = _first_place(totals_ptr, row, H * E, BLOCK_HE)
+        base = begin + tl.load(counts_ptr + row, mask=mask_row, other=0)
+        place = base[:, None] + tl.cumsum(count, 1) - count
+        order_ptr += side * N * (H * TOP_K)
+        for j in range(TOP_K):
+            e = tl.load(experts_ptr + first_route + j, mask=mask_tile, other=-1)
+            here = e == (row % E)[:, None]
+            tl.store(order_ptr + place, first_route + j, mask=here)
+            place += here.to(tl.int32)
+        if chunk == 0:
+            offsets_ptr += side * (H * E + 1)
+            tl.store(offsets_ptr + row, begin, mask=mask_row)
+            tl.store(offsets_ptr + H * E, N * (H * TOP_K))
+    elif problem < route_blocks + set_blocks:
+        row = (problem - route_blocks) * ROWS + tl.arange(0, ROWS)
+        mask_row = row < H * SETS
+        item = n[None, :] * H + (row // SETS)[:, None]
+        rank = tl.load(keys_ptr + item, mask=mask_row[:, None] & mask[None, :], other=-1)
+        here = rank == (row % SETS)[:, None]
+        begin = _first_place(totals_ptr + H * E, row, H * SETS, BLOCK_SETS)
+        base = begin + tl.load(counts_ptr + H * E + row, mask=mask_row, other=0)
+        place = base[:, None] + tl.cumsum(here.to(tl.int32), 1) - 1
+        tl.store(set_order_ptr + side * N * H + place, item, mask=here)
+        if chunk == 0:
+            set_offsets_ptr += side * (H * SETS + 1)
+            tl.store(set_offsets_ptr + row, begin, mask=mask_row)
+            tl.store(set_offsets_ptr + H * SETS, N * H)
     elif SORT_SETS:
-        _sort(
-            experts_ptr, keys_ptr + N * H, counts_ptr + H * (E + SETS),
-            token_order_ptr + side * N, offsets_ptr, N, chunk, chunks, first, end, 0,
-            "tokens", PLACE, H, TOP_K, SETS, SORTED_HEADS, DIVISOR, COLUMNS,
-            1, SIGNATURES, BLOCK_SIGNATURES, FEW if BLOCK_SIGNATURES <= FEW_KEYS else MANY, TILE // BLOCK_SIGNATURES,
-        )  # fmt: skip
+        key = tl.load(keys_ptr + N * H + n, mask=mask, other=0)
+        earlier = (key[:, None] == key[None, :]) & (offs[:, None] < offs[None, :])
+        offs_k = tl.arange(0, BLOCK_SIGNATURES)
+        mask_k = offs_k < SIGNATURES
+        total = tl.load(totals_ptr + H * (E + SETS) + offs_k, mask=mask_k, other=0)
+        first = tl.cumsum(total, 0) - total + tl.load(counts_ptr + H * (E + SETS) + offs_k, mask=mask_k, other=0)
+        token_place = tl.gather(first, key, 0) + tl.sum(earlier.to(tl.int32), axis=0)
+        tl.store(token_order_ptr + side * N + token_place, n, mask=mask)
 
 
 # ---- launchers
@@ -372,10 +390,13 @@ def gating_forward(
     HEADS = min(next_power_of_2(sides * H, 1), max(1, MAX_COLUMNS // BLOCK_E))
     HEADS = max(HEADS, 16 // BLOCK_E)  # `tl.dot` takes no less than 16 columns
     columns = HEADS * BLOCK_E
+    if columns > 32:
+        config["num_stages"] = min(config["num_stages"], 3)
     if columns > 64 and not INTERPRET:  # a tile of logits stays within the registers, one of sel within shared memory
         config["BLOCK_N"] = max(8 if x.dtype == torch.float32 else 16, min(config["BLOCK_N"], 4096 // columns))
         config["BLOCK_D"] = max(16, min(config["BLOCK_D"], 8192 // columns))
-        config["num_warps"], config["num_stages"] = 8, 1
+        if x.dtype == torch.float32 or columns > 512 or torch.version.hip:  # AMD has 64 KB of shared memory
+            config["num_warps"], config["num_stages"] = 8, 1
     launch(
         _gating_fwd_kernel, (cdiv(N, config["BLOCK_N"]) * cdiv(sides * H, HEADS),),
         x, sel, seed if seed is not None else experts, logits, weights, experts,
@@ -404,7 +425,7 @@ def gating_backward(
     E = logits.shape[-1]
     total = x.new_empty(N, sides * H * E)
     BLOCK_E = next_power_of_2(E, 1)
-    BLOCK_M = 512 if INTERPRET else max(1, 2048 // BLOCK_E)
+    BLOCK_M = 512 if INTERPRET else max(1, 1024 // BLOCK_E)
     launch(
         _gating_bwd_kernel, (cdiv(N * sides * H, BLOCK_M),),
         dweights.contiguous(), weights, experts, logits, logits if dlogits is None else dlogits.contiguous(), total,
@@ -427,37 +448,58 @@ def _routing_plan_fake(experts, n_experts, sets):
     )
 
 
-def _block_keys(count):
-    return next_power_of_2(count, 2 if count <= FEW_KEYS.value else 256)
-
-
 @opaque(_routing_plan_fake)
 def routing_plan(
     experts: torch.Tensor, n_experts: int, sets: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """experts [sides, N, H, TOP_K] -> the fields of a Plan, each with the sides as another first axis. Nothing visits the host."""
+    """experts [sides, N, H, TOP_K] -> the fields of a Plan, each with the sides as another first axis. Nothing visits the host.
+
+    `sets`: whether to sort by sets too, of which there must be few (sets.py).
+    """
     experts = experts.contiguous()
     sides, N, H, TOP_K = experts.shape
     plan = _routing_plan_fake(experts, n_experts, sets)
-    S, heads, signatures = 1, 1, 1
-    if sets:
-        S, heads = math.comb(n_experts, TOP_K), H
-        while heads > 1 and S**heads >= 2**31:  # as many heads as fit an int32: any order is right
-            heads -= 1
-        signatures = S**heads
-    divisor = cdiv(signatures, MAX_SIGNATURES)
-    signatures = cdiv(signatures, divisor)
-    chunk = max(cdiv(cdiv(N, CHUNKS), MIN_CHUNK), 1) * MIN_CHUNK
-    chunks = max(cdiv(N, chunk), 1)
-    columns = H * n_experts + (H * S + signatures if sets else 0)
-    counts = experts.new_empty(sides, chunks, columns)
+    HE = H * n_experts
+    if HE > MAX_COUNTED:
+        return *_sorted_routes(experts, n_experts), *plan[2:]
+    S, heads = math.comb(n_experts, TOP_K) if sets else 1, H
+    while heads > 1 and S**heads >= 2**31:  # as many heads as fit an int32: any order is right
+        heads -= 1
+    divisor = cdiv(S**heads, MAX_SIGNATURES)
+    signatures = cdiv(S**heads, divisor)
+    columns = HE + (H * S + signatures if sets else 0)
+    chunks = max(cdiv(N, CHUNK), 1)
+    counts, totals = experts.new_zeros(sides, chunks, columns), experts.new_empty(sides, columns)
     keys = experts.new_empty(sides, N * (H + 1)) if sets else counts
     meta = {
-        "SORT_SETS": sets, "H": H, "E": n_experts, "TOP_K": TOP_K, "SETS": S, "SORTED_HEADS": heads, "DIVISOR": divisor,
-        "SIGNATURES": signatures, "COLUMNS": columns, "BLOCK_E": _block_keys(n_experts),
-        "BLOCK_SETS": _block_keys(S), "BLOCK_SIGNATURES": _block_keys(signatures),
+        "SORT_SETS": sets, "H": H, "E": n_experts, "TOP_K": TOP_K, "SETS": S, "COLUMNS": columns, "CHUNK": CHUNK, "ROWS": ROWS,
+        "num_warps": 4,
     }  # fmt: skip
-    grid = (sides * (2 * H + 1 if sets else H) * chunks,)
-    for place in (False, True):
-        launch(_plan_kernel, grid, experts, keys, counts, *plan, N, chunk, chunks, PLACE=place, **meta, **PLAN_CONFIG)
+    blocks = cdiv(HE, ROWS)
+    launch(
+        _plan_count_kernel, (sides * chunks * (blocks + sets),),
+        experts, keys, counts, N, chunks, SORTED_HEADS=heads, DIVISOR=divisor, **meta,
+    )  # fmt: skip
+    launch(_plan_sum_kernel, (sides * cdiv(columns, 8),), counts, totals, chunks, COLUMNS=columns, BLOCK_C=256, BLOCK_K=8)
+    launch(
+        _plan_place_kernel, (sides * chunks * (blocks + (cdiv(H * S, ROWS) + 1 if sets else 0)),),
+        experts, keys, counts, totals, *plan, N, chunks,
+        SIGNATURES=signatures, BLOCK_HE=next_power_of_2(HE), BLOCK_SETS=next_power_of_2(H * S),
+        BLOCK_SIGNATURES=next_power_of_2(signatures), **meta,
+    )  # fmt: skip
     return plan
+
+
+def _sorted_routes(experts, n_experts):
+    """order and offsets by torch.sort, which is faster where experts are many."""
+    sides, N, H, TOP_K = experts.shape
+    R, HE = N * H * TOP_K, H * n_experts
+    heads = torch.arange(sides * H, device=experts.device, dtype=torch.int32).view(sides, 1, H, 1) * n_experts
+    dtype = torch.uint8 if sides * HE <= 255 else torch.int16 if sides * HE <= 32767 else torch.int32  # fewer bytes, fewer passes
+    expert, order = torch.sort((experts + heads).reshape(-1).to(dtype), stable=True)
+    groups = torch.arange(sides * HE + 1, device=experts.device, dtype=dtype)
+    order, offsets = order.to(torch.int32).view(sides, R), torch.searchsorted(expert, groups, out_int32=True)
+    if sides == 1:
+        return order, offsets[None]
+    first = torch.arange(sides, device=experts.device, dtype=torch.int32)[:, None] * R
+    return order - first, offsets.unfold(0, HE + 1, HE) - first

@@ -62,12 +62,13 @@ MAX_TOP_K = 4
 
 def fits(N: int, H: int, E: int, TOP_K: int, dtype: torch.dtype) -> bool:
     """Whether these kernels serve a projection, and its plan therefore sorts by sets: those must be few and full."""
-    return dtype != torch.float32 and TOP_K <= MAX_TOP_K and E <= 64 and TILE * math.comb(E, TOP_K) <= N
+    S = math.comb(E, TOP_K)
+    return dtype != torch.float32 and TOP_K <= MAX_TOP_K and H * E <= 64 and H * S <= 512 and TILE * S <= N
 
 
-def joint(H: int, E: int, TOP_K: int) -> bool:
+def joint(E: int, TOP_K: int) -> bool:
     """Whether `spread` takes all heads in one pass: tiles must not visit many experts that few of their rows chose."""
-    return 3 * TOP_K >= E and H * E <= 64
+    return 3 * TOP_K >= E
 
 
 # ---- jit helpers
@@ -419,7 +420,7 @@ def spread(a, w, transposed, s, experts, set_order, token_order, base=None, b=No
     N, H, TOP_K = experts.shape
     E, D = w.shape[0] // H, w.shape[1 if transposed else 2]
     y = a.new_empty(N, D)
-    if joint(H, E, TOP_K):
+    if joint(E, TOP_K):
         packed, visited, place = _pack(a, s, experts, token_order, E)
         _spread(packed, visited, w, transposed, token_order, y, base, b, c)
         return y, packed, place
