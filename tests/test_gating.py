@@ -143,7 +143,7 @@ def test_expanded_tokens(dtype, device):
 @pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
 @pytest.mark.parametrize("N, D, H, E, K", [(37, 41, 2, 5, 3), (20, 24, 3, 13, 4), (9, 30, 1, 40, 3)])
 def test_two_sides_are_two_gates(N, D, H, E, K, dtype, device):
-    """Bitwise, masks included: each side draws from its own stream."""
+    """The choices bitwise, masks included: each side draws from its own stream."""
     x, sel = randn(N, D, device=device, dtype=dtype).detach(), randn(2 * H * E, D, device=device, dtype=dtype).detach()
     seed = torch.tensor(3, device=device)
     both = kernels.gating_forward(x, sel, seed, 2, H, K, "sigmoid", 0.3, 2)
@@ -153,7 +153,8 @@ def test_two_sides_are_two_gates(N, D, H, E, K, dtype, device):
         one = kernels.gating_forward(x, sel_side, seed, 1, H, K, "sigmoid", 0.3, 2 + side)
         assert all(torch.equal(b[side], o[0]) for b, o in zip(both, one, strict=True))
         dlogits_side, _ = kernels.gating_backward(*(g[side : side + 1] for g in grads), x, sel_side, *one, "sigmoid")
-        assert torch.equal(dlogits[:, side * H * E : (side + 1) * H * E], dlogits_side)
+        part = dlogits[:, side * H * E : (side + 1) * H * E]  # compiled apart: one may fuse what the other rounds
+        torch.testing.assert_close(part, dlogits_side, rtol=4 * torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps)
     assert dlogits.dtype == dsel.dtype == dtype
 
 
