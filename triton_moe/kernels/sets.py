@@ -43,7 +43,7 @@ TILE = 128  # rows of one tile in the tables; kernels take it whole or in parts
 CONFIGS = {
     "gather": {
         "half": {"BLOCK_M": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 4},
-        "half_small": {"BLOCK_M": 32, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2},
+        "half_small": {"BLOCK_M": 32, "BLOCK_K": 32, "num_warps": 8, "num_stages": 2},
         "interpret": {"BLOCK_M": 128, "BLOCK_K": 128, "num_warps": 1, "num_stages": 1},
     },
     "spread": {
@@ -288,22 +288,23 @@ def _spread_kernel(
     offs_n = n0 + tl.arange(0, BLOCK_N)
     mask_m, mask_n = offs_m < N, offs_n < D
     n = tl.load(order_ptr + offs_m, mask=mask_m, other=0).to(tl.int64)
+    offs = n[:, None] * D + offs_n[None, :]
+    mask = mask_m[:, None] & mask_n[None, :]
     bits = tl.load(visited_ptr + tile)
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for i in range(_count(bits, HE) * steps):
-        k = i % steps * BLOCK_K
-        a = packed_desc.load([(tile * HE + i // steps) * TILE + m0 % TILE, k])
-        acc = tl.dot(a, _weights(w_desc, _lowest(bits), k, n0, TRANSPOSED, BLOCK_K, BLOCK_N), acc)
-        bits = tl.where(i % steps == steps - 1, bits & (bits - 1), bits)  # to the next expert
+    if base_ptr is None:
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    else:
+        acc = tl.load(base_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     if C > 0:
         offs_c = tl.arange(0, BLOCK_C)
         b = tl.load(b_ptr + n[:, None] * C + offs_c[None, :], mask=mask_m[:, None] & (offs_c < C)[None, :], other=0.0)
         c = tl.load(c_ptr + offs_c[:, None] * D + offs_n[None, :], mask=(offs_c < C)[:, None] & mask_n[None, :], other=0.0)
         acc = tl.dot(b, c, acc)
-    offs = n[:, None] * D + offs_n[None, :]
-    mask = mask_m[:, None] & mask_n[None, :]
-    if base_ptr is not None:
-        acc += tl.load(base_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    for i in range(_count(bits, HE) * steps):
+        k = i % steps * BLOCK_K
+        a = packed_desc.load([(tile * HE + i // steps) * TILE + m0 % TILE, k])
+        acc = tl.dot(a, _weights(w_desc, _lowest(bits), k, n0, TRANSPOSED, BLOCK_K, BLOCK_N), acc)
+        bits = tl.where(i % steps == steps - 1, bits & (bits - 1), bits)  # to the next expert
     tl.store(y_ptr + offs, acc.to(y_ptr.dtype.element_ty), mask=mask)
 
 
@@ -350,7 +351,7 @@ def gather(x, w, transposed, s, experts, order, offsets, a=None, keep=True):
     dot = x.new_empty(0 if a is None else N * H * TOP_K, dtype=torch.float32)
     config = _config("gather", x)
     BLOCK_P, BLOCK_Q = _columns(P)
-    if (BLOCK_P + BLOCK_Q) * min(TOP_K, 2) <= 192 and config["num_warps"] == 8:  # two small tiles on one multiprocessor
+    if (BLOCK_P + BLOCK_Q) * TOP_K <= 192 and config["BLOCK_M"] == 128 and not INTERPRET:  # two tiles on one multiprocessor
         config["num_warps"], config["num_stages"] = 4, 3
     if BLOCK_P + BLOCK_Q > 128:  # as much shared memory as there is
         config["num_stages"] = min(config["num_stages"], 3)
