@@ -30,15 +30,15 @@ NOTE [Head widths]
     on an H200 (bfloat16, causal, N = 32768, T 4096, H 4) 80 channels take 229 us forward in two parts and 311 us as 128.
 
 NOTE [Copy engine]
-    The kernel of dk and dv keeps two accumulators and has few registers left for addresses. On Hopper the copy engine works them
-    out from a descriptor (176 us instead of 195, T 1024, P 128); dq and the forward pass gain nothing from it.
+    Rows are loaded through pointers. Tensor descriptors for Hopper's copy engine saved the kernel of dk and dv registers for
+    addresses (176 us instead of 195 on the H200, T 1024, P 128) and gained nothing elsewhere, but one shape (16-bit rows of 100
+    channels, copied to 104; T 777, S 1500, grouped heads) died with an illegal instruction.
 """
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .. import tuning
 from .common import INTERPRET, cdiv, launch, next_power_of_2, opaque, rows
@@ -71,9 +71,14 @@ CONFIGS = {
     "attention_dkdv": {
         "hopper": (
             (64, _tile(128, 64, 4, 2)),
+            (128, _tile(64, 64, 4, 2)),
+            (160, _tile(32, 64, 4, 2)),
+            (256, _tile(32, 32, 4, 2)),
+        ),
+        "hopper_spare": (  # grouped heads and key padding take registers
+            (64, _tile(128, 64, 4, 2)),
             (96, _tile(64, 64, 4, 2)),
             (128, _tile(32, 128, 8, 3)),
-            (160, _tile(32, 64, 4, 2)),
             (256, _tile(32, 32, 4, 2)),
         ),
         "half": _tile(32, 32, 4, 2),
@@ -81,13 +86,6 @@ CONFIGS = {
         "half_xl": _tile(32, 64, 8, 2, BLOCK_F=32),
         "float32": _tile(16, 32, 8, 1, BLOCK_F=32),
         "interpret": _tile(256, 256, 1, 1, BLOCK_F=256),
-    },
-    "attention_dkdv_tma": {  # the same kernel where Hopper's copy engine can fetch the rows
-        "hopper": (
-            (96, _tile(64, 64, 4, 3)),
-            (160, _tile(64, 64, 4, 2)),
-            (256, _tile(64, 64, 8, 2)),
-        ),
     },
     "attention_dq": {
         "hopper": (
@@ -257,15 +255,6 @@ def _load_rows(
 
 
 @triton.jit
-def _fetch_rows(descriptor, tail, b, h, first, CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
-    """The same through Hopper's copy engine, from a descriptor of each chunk; rows beyond the last are zero."""
-    parts = (descriptor.load([b, first, h, 0]).reshape(BLOCK, CHUNKS[0]),)
-    if len(CHUNKS) == 2:
-        parts = parts + (tail.load([b, first, h, CHUNKS[0]]).reshape(BLOCK, CHUNKS[1]),)
-    return parts
-
-
-@triton.jit
 def _store_rows(
     ptr, x, b, h, first, stride_b, stride_t: tl.constexpr, stride_h: tl.constexpr, mask_rows,
     WIDTH: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr,
@@ -428,25 +417,14 @@ def _attention_fwd_kernel(
 
 
 @triton.jit
-def _pitch(T):
-    """Floats from one row of the statistics to the next: 16-byte aligned, for TMA."""
-    return tl.cdiv(T, 16) * 16
-
-
-@triton.jit
-def _load_stats(
-    stats_ptr, row, t, T, other: tl.constexpr, BLOCK_M: tl.constexpr, TMA: tl.constexpr, MASKED: tl.constexpr
-):  # fmt: skip
-    """A row of the statistics from query t on. With TMA, what lies beyond T is finite and meets rows of zeros."""
-    if TMA:
-        return stats_ptr.load([row, t]).reshape(BLOCK_M)
+def _load_stats(stats_ptr, row, t, T, other: tl.constexpr, BLOCK_M: tl.constexpr, MASKED: tl.constexpr):
+    """BLOCK_M numbers of a row of the statistics, from query t on."""
+    offs_t = t + tl.arange(0, BLOCK_M)
+    ptrs = stats_ptr + row.to(tl.int64) * T + offs_t
+    if MASKED:
+        return tl.load(ptrs, mask=offs_t < T, other=other)
     else:
-        offs_t = t + tl.arange(0, BLOCK_M)
-        ptrs = stats_ptr + row.to(tl.int64) * _pitch(T) + offs_t
-        if MASKED:
-            return tl.load(ptrs, mask=offs_t < T, other=other)
-        else:
-            return tl.load(ptrs)
+        return tl.load(ptrs)
 
 
 @triton.jit
@@ -466,7 +444,7 @@ def _probability(s, lse, norm, visible, scale, EXACT: tl.constexpr, MASKED: tl.c
 
 @triton.jit
 def _attention_bwd_dkdv_kernel(
-    do_ptr, do_tail, q_ptr, q_tail, k_ptr, v_ptr, q_pos_ptr, k_pos_ptr, padding_ptr, bounds_ptr, stats_ptr, dk_ptr, dv_ptr,
+    do_ptr, q_ptr, k_ptr, v_ptr, q_pos_ptr, k_pos_ptr, padding_ptr, bounds_ptr, stats_ptr, dk_ptr, dv_ptr,
     T, S, H: tl.constexpr, F: tl.constexpr, window,
     stride_dob, stride_dot: tl.constexpr, stride_doh: tl.constexpr,
     stride_qb, stride_qt: tl.constexpr, stride_qh: tl.constexpr,
@@ -475,7 +453,7 @@ def _attention_bwd_dkdv_kernel(
     stride_dkb, stride_dkt: tl.constexpr, stride_dkh: tl.constexpr,
     stride_dvb, stride_dvt: tl.constexpr, stride_dvh: tl.constexpr, scale,
     P: tl.constexpr, PV: tl.constexpr, LOAD_P: tl.constexpr, LOAD_PV: tl.constexpr, GROUP: tl.constexpr, IS_CAUSAL: tl.constexpr,
-    HAS_WINDOW: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr, TMA: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
     CHUNKS_P: tl.constexpr, CHUNKS_PV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
@@ -508,10 +486,7 @@ def _attention_bwd_dkdv_kernel(
                 t = start + _nth(i, begin, end, MASKED) * BLOCK_M
                 offs_t = t + tl.arange(0, BLOCK_M)
                 mask_t = offs_t < T if MASKED else None
-                if TMA:
-                    q = _fetch_rows(q_ptr, q_tail, b, h, t, CHUNKS_P, BLOCK_M)
-                else:
-                    q = _load_rows(q_ptr, b, h, t, stride_qb, stride_qt, stride_qh, mask_t, LOAD_P, CHUNKS_P, BLOCK_M)
+                q = _load_rows(q_ptr, b, h, t, stride_qb, stride_qt, stride_qh, mask_t, LOAD_P, CHUNKS_P, BLOCK_M)
                 s = _dot_rows(k, q, CHUNKS_P, PRECISION)  # [BLOCK_N, BLOCK_M]
                 if q_pos_ptr is not None:
                     q_pos = q_pos_ptr + (b.to(tl.int64) * T * H + h) * F
@@ -524,20 +499,17 @@ def _attention_bwd_dkdv_kernel(
                     visible = _visible(tl.arange(0, BLOCK_M)[None, :], low_t, high_t, IS_CAUSAL or HIGH, HIGH)
                     if padding_ptr is not None:
                         visible &= keep[:, None]
-                lse = _load_stats(stats_ptr, row, t, T, float("inf"), BLOCK_M, TMA, MASKED)
+                lse = _load_stats(stats_ptr, row, t, T, float("inf"), BLOCK_M, MASKED)
                 norm = None
                 if EXACT:
-                    norm = _load_stats(stats_ptr, row + 2 * plane, t, T, 0.0, BLOCK_M, TMA, MASKED)[None, :]
+                    norm = _load_stats(stats_ptr, row + 2 * plane, t, T, 0.0, BLOCK_M, MASKED)[None, :]
                 p = _probability(s, lse[None, :], norm, visible, unit, EXACT, MASKED)
-                if TMA:
-                    do = _fetch_rows(do_ptr, do_tail, b, h, t, CHUNKS_PV, BLOCK_M)
-                else:
-                    do = _load_rows(do_ptr, b, h, t, stride_dob, stride_dot, stride_doh, mask_t, LOAD_PV, CHUNKS_PV, BLOCK_M)
+                do = _load_rows(do_ptr, b, h, t, stride_dob, stride_dot, stride_doh, mask_t, LOAD_PV, CHUNKS_PV, BLOCK_M)
                 dv = _add_dots(dv, p.to(do[0].dtype), do, CHUNKS_PV, PRECISION)
                 dp = _dot_rows(v, do, CHUNKS_PV, PRECISION)
-                ds = dp - _load_stats(stats_ptr, row + plane, t, T, 0.0, BLOCK_M, TMA, MASKED)[None, :]
+                ds = dp - _load_stats(stats_ptr, row + plane, t, T, 0.0, BLOCK_M, MASKED)[None, :]
                 if EXACT:
-                    ds += _load_stats(stats_ptr, row + 3 * plane, t, T, 0.0, BLOCK_M, TMA, MASKED)[None, :]
+                    ds += _load_stats(stats_ptr, row + 3 * plane, t, T, 0.0, BLOCK_M, MASKED)[None, :]
                 dk = _add_dots(dk, (p * ds).to(q[0].dtype), q, CHUNKS_P, PRECISION)
 
     dk = _times(dk, scale, CHUNKS_P)
@@ -585,8 +557,8 @@ def _attention_bwd_dq_kernel(
 
     unit = scale if EXACT else scale * 1.4426950408889634  # log2(e)
     rows = row + offs_t
-    plane = heads.to(tl.int64) * _pitch(T)
-    stats_ptr += (b.to(tl.int64) * H + h) * _pitch(T) + offs_t
+    plane = heads.to(tl.int64) * T
+    stats_ptr += rows
     dlse = tl.zeros((BLOCK_M,), tl.float32)
     norm = dlse + 1.0
     delta = dlse
@@ -601,8 +573,8 @@ def _attention_bwd_dq_kernel(
             delta -= dlse
             for i in tl.static_range(len(CHUNKS_PV)):
                 delta += tl.sum(do[i].to(tl.float32) * o[i].to(tl.float32), 1)
-            tl.store(stats_ptr + plane, delta, mask=offs_t < _pitch(T))
-        tl.store(stats_ptr, lse, mask=offs_t < _pitch(T))
+            tl.store(stats_ptr + plane, delta, mask=mask_t)
+        tl.store(stats_ptr, lse, mask=mask_t)
     else:
         lse = tl.load(stats_ptr, mask=mask_t, other=float("inf"))
         delta = tl.load(stats_ptr + plane, mask=mask_t, other=0.0)
@@ -712,18 +684,7 @@ def _hopper(x: Tensor) -> bool:
     return not INTERPRET and not torch.version.hip and torch.cuda.get_device_capability(x.device)[0] == 9
 
 
-def _fetchable(x: Tensor) -> bool:
-    """Whether Hopper's copy engine can fetch the rows of x."""
-    return x.element_size() == 2 and x.numel() > 0 and _aligned(x)
-
-
-def _descriptors(x: Tensor, chunks: tuple[int, ...], block: int):
-    """For `_fetch_rows`: of the first chunk and of the second, if there is one."""
-    descriptors = [TensorDescriptor(x, list(x.shape), list(x.stride()), [1, block, 1, chunk]) for chunk in chunks]
-    return descriptors[0], descriptors[1] if len(chunks) == 2 else None
-
-
-def _config(kernel: str, q: Tensor, k: Tensor, v: Tensor, q_pos: Tensor | None) -> dict[str, int]:
+def _config(kernel: str, q: Tensor, k: Tensor, v: Tensor, q_pos: Tensor | None, rung: str = "hopper") -> dict[str, int]:
     """The kernel's tiles, no larger than the problem."""
     configs, width = CONFIGS[kernel], max(q.shape[-1], v.shape[-1])
     if INTERPRET or q.dtype == torch.float32:
@@ -733,7 +694,7 @@ def _config(kernel: str, q: Tensor, k: Tensor, v: Tensor, q_pos: Tensor | None) 
     elif q_pos is not None:
         config = configs["half_xl"]
     elif _hopper(q):
-        config = next(tile for widest, tile in configs["hopper"] if width <= widest)
+        config = next(tile for widest, tile in configs[rung] if width <= widest)
     else:
         config = configs["half" if width <= 128 else "half_wide"]
     F = 0 if q_pos is None else q_pos.shape[-1]
@@ -829,16 +790,15 @@ def attention_backward(
     dlse = None if dlse is None else dlse.contiguous()
     exact = _exact(q.dtype, precision)
     # B * H rows each of lse and delta, and for EXACT of norm and dlse
-    stats = lse.new_empty((4 if exact else 2) * B * H, cdiv(T, 16) * 16)
+    stats = lse.new_empty((4 if exact else 2) * B * H, T)
 
     masks = (_padding(key_padding_mask), _sequence_bounds(cu_seqlens, T))
     strides = (*do.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
     scalars = (T, S, H, 0 if q_pos is None else q_pos.shape[-1], min(window, T + S), *strides)
-    chunks_p, chunks_pv = _chunks(P, q.dtype), _chunks(PV, q.dtype)
     flags = dict(
         P=P, PV=PV, LOAD_P=min(q.shape[-1], k.shape[-1]), LOAD_PV=min(do.shape[-1], v.shape[-1]), GROUP=H // Hkv,
         IS_CAUSAL=causal, HAS_WINDOW=window > 0, PRECISION=precision, EXACT=exact,
-        CHUNKS_P=chunks_p, CHUNKS_PV=chunks_pv,
+        CHUNKS_P=_chunks(P, q.dtype), CHUNKS_PV=_chunks(PV, q.dtype),
     )  # fmt: skip
 
     def launch_dq(out: Tensor, name: str) -> None:
@@ -851,15 +811,12 @@ def attention_backward(
     if exact:
         launch_dq(dq, "delta")
     launch_dq(dq, "dq")
-    tma = _hopper(q) and q_pos is None and key_padding_mask is None and all(_fetchable(x) for x in (do, q))
-    config = _config("attention_dkdv_tma" if tma else "attention_dkdv", q, k, v, q_pos)
-    block = config["BLOCK_M"]
-    sources = (*_descriptors(do, chunks_pv, block), *_descriptors(q, chunks_p, block)) if tma else (do, None, q, None)
-    rows_of_stats = TensorDescriptor(stats, list(stats.shape), list(stats.stride()), [1, block]) if tma else stats
-    arguments = (*sources, k, v, q_pos, k_pos, *masks, rows_of_stats, dk, dv)
+    spare = key_padding_mask is not None or H > Hkv
+    config = _config("attention_dkdv", q, k, v, q_pos, "hopper_spare" if spare else "hopper")
+    arguments = (do, q, k, v, q_pos, k_pos, *masks, stats, dk, dv)
     strides = (*dk.stride()[:3], *dv.stride()[:3])
     grid = (cdiv(S, config["BLOCK_N"]) * B * Hkv,)
-    launch(_attention_bwd_dkdv_kernel, grid, *arguments, *scalars, *strides, scale, **flags, TMA=tma, **config)
+    launch(_attention_bwd_dkdv_kernel, grid, *arguments, *scalars, *strides, scale, **flags, **config)
     if q_pos is not None:
         launch_dq(dq_pos, "dq_pos")
     return first, second, dv, dq_pos
