@@ -23,9 +23,10 @@ NOTE [Descriptors]
     Triton turns them into pointers. A descriptor wants rows a multiple of 16 bytes apart, reads zeros outside, and is slow at
     that and at rows that split sectors: P 112 took longer than P 128. So weights are padded with zeros (`_padded`).
 
-On an H200, bfloat16, N = 32768, D = 1024, H 4, E 4, TOP_K 2, P 128, cuBLAS of the same FLOPs taking 99 us: gather 122 us, 145
-with u written, 151 with the dots; pack 37 and spread 140 us. With pointers in place of descriptors: gather 129 us, spread 154;
-rows gathered by spread itself: 211.
+On an H200, bfloat16, N = 32768, D = 1024, H 4, E 4, TOP_K 2, P 128, cuBLAS of the same FLOPs taking 99 us, tables included:
+gather 126 us, 146 with u written, 147 with the dots; pack 45 and spread 153 us. Experiments on the way: pointers in place of
+descriptors 129 against 122 us for gather and 154 against 140 for spread; spread with rows gathered by itself 211; sets found in the
+kernel instead of a table 131; 64 rows a tile and twice the programs 187; windows of tokens for the sake of the cache 142.
 """
 
 import math
