@@ -25,8 +25,8 @@ NOTE [Descriptors]
 
 On an H200, bfloat16, N = 32768, D = 1024, H 4, E 4, TOP_K 2, P 128, cuBLAS of the same FLOPs taking 99 us, tables included:
 gather 126 us, 146 with u written, 147 with the dots; pack 45 and spread 153 us. Experiments on the way: pointers in place of
-descriptors 129 against 122 us for gather and 154 against 140 for spread; spread with rows gathered by itself 211; sets found in the
-kernel instead of a table 131; 64 rows a tile and twice the programs 187; windows of tokens for the sake of the cache 142.
+descriptors 129 against 122 us for gather and 154 against 140 for spread; spread gathering its rows itself 211; sets found in
+the kernel instead of a table 131; 64 rows a tile and twice the programs 187; windows of tokens for the cache's sake 142.
 """
 
 import math
