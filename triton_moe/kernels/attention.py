@@ -807,7 +807,7 @@ def attention_backward(
     if exact:
         launch_dq(dq, "delta")
     launch_dq(dq, "dq")
-    spare = key_padding_mask is not None or H > Hkv
+    spare = key_padding_mask is not None or Hkv < H
     config = _config("attention_dkdv", q, k, v, q_pos, "hopper_spare" if spare else "hopper")
     arguments = (do, q, k, v, q_pos, k_pos, *masks, stats, dk, dv)
     strides = (*dk.stride()[:3], *dv.stride()[:3])
