@@ -165,7 +165,7 @@ def test_attention_bfloat16(device):
     ids=str,
 )
 def test_every_configuration(device, P, case):
-    """Each width class, the copy engine's and (with padding) the other loads."""
+    """Each width class, with and without what takes registers."""
     case = {"T": 333, "H": 2, "Hkv": 2, "B": 2} | case
     if "padding" in case:
         case["padding"] = torch.arange(333, device=device)[None, :] >= torch.tensor([333, 150], device=device)[:, None]
