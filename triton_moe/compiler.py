@@ -254,7 +254,11 @@ CASES = {  # op: its launchers and the shapes to call them with, published ones 
     ),
     "projection": (
         _projection,
-        [{"H": 4, "E": 4, "TOP_K": 2, "P": 128, "D": 1024}, {"H": 2, "E": 5, "TOP_K": 3, "P": 76, "D": 412}],
+        [
+            {"H": 4, "E": 4, "TOP_K": 2, "P": 128, "D": 1024},
+            {"H": 2, "E": 5, "TOP_K": 3, "P": 76, "D": 412},
+            {"H": 4, "E": 16, "TOP_K": 4, "P": 100, "D": 1024},
+        ],
     ),
     "mlp": (
         _mlp,
