@@ -196,6 +196,15 @@ def test_switchhead_dropouts_follow_the_reference(device):
     )
 
 
+def test_dropout_of_queries_does_not_depend_on_the_dtype(device):
+    """16-bit heads are padded, and their masks are still those of the heads themselves."""
+    x, options = randn(1, 9, 16, device=device).detach(), {"top_k": 1, "dropout": 0.5, "training": True, "seed": 3}
+    weights = head_weights(16, 2, 3, 24, device=device, dtype=torch.float32)
+    single = F.switchhead(x, weights, **options).detach()
+    half = F.switchhead(x.half(), F.SwitchHeadWeights(*(None if w is None else w.half() for w in weights)), **options).detach()
+    assert float((single - half).abs().max()) < 0.01 * float(single.abs().max())
+
+
 @pytest.mark.parametrize("source", ["self", "memory"])
 def test_forward_and_backward_pair_equals_autograd(source, device):
     weights = head_weights(16, 2, 4, 8, device=device, dtype=torch.float32, shared=source == "memory")

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from cases import check, choices, randn
+from cases import check, choices, head_weights, randn
 
 import reference
 from triton_moe import functional as F
@@ -93,6 +93,39 @@ def test_fits_where_sets_are_few_and_full():
     assert not sets.fits(500, 4, 4, 2, torch.bfloat16)
     assert sets.fits(32768, 4, 16, 2, torch.bfloat16) and not sets.joint(16, 2)
     assert not sets.fits(1 << 20, 1, 32, 4, torch.bfloat16)
+
+
+def test_layouts_of_sel_do_not_change_the_gradient(device):
+    """Where both sides share a selection, `spread` reads the caller's own."""
+    D, P, E, half = 16, 32, 2, {"device": device, "dtype": torch.float16}
+    x, w = randn(1, 256, D, **half), head_weights(D, 1, E, P, device=device, dtype=torch.float16, shared=True)
+    assert sets.fits(256, 1, E, 1, torch.float16) and w.sel_v is None
+    (expected,) = torch.autograd.grad(F.switchhead(x, w, top_k=1).float().square().sum(), x)
+    turned = w._replace(sel_o=w.sel_o.detach().t().contiguous().t())
+    (dx,) = torch.autograd.grad(F.switchhead(x, turned, top_k=1).float().square().sum(), x)
+    assert torch.equal(dx, expected)
+
+
+@pytest.mark.parametrize("P", [40, 320])
+def test_a_plan_serves_other_dtypes_and_wide_heads(P, device):
+    """A plan sorted by sets for a 16-bit gate, given to a float32 projection or to one that has no room for its tiles."""
+    x, sel = randn(256, 16, device=device).detach(), randn(2, 16, device=device).detach()
+    routing = F.gating(x.half(), sel.half(), top_k=1)
+    assert routing.plan.set_order.numel()
+    dtype = torch.float32 if P == 40 else torch.float16
+    w, by_hand = randn(2, 16, P, device=device, dtype=dtype).detach(), routing._replace(plan=None)
+    assert torch.equal(F.value_projection(x.to(dtype), w, routing), F.value_projection(x.to(dtype), w, by_hand))
+    a, w = randn(256, 1, P, device=device, dtype=dtype).detach(), w.transpose(1, 2)
+    assert torch.equal(F.output_projection(a, w, routing), F.output_projection(a, w, by_hand))
+
+
+def test_weights_may_start_anywhere(device):
+    half = {"device": device, "dtype": torch.float16}
+    x, sel, w = randn(256, 16, **half).detach(), randn(2, 16, **half).detach(), randn(2, 16, 32, **half).detach()
+    routing = F.gating(x, sel, top_k=1)
+    odd = torch.cat([w.new_zeros(1), w.flatten()])[1:].view(w.shape)
+    assert odd.is_contiguous() and odd.data_ptr() % 16
+    assert torch.equal(F.value_projection(x, odd, routing), F.value_projection(x, w, routing))
 
 
 @pytest.mark.gpu

@@ -21,6 +21,7 @@ import time
 import warnings
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from multiprocessing import active_children, get_context
 from pathlib import Path
@@ -298,7 +299,9 @@ def run(args: argparse.Namespace) -> int:
     rows = []
     pool = ProcessPoolExecutor(2, mp_context=get_context("spawn"), initializer=_start_worker)
     try:
-        for case, future in [(case, pool.submit(compile_case, *case)) for case in cases]:
+        with _ctrl_c_later():
+            futures = [(case, pool.submit(compile_case, *case)) for case in cases]
+        for case, future in futures:
             for row in _result(future, case):
                 rows.append(row)
                 print(_line(row), flush=True)
@@ -317,6 +320,19 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         args.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
     return 1 if failed else 0
+
+
+@contextmanager
+def _ctrl_c_later():
+    """A pool that is interrupted while it starts its threads can neither go on nor be shut down."""
+    pressed = []
+    before = signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if pressed:
+        raise KeyboardInterrupt
 
 
 def _start_worker() -> None:

@@ -818,7 +818,7 @@ def _head_forward(x, k_src, v_src, q, k, v, o, sel_v, sel_o, pos, mask, cu_seqle
     else:
         queries, keys = x2 @ q.t(), (k2 @ k.t()).view(B, S, H, P)
         if c.dropout > 0:
-            queries = dropout_rows(queries, seed, c.dropout, STREAM_QUERY)
+            queries = dropout_rows(queries, seed, c.dropout, STREAM_QUERY, P, c.width)
         queries = queries.view(B, T, H, P)
     a, _, attention_saved = _attention_forward(
         queries, keys, values.view(B, S, H, P), pos, None, None, mask, cu_seqlens, _attention_config(c, joint)
@@ -874,7 +874,7 @@ def _head_backward(dy, dlogits_v, dlogits_o, saved, c: _HeadConfig):
     else:
         dqueries, dkeys = dqueries.view(B * T, H * P), dkeys.view(B * S, H * P)
         if c.dropout > 0:
-            dqueries = dropout_rows(dqueries, seed, c.dropout, STREAM_QUERY)
+            dqueries = dropout_rows(dqueries, seed, c.dropout, STREAM_QUERY, P, c.width)
         dq, dk = dqueries.t() @ x2, dkeys.t() @ k2
         dx, dk2 = dqueries @ q, dkeys @ k
         if k_src is None:

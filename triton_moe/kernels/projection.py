@@ -287,7 +287,7 @@ def _gate_rows_kernel(
 
 @triton.jit
 def _dropout_kernel(
-    x_ptr, y_ptr, seed_ptr, M, N: tl.constexpr, dropout,
+    x_ptr, y_ptr, seed_ptr, M, N: tl.constexpr, dropout, PITCH: tl.constexpr, WIDTH: tl.constexpr,
     STREAM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     tiles_n = tl.cdiv(N, BLOCK_N)
@@ -297,7 +297,8 @@ def _dropout_kernel(
     mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
     offs = offs_m[:, None] * N + offs_n[None, :]
     x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-    rnd = uniform(tl.load(seed_ptr), offs_m.to(tl.int32)[:, None], offs_n[None, :], STREAM)
+    column = offs_n // PITCH * WIDTH + offs_n % PITCH  # as if heads were not padded
+    rnd = uniform(tl.load(seed_ptr), offs_m.to(tl.int32)[:, None], column[None, :], STREAM)
     tl.store(y_ptr + offs, tl.where(rnd < dropout, 0.0, x / (1.0 - dropout)).to(y_ptr.dtype.element_ty), mask=mask)
 
 
@@ -417,7 +418,7 @@ def value_forward(
     """x [N, D], w [H*E, D, P], weights and experts [N, H, TOP_K] and their plan -> v [N, H, P] and, to `keep` for the backward
     pass, each route's product u [N*H*TOP_K, P]."""
     N, H, TOP_K = weights.shape
-    if set_order.numel():
+    if sets.serve(set_order, x, w.shape[2]):
         return sets.gather(x, w, False, weights.contiguous(), experts.contiguous(), set_order, set_offsets, keep=keep)
     u = _grouped_gemm(rows(x), w, order, offsets, H * TOP_K, precision)
     v = _combine(u, weights.contiguous().view(-1), TOP_K).view(N, H, w.shape[2])
@@ -451,7 +452,7 @@ def value_backward(
     """-> dx [N, D], dw [H*E, D, P]. What else reaches x is added to dx in the same pass: base [N, D] and dlogits [N, C] sel."""
     N, H, TOP_K = weights.shape
     x, dv, weights = rows(x), dv.contiguous(), weights.contiguous()
-    if set_order.numel():
+    if sets.serve(set_order, x, w.shape[2]):
         dx, packed, place = sets.spread(dv, w, True, weights, experts.contiguous(), set_order, token_order, base, dlogits, sel)
         if packed is not None:
             return dx, _grouped_dw(x, packed, order, offsets, H * TOP_K, 0, precision, w.shape[1:], place[order])
@@ -481,7 +482,7 @@ def output_forward(
     """a [N, H, P], w [H*E, P, D], weights and experts [N, H, TOP_K] and their plan -> y [N, D]."""
     N, H, TOP_K = weights.shape
     a, weights = a.contiguous(), weights.contiguous()
-    if set_order.numel():
+    if sets.serve(set_order, a, w.shape[1]):
         return sets.spread(a, w, False, weights, experts.contiguous(), set_order, token_order)[0]
     gated = _gate_rows(a.view(N * H, a.shape[2]), weights.view(-1))
     return _combine(_grouped_gemm(gated, w, order, offsets, 1, precision), None, H * TOP_K)
@@ -500,7 +501,7 @@ def output_backward(
     N, H, TOP_K = weights.shape
     dy, a, weights = rows(dy), a.contiguous(), weights.contiguous()
     a_rows, s = a.view(N * H, a.shape[2]), weights.view(-1)
-    if set_order.numel():
+    if sets.serve(set_order, a, w.shape[1]):
         da, dweights = sets.gather(dy, w, True, weights, experts.contiguous(), set_order, set_offsets, a)
     else:
         b = _grouped_gemm(dy, w.transpose(1, 2), order, offsets, H * TOP_K, precision)
@@ -512,15 +513,20 @@ def output_backward(
 # ---- dropout of whole rows (queries, residual branches)
 
 
-def _dropout_fake(x, seed, dropout, stream):
+def _dropout_fake(x, seed, dropout, stream, pitch=1, width=1):
     return x.new_empty(x.shape)
 
 
 @opaque(_dropout_fake)
-def dropout_rows(x: torch.Tensor, seed: torch.Tensor, dropout: float, stream: int) -> torch.Tensor:
-    """x [M, N] -> x / (1 - dropout) where uniform(seed, m, n, stream) >= dropout, else 0. Its own gradient."""
+def dropout_rows(
+    x: torch.Tensor, seed: torch.Tensor, dropout: float, stream: int, pitch: int = 1, width: int = 1
+) -> torch.Tensor:
+    """x [M, N] -> x / (1 - dropout) where uniform(seed, m, column, stream) >= dropout, else 0. Its own gradient.
+
+    column is n, or where every `pitch` columns hold `width` and padding, the place of n without the padding.
+    """
     x = x.contiguous()
     y = torch.empty_like(x)
     tiles_m, tiles_n, tile = _tile(*x.shape)
-    launch(_dropout_kernel, (tiles_m * tiles_n,), x, y, seed, *x.shape, dropout, STREAM=stream, **tile)
+    launch(_dropout_kernel, (tiles_m * tiles_n,), x, y, seed, *x.shape, dropout, PITCH=pitch, WIDTH=width, STREAM=stream, **tile)
     return y

@@ -62,9 +62,14 @@ MAX_TOP_K = 4
 
 
 def fits(N: int, H: int, E: int, TOP_K: int, dtype: torch.dtype) -> bool:
-    """Whether these kernels serve a projection, and its plan therefore sorts by sets: those must be few and full."""
+    """Whether a plan for projections in this dtype sorts by sets: those must be few and full."""
     S = math.comb(E, TOP_K)
     return dtype != torch.float32 and TOP_K <= MAX_TOP_K and H * E <= 64 and H * S <= 512 and TILE * S <= N
+
+
+def serve(set_order: torch.Tensor, x: torch.Tensor, P: int) -> bool:
+    """Whether these kernels serve a projection: its plan, maybe of another dtype's gate, sorts by sets, and tiles fit."""
+    return set_order.numel() > 0 and x.dtype != torch.float32 and P <= 256
 
 
 def joint(E: int, TOP_K: int) -> bool:
@@ -325,9 +330,10 @@ def _config(name: str, x: torch.Tensor) -> dict[str, int]:
 
 
 def _padded(w: torch.Tensor, transposed: bool) -> torch.Tensor:
-    """w [H*E, D, P] (or transposed, [H*E, P, D]), P a multiple of 32 and D of 8; see NOTE [Descriptors]."""
+    """w [H*E, D, P] (or transposed, [H*E, P, D]), P a multiple of 32, D of 8, starting on 16 bytes; see NOTE [Descriptors]."""
     rows, cols = (-w.shape[1] % 32, -w.shape[2] % 8) if transposed else (0, -w.shape[2] % 32)
-    return torch.nn.functional.pad(w, (0, cols, 0, rows)) if rows or cols else w.contiguous()
+    w = torch.nn.functional.pad(w, (0, cols, 0, rows)) if rows or cols else w.contiguous()
+    return w.clone() if w.data_ptr() % 16 else w
 
 
 def _weight_descriptor(w: torch.Tensor, transposed: bool, block_k: int, block_n: int) -> TensorDescriptor:
@@ -422,6 +428,7 @@ def spread(a, w, transposed, s, experts, set_order, token_order, base=None, b=No
     N, H, TOP_K = experts.shape
     E, D = w.shape[0] // H, w.shape[1 if transposed else 2]
     y = a.new_empty(N, D)
+    base, b, c = (t if t is None else t.contiguous() for t in (base, b, c))
     if joint(E, TOP_K):
         packed, visited, place = _pack(a, s, experts, token_order, E)
         _spread(packed, visited, w, transposed, token_order, y, base, b, c)
