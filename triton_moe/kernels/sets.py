@@ -273,7 +273,9 @@ def _pack_kernel(
             chosen = chosen | here
             tl.store(place_ptr + row * TOP_K + j, place.to(tl.int32), mask=here)
         gated = tl.where(chosen[:, None], a * s[:, None], 0.0).to(packed_ptr.dtype.element_ty)
-        tl.store(packed_ptr + place[:, None] * WIDTH + offs_p[None, :], gated, mask=visited & (offs_p < WIDTH)[None, :])
+        tl.store(
+            packed_ptr + place[:, None] * WIDTH + offs_p[None, :], gated, mask=(offs_p < tl.where(visited, WIDTH, 0))[None, :]
+        )
         place += tl.where(visited, TILE, 0)
 
 
