@@ -231,11 +231,6 @@ def _routing_plan(experts: Tensor, E: int, dtype: torch.dtype) -> tuple[Tensor, 
     return routing_plan(experts, E, fits(N, H, E, TOP_K, dtype))
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """total + a @ b in one pass, into `total`, which is a fresh tensor."""
-    return total.addmm_(a, b)
-
-
 def _sum_leading(x: Tensor, keep: int) -> Tensor:
     """Sum over all but the last `keep` axes, in float32."""
     return x.sum(dim=tuple(range(x.ndim - keep)), dtype=torch.float32).to(x.dtype)
@@ -617,7 +612,7 @@ def _moe_backward(dy, dlogits, saved, c: _MoEConfig):
     dlogits, dsel = gating_backward(dweights, dlogits, gate_x, expert_sel, weights, experts, logits, c.mode)
     dgate = None
     if gate_input is None:
-        dx = _add_product(dx, dlogits, expert_sel)
+        dx.addmm_(dlogits, expert_sel)
     else:
         dgate = dlogits @ expert_sel
     do_bias = None if o_bias is None else _sum_leading(dy, 1)

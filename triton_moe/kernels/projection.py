@@ -452,13 +452,13 @@ def value_backward(
     """-> dx [N, D], dw [H*E, D, P]. What else reaches x is added to dx in the same pass: base [N, D] and dlogits [N, C] sel."""
     N, H, TOP_K = weights.shape
     x, dv, weights = rows(x), dv.contiguous(), weights.contiguous()
-    if sets.serve(set_order, x, w.shape[2]):
+    by_sets = sets.serve(set_order, x, w.shape[2])
+    if by_sets:
         dx, packed, place = sets.spread(dv, w, True, weights, experts.contiguous(), set_order, token_order, base, dlogits, sel)
         if packed is not None:
             return dx, _grouped_dw(x, packed, order, offsets, H * TOP_K, 0, precision, w.shape[1:], place[order])
-        gated = _gate_rows(dv.view(N * H, dv.shape[2]), weights.view(-1))
-    else:
-        gated = _gate_rows(dv.view(N * H, dv.shape[2]), weights.view(-1))
+    gated = _gate_rows(dv.view(N * H, dv.shape[2]), weights.view(-1))
+    if not by_sets:
         dx = _combine(_grouped_gemm(gated, w.transpose(1, 2), order, offsets, 1, precision), None, H * TOP_K)
         if dlogits is not None:
             dx.addmm_(dlogits, sel)
