@@ -1,6 +1,7 @@
 """What every test shares: the interpreter where there is no GPU, poisoned allocations, Hypothesis profiles."""
 
 import os
+import sys
 
 import torch
 
@@ -23,6 +24,17 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """A kernel that faults leaves its process without a GPU: end the worker, so that pytest-xdist starts another."""
+    report = yield
+    if report.failed and "PYTEST_XDIST_WORKER" in os.environ and "CUDA error: an illegal" in report.longreprtext:
+        sys.__stderr__.write(f"{item.nodeid}\n{report.longreprtext}\n")
+        sys.__stderr__.flush()
+        os._exit(1)
+    return report
 
 
 @pytest.fixture(scope="session")
