@@ -290,7 +290,7 @@ def gating(
     x, sel = _cast(_compute_dtype(x), x.reshape(_tokens(x), D), sel)
     seed = _seed(seed, x.device, p > 0)
     weights, experts, logits = _Gating.apply(x, sel, seed, n_heads, top_k, mode, p, STREAM_GATE)
-    plan = _routing_plan(experts[None], sel.shape[0] // n_heads, x.dtype)
+    plan = _routing_plan(experts[None], sel.shape[0] // n_heads, torch.bfloat16)  # a float32 gate may serve 16-bit projections
     return Routing(weights, experts, logits, Plan(*(t[0] for t in plan)))
 
 
