@@ -238,7 +238,7 @@ def _position(dtype, P, D, H=4, T=1024):
 
     q, a = _empty(dtype, 8, T, H, P), _empty(dtype, 8, T, H, D)
     for conjugate in (False, True):
-        position.rope_rotate(q, P // 4 * 2, 10000.0, 0, conjugate)
+        position.rope_rotate_(q, P // 4 * 2, 10000.0, 0, conjugate)
     y = position.xl_query(a, D, T, False)
     position.xl_query(y, D, T, True)
     position.xl_keys(q, 2 * T, D)
