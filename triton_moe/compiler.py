@@ -212,7 +212,9 @@ def _mlp(dtype, E, G, TOP_K, D, activation, bias, dropout, N=4096):
     args = keys, values, *biases, _seed() if dropout else None, *_route(dtype, N, 1, E, TOP_K, D)[:4]
     options = activation, dropout, 0, common.input_precision(dtype)
     y, z = mlp.mlp_forward(x, *args, *options)
-    mlp.mlp_backward(torch.empty_like(y), x, *args, z, *options)
+    dz, *_ = mlp.mlp_backward(torch.empty_like(y), x, *args, z, *options)
+    for gate in ((None, None), (_empty(dtype, N, E), _empty(dtype, E, D))):
+        mlp.mlp_backward_input(dz, keys, *args[-2:], TOP_K, *gate, options[-1], dtype)
 
 
 def _attention(dtype, P, H=4, Hkv=4, causal=True, window=0, padding=False, packed=False, xl=0, T=1024):
