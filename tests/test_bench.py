@@ -9,6 +9,10 @@ import pytest
 import torch
 
 from triton_moe import bench, functional
+from triton_moe.bench import attention, gating, layers, mlp, peers, preparation, projection, report, timing
+from triton_moe.bench.groups import GROUPS
+from triton_moe.bench.row import BOTH, FORWARD, Rival, Target, Task
+from triton_moe.bench.shared import GROUPED, SHAPES, Shape, attention_flops, causal_pairs, layer_projection_flops
 
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="tiny shapes are what runs without a GPU")
 
@@ -65,19 +69,19 @@ def test_a_wrong_kernel_is_reported_and_not_timed(wrong, tmp_path, capsys, monke
         return wrong(y), logits
 
     monkeypatch.setattr(functional, "sigma_moe", planted)
-    monkeypatch.setattr(bench, "compare", lambda *_: pytest.fail("a row that failed its check was timed"))
+    monkeypatch.setattr(timing, "compare", lambda *_: pytest.fail("a row that failed its check was timed"))
     path = tmp_path / "bench.json"
     assert run("--only", "mlp", "--json", str(path)) == 1
     assert "not timed: failed its check: " in capsys.readouterr().out
     (row,) = json.loads(path.read_text())["rows"]
     assert row["failed"] and row["problem"] and row["error"] is None and row["ours_ms"] is None
-    assert not bench.measure(bench.mlp_rows("cpu", False)[0], repeats=1, timed=True)[0].ours_ms
+    assert not timing.measure(mlp.mlp_rows("cpu", False)[0], repeats=1, timed=True)[0].ours_ms
 
 
 @interpreted
 @pytest.mark.parametrize("group", ["gating", "projection", "mlp", "attention"])
 def test_every_other_row_passes_its_check(group):
-    results = [result for row in bench.GROUPS[group]("cpu", True) for result in bench.measure(row, 1, timed=False)]
+    results = [result for row in GROUPS[group]("cpu", True) for result in timing.measure(row, 1, timed=False)]
     assert [result.problem for result in results] == [None] * len(results)
     assert all(0 < result.error < 1e-5 for result in results)
 
@@ -86,7 +90,7 @@ def test_every_other_row_passes_its_check(group):
 def test_a_packed_sequence_that_reaches_into_another_is_found(monkeypatch):
     right = functional.attention
     monkeypatch.setattr(functional, "attention", lambda q, k, v, cu_seqlens: right(q, k, v))
-    (result,) = bench.measure(bench.packed_row(2, 20, [5, 24], "cpu"), 1, timed=False)
+    (result,) = timing.measure(attention.packed_row(2, 20, [5, 24], "cpu"), 1, timed=False)
     assert result.failed and "AssertionError" in result.problem
 
 
@@ -94,40 +98,40 @@ def test_a_rival_that_is_not_installed_is_named(capsys):
     def build(inputs):
         import no_such_rival  # noqa: F401
 
-    rival = bench.Rival("public SwitchHead", build)
-    results = bench.compare(bench.layer_rows("cpu", False)[0], {}, rival, error=1e-7, repeats=1)
-    bench.show("row", results)
+    rival = Rival("public SwitchHead", build)
+    results = timing.compare(layers.layer_rows("cpu", False)[0], {}, rival, error=1e-7, repeats=1)
+    report.show("row", results)
     assert "public SwitchHead: not installed (No module named 'no_such_rival')" in capsys.readouterr().out
 
 
 @interpreted
 def test_another_process_checks_the_rows():
     """On its own copy of the seeded inputs."""
-    rows = {("gating", 0): bench.gating_rows("cpu", False)[0], ("attention", 0): bench.attention_rows("cpu", False)[0]}
+    rows = {("gating", 0): gating.gating_rows("cpu", False)[0], ("attention", 0): attention.attention_rows("cpu", False)[0]}
     alone = {key: replace(row, rivals=()) for key, row in rows.items()}
-    checked = bench.prepare(alone, "cpu", False, processes=1)
+    checked = preparation.prepare(alone, "cpu", False, processes=1)
     assert set(checked) == set(rows)
     for key, row in rows.items():
-        (here,) = bench.measure(row, 1, timed=False)
+        (here,) = timing.measure(row, 1, timed=False)
         assert checked[key].error == here.error and not checked[key].failed
-        assert bench.measure(row, 1, timed=False, checked=checked[key])[0].error == here.error
+        assert timing.measure(row, 1, timed=False, checked=checked[key])[0].error == here.error
 
 
 def test_a_row_that_failed_in_its_process_is_not_timed():
-    row = bench.gating_rows("cpu", False)[0]
-    failed = bench.failure(row, AssertionError("wrong"))
-    assert bench.measure(replace(row, inputs=lambda: pytest.fail("was run")), 1, timed=True, checked=failed) == [failed]
+    row = gating.gating_rows("cpu", False)[0]
+    failed = timing.failure(row, AssertionError("wrong"))
+    assert timing.measure(replace(row, inputs=lambda: pytest.fail("was run")), 1, timed=True, checked=failed) == [failed]
 
 
 def test_the_reason_a_rival_does_not_run_is_kept():
-    problem = bench.shortened(RuntimeError("at 81:27:\n" + "    source\n" * 99 + "both operands must have the same dtype"))
+    problem = timing.shortened(RuntimeError("at 81:27:\n" + "    source\n" * 99 + "both operands must have the same dtype"))
     assert problem.startswith("RuntimeError: at 81:27: ") and problem.endswith("both operands must have the same dtype")
-    assert len(problem) < 240 and bench.shortened(ValueError("no")) == "ValueError: no"
+    assert len(problem) < 240 and timing.shortened(ValueError("no")) == "ValueError: no"
 
 
 @pytest.mark.parametrize("full", [False, True])
 def test_every_row_has_a_name_of_its_own_and_a_rival(full):
-    rows = [row for group in bench.GROUPS.values() for row in group("cuda", full)]  # none of them makes its inputs yet
+    rows = [row for group in GROUPS.values() for row in group("cuda", full)]  # none of them makes its inputs yet
     assert len({row.name for row in rows}) == len(rows) and all(row.rivals for row in rows)
 
 
@@ -139,53 +143,53 @@ def clock(monkeypatch):
         times = [1.0 if isinstance(run(), torch.Tensor) else 3.0 for run in runs]
         return [(i + 1) * time for i, time in enumerate(times)]
 
-    monkeypatch.setattr(bench, "alternate", alternate)
-    monkeypatch.setattr(bench, "peak_memory", lambda run: 10.0)
-    monkeypatch.setattr(bench, "captured", lambda run: run)
+    monkeypatch.setattr(timing, "alternate", alternate)
+    monkeypatch.setattr(timing, "peak_memory", lambda run: 10.0)
+    monkeypatch.setattr(timing, "captured", lambda run: run)
 
 
 def plain_attention(p):
-    return bench.rival_attention(p, lambda *qkv: torch.nn.functional.scaled_dot_product_attention(*qkv[:3], is_causal=True))
+    return attention.rival_attention(p, lambda *qkv: torch.nn.functional.scaled_dot_product_attention(*qkv[:3], is_causal=True))
 
 
 @interpreted
 def test_every_direction_faces_every_rival_and_the_fastest_counts(clock):
-    target = bench.Target(1.0, 0.5)
+    target = Target(1.0, 0.5)
     rivals = (
-        bench.Rival("slow", lambda p: [(2.0, plain_attention(p))], {bench.FORWARD: bench.Target(3.0, 2.0)}),
-        bench.Rival("fast", plain_attention, {}),
-        bench.Rival("broken", lambda p: bench.Task(lambda: p["missing"], [])),
+        Rival("slow", lambda p: [(2.0, plain_attention(p))], {FORWARD: Target(3.0, 2.0)}),
+        Rival("fast", plain_attention, {}),
+        Rival("broken", lambda p: Task(lambda: p["missing"], [])),
     )
-    row = replace(bench.attention_row(2, 20, 24, "cpu", B=2), rivals=rivals, best={bench.FORWARD: target})
-    results = bench.measure(row, 1, timed=True, checked=bench.Result(row.name, error=1e-7))
+    row = replace(attention.attention_row(2, 20, 24, "cpu", B=2), rivals=rivals, best={FORWARD: target})
+    results = timing.measure(row, 1, timed=True, checked=timing.Result(row.name, error=1e-7))
     assert [(r.rival, r.work, r.ratio) for r in results[:3]] == [("slow", work, 0.25) for work in row.flops]
     assert (results[2].ours_ms, results[2].rival_ms) == (2, 8)
     assert [(r.rival, r.ratio) for r in results[3:5]] == [("fast (the fastest)", 0.5), ("fast", 0.5)]
-    assert results[0].target == bench.Target(3.0, 2.0) and results[3].target == target and results[4].target is None
-    assert results[0].rival_mib == 20 and results[3].flops == row.flops[bench.FORWARD]
+    assert results[0].target == Target(3.0, 2.0) and results[3].target == target and results[4].target is None
+    assert results[0].rival_mib == 20 and results[3].flops == row.flops[FORWARD]
     assert results[6].problem == "KeyError: 'missing'" and len(results) == 7
-    bench.show(row.name, results)
-    json.loads(bench.as_json({}, results))
+    report.show(row.name, results)
+    json.loads(report.as_json({}, results))
 
 
 def test_a_backward_within_the_noise_has_no_time():
-    one = bench.Result("row", ours_ms=1.0, rival_ms=1.0, floor_ms=0.1)
-    assert bench.difference(one, one, 1.0, None).problem
+    one = timing.Result("row", ours_ms=1.0, rival_ms=1.0, floor_ms=0.1)
+    assert timing.difference(one, one, 1.0, None).problem
 
 
 @interpreted
 def test_an_interpolated_rival_is_timed_as_its_parts(clock):
-    shape = bench.Shape(2, 3, 2, 20, 48, 2, 24)
-    rows = {P: bench.value_row(shape._replace(P=P), "cpu", 0.0, None, ()) for P in (64, 96, 128)}
-    rival = bench.Rival("between", bench.interpolation(rows[96], 96, {P: rows[P] for P in (64, 128)}))
-    (result,) = bench.measure(replace(rows[96], rivals=(rival,)), 1, timed=True, checked=bench.Result("", error=1e-7))
+    shape = Shape(2, 3, 2, 20, 48, 2, 24)
+    rows = {P: projection.value_row(shape._replace(P=P), "cpu", 0.0, None, ()) for P in (64, 96, 128)}
+    rival = Rival("between", projection.interpolation(rows[96], 96, {P: rows[P] for P in (64, 128)}))
+    (result,) = timing.measure(replace(rows[96], rivals=(rival,)), 1, timed=True, checked=timing.Result("", error=1e-7))
     assert result.rival_ms == pytest.approx(0.5 * 2 * 96 / 64 + 0.5 * 3 * 96 / 128)
 
 
 def test_a_timed_line_says_everything(capsys):
-    result = bench.Result(
+    result = timing.Result(
         "row",
-        bench.BOTH,
+        BOTH,
         "rival",
         error=1e-3,
         ours_ms=1.0,
@@ -195,8 +199,8 @@ def test_a_timed_line_says_everything(capsys):
         ours_mib=30.0,
         rival_mib=60.0,
     )
-    result = replace(result, target=bench.Target(0.75, 0.4), memory=bench.Target(0.4, 0.3), graph=True)
-    bench.show("row", [result])
+    result = replace(result, target=Target(0.75, 0.4), memory=Target(0.4, 0.3), graph=True)
+    report.show("row", [result])
     line = capsys.readouterr().out
     assert line.startswith("row\n    forward+backward: ours 1.000 ms, 500 TFLOP/s | rival 2.000 ms | ")
     assert "ratio 0.500: must reached (must 0.75, aim 0.4)" in line
@@ -207,10 +211,10 @@ def test_a_timed_line_says_everything(capsys):
 
 def test_floors_are_those_of_the_targets():
     forward = {
-        1024: bench.layer_projection_flops(32768, 1024, 4, 2, 100) + bench.attention_flops(32768, 1024, 4, 100),
-        4096: bench.layer_projection_flops(32768, 1024, 4, 2, 100) + bench.attention_flops(32768, 4096, 4, 100),
+        1024: layer_projection_flops(32768, 1024, 4, 2, 100) + attention_flops(32768, 1024, 4, 100),
+        4096: layer_projection_flops(32768, 1024, 4, 2, 100) + attention_flops(32768, 4096, 4, 100),
     }
-    floors = {T: round(flops / bench.FLOPS_PER_SECOND * 1e3, 2) for T, flops in forward.items()}
+    floors = {T: round(flops / timing.FLOPS_PER_SECOND * 1e3, 2) for T, flops in forward.items()}
     assert floors == {1024: 0.26, 4096: 0.37}
 
 
@@ -219,27 +223,28 @@ def pairs(T: int, window: int) -> int:
 
 
 def test_attention_counts_the_pairs_it_computes():
-    assert bench.causal_pairs(64) == pytest.approx(pairs(64, 64), rel=0.02)
-    assert bench.causal_pairs(256, 64) == pytest.approx(pairs(256, 64), rel=0.02)
+    assert causal_pairs(64) == pytest.approx(pairs(64, 64), rel=0.02)
+    assert causal_pairs(256, 64) == pytest.approx(pairs(256, 64), rel=0.02)
 
 
 def test_an_interpolation_is_the_time_of_as_many_flops():
-    shape = bench.SHAPES[0]
-    rows = {P: bench.value_row(shape._replace(P=P), "cpu", 0.0, None, ()) for P in (64, 112, 128)}
+    shape = SHAPES[0]
+    rows = {P: projection.value_row(shape._replace(P=P), "cpu", 0.0, None, ()) for P in (64, 112, 128)}
     # At one second per FLOP the time of a row is its FLOPs, whatever the width.
     tiny = {P: replace(rows[P], inputs=dict) for P in (64, 128)}
-    mix = bench.interpolation(rows[112], 112, tiny)({})
-    work = sum(share * rows[P].flops[bench.FORWARD] for (share, _), P in zip(mix, (64, 128), strict=True))
-    assert len(mix) == 2 and work == pytest.approx(rows[112].flops[bench.FORWARD])
-    (whole,) = bench.interpolation(rows[64], 64, tiny)({})
+    mix = projection.interpolation(rows[112], 112, tiny)({})
+    work = sum(share * rows[P].flops[FORWARD] for (share, _), P in zip(mix, (64, 128), strict=True))
+    assert len(mix) == 2 and work == pytest.approx(rows[112].flops[FORWARD])
+    (whole,) = projection.interpolation(rows[64], 64, tiny)({})
     assert whole[0] == 1
 
 
 # The peers that need no GPU compute what the reference computes: what is timed is the same work.
 
 
-def routed_inputs(shape: bench.Shape, name: str) -> dict:
-    row = {"value": bench.value_row, "output": bench.output_row, "both": bench.both_sides_row}[name](shape, "cpu", 0.0, None, ())
+def routed_inputs(shape: Shape, name: str) -> dict:
+    makers = {"value": projection.value_row, "output": projection.output_row, "both": projection.both_sides_row}
+    row = makers[name](shape, "cpu", 0.0, None, ())
     torch.manual_seed(0)
     p = row.inputs()
     experts = p["routing"].experts if "routing" in p else row.experts(p)
@@ -250,12 +255,12 @@ def routed_inputs(shape: bench.Shape, name: str) -> dict:
 @pytest.mark.parametrize(
     ("name", "build"),
     [
-        ("value", bench.value_by_all),
-        ("output", bench.output_by_all),
-        ("both", bench.both_by_all),
-        ("value", bench.VALUE_PEERS[bench.GROUPED]),
-        ("output", bench.OUTPUT_PEERS[bench.GROUPED]),
-        ("both", bench.both_grouped),
+        ("value", peers.value_by_all),
+        ("output", peers.output_by_all),
+        ("both", peers.both_by_all),
+        ("value", peers.VALUE_PEERS[GROUPED]),
+        ("output", peers.OUTPUT_PEERS[GROUPED]),
+        ("both", peers.both_grouped),
     ],
 )
 def test_peers_of_the_projections_compute_the_same(name, build, monkeypatch):
@@ -264,8 +269,8 @@ def test_peers_of_the_projections_compute_the_same(name, build, monkeypatch):
         return torch.cat([a[i:j] @ w for i, j, w in zip(starts, offs.tolist(), b, strict=False)])
 
     monkeypatch.setattr(torch.nn.functional, "grouped_mm", grouped_mm, raising=False)
-    monkeypatch.setattr(bench, "compiled", lambda function: function)
-    shape = bench.Shape(2, 3, 2, 20, 48, 2, 24)
+    monkeypatch.setattr(peers, "compiled", lambda function: function)
+    shape = Shape(2, 3, 2, 20, 48, 2, 24)
     _, p, truth = routed_inputs(shape, name)
     task = build(shape, p)
     result = task.call()
@@ -277,7 +282,7 @@ def test_peers_of_the_projections_compute_the_same(name, build, monkeypatch):
 @pytest.mark.parametrize("P", [20, 24])
 def test_rivals_of_attention_compute_the_same(P):
     """Widths that are no multiple of 8 go through the padding, both ways, and more than once."""
-    row = bench.attention_row(2, P, 24, "cpu", B=2)
+    row = attention.attention_row(2, P, 24, "cpu", B=2)
     p = row.inputs()
     truth = row.reference(p, None).transpose(1, 2)
     d = torch.randn_like(truth)
@@ -287,7 +292,7 @@ def test_rivals_of_attention_compute_the_same(P):
         assert q.shape[-1] == 24
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
 
-    task = bench.rival_attention(p, attend)
+    task = attention.rival_attention(p, attend)
     for _ in range(2):
         result = task.call()
         torch.testing.assert_close(result, truth)

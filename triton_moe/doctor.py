@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
         print("next       correct or delete the invalid files above")
     elif missing:
         print(
-            f"next       python -m triton_moe autotune --preset {args.preset}  ({missing} of {sum(kinds.values())} not tuned for this GPU)"
+            f"next       python -m triton_moe autotune --preset {args.preset}  ({missing} of these {sum(kinds.values())} to tune)"
         )
     else:
         print("next       nothing: all of these are tuned for this GPU")

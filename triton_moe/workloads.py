@@ -77,9 +77,13 @@ def _mlp(make, E, G, TOP_K, D, activation="relu", bias=False, dropout=0.0, N=409
     biases = (make(*keys.shape[::2]), make(D)) if bias else (None, None)
     args = keys, values, *biases, make.seed() if dropout else None, *make.routing(N, 1, E, TOP_K, D)[:4]
     options = activation, dropout, 0, common.input_precision(make.dtype)
+    dlogits, sel = make(N, E), make(E, D, fan=D)
     y, z = mlp.mlp_forward(x, *args, *options)
-    gradients = mlp.mlp_backward(dy, x, *args, z, *options)
-    return {"y": y, **dict(zip(("dx", "dkeys", "dvalues", "dbias", "dweights"), gradients, strict=True))}
+    dz, *gradients = mlp.mlp_backward(dy, x, *args, z, *options)
+    results = {"y": y, **dict(zip(("dkeys", "dvalues", "dbias", "dweights"), gradients, strict=True))}
+    for gate in ((None, None), (dlogits, sel)):
+        results["dx"] = mlp.mlp_backward_input(dz, keys, *args[-2:], TOP_K, *gate, options[-1], make.dtype)
+    return results
 
 
 def _attention(make, P, H=4, Hkv=None, causal=True, window=0, padding=False, packed=False, xl=0, B=8, T=1024):

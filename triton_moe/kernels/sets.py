@@ -436,15 +436,15 @@ def _spread(packed, visited, w, transposed, order, y, base, b, c):
     )  # fmt: skip
 
 
-def spread(a, w, transposed, s, experts, set_order, token_order, base=None, b=None, c=None):
-    """a [N, H, P], w [H*E, P, D] (or transposed, [H*E, D, P]), s and experts [N, H, TOP_K], a plan's orders -> y [N, D], and the
-    packed gated rows with each route's place in them, None where heads went one by one.
+def spread(a, w, transposed, s, experts, set_order, token_order, base=None, b=None, c=None, dtype=None):
+    """a [N, H, P], w [H*E, P, D] (or transposed, [H*E, D, P]), s and experts [N, H, TOP_K], a plan's orders -> y [N, D] in a's
+    dtype or `dtype`, and the packed gated rows with each route's place in them, None where heads went one by one.
 
     With base [N, D], or b [N, C] and c [C, D] of few columns C, y = base + b c + the projection in one pass over y.
     """
     N, H, TOP_K = experts.shape
     E, D = w.shape[0] // H, w.shape[1 if transposed else 2]
-    y = a.new_empty(N, D)
+    y = a.new_empty(N, D, dtype=dtype)
     base, b, c = (t if t is None else t.contiguous() for t in (base, b, c))
     if joint(E, TOP_K):
         packed, visited, place = _pack(a, s, experts, token_order, E)

@@ -1,0 +1,85 @@
+"""All checks and all compiling, in several processes at once, before anything is timed."""
+
+import contextlib
+import functools
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+
+from .correctness import check
+from .groups import GROUPS
+from .row import BACKWARD, Row
+from .shared import AUTOTUNED
+from .timing import Result, failure, release, runnable, seeded_inputs, sides
+
+
+@contextlib.contextmanager
+def quick_autotuning(threads: int):
+    """Triton's autotuner, which some rivals use, compiles dozens of candidates one after the other and times each for 125 ms,
+    for every new shape. Here they compile side by side and are timed for 20 ms each."""
+    import triton
+    from triton.runtime.autotuner import Autotuner
+
+    prune = Autotuner.prune_configs
+
+    def compile_together(self, kwargs):
+        configs = prune(self, kwargs)
+        options = {name: value for name, value in kwargs.items() if name != "warmup"}
+        with ThreadPoolExecutor(threads) as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
+            for config in configs:
+                self.fn.warmup(*self.nargs.values(), **options, **config.all_kwargs())
+        self._do_bench = functools.partial(triton.testing.do_bench, warmup=5, rep=20)
+        return configs
+
+    Autotuner.prune_configs = compile_together
+    try:
+        yield
+    finally:
+        Autotuner.prune_configs = prune
+
+
+def prepare_rows(group: str, device: str, full: bool, indices: list[int], rival: str | None) -> list[Result | None]:
+    """In a process of its own: check rows, or run a rival of theirs once. The caches on disk then hold what was compiled."""
+    rows = GROUPS[group](device, full)
+    with quick_autotuning(threads=6):
+        return [check_row(rows[i]) if rival is None else run_once(rows[i], rival) for i in indices]
+
+
+def check_row(row: Row) -> Result | None:
+    """None where the row could not be checked for any reason but a wrong result: another process may have had the memory."""
+    try:
+        return Result(row.name, error=check(row, seeded_inputs(row)))
+    except AssertionError as wrong:
+        return failure(row, wrong)
+    except Exception:
+        return None
+    finally:
+        release()
+
+
+def run_once(row: Row, name: str) -> None:
+    for rival in row.rivals:
+        if rival.name == name:
+            with contextlib.suppress(Exception):  # it will be reported when it fails again
+                ours, theirs = sides(row, seeded_inputs(row), rival)
+                for t in ([ours] if rival.compiled else []) + [t for _, t in theirs]:
+                    for work in row.flops:
+                        if work != BACKWARD:
+                            runnable(row, t, work)()
+            release()
+
+
+def prepare(rows: dict[tuple[str, int], Row], device: str, full: bool, processes: int) -> dict[tuple[str, int], Result]:
+    """What `check_row` returned for each row, after the same processes have compiled what the rivals need."""
+    jobs: dict[tuple[str, str, str | None], list[int]] = {}  # one process for what shares kernels
+    for (group, i), row in rows.items():
+        for rival in (None, *(rival.name for rival in row.rivals if rival.compiled or rival.compiles)):
+            jobs.setdefault((group, row.kernels or row.name, rival), []).append(i)
+    order = sorted(jobs, key=lambda job: (job[2] not in AUTOTUNED, job[2] is not None))  # the longest first
+    checked: dict[tuple[str, int], Result] = {}
+    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        running = [(job, pool.submit(prepare_rows, job[0], device, full, jobs[job], job[2])) for job in order]
+        for job, future in running:
+            with contextlib.suppress(BrokenProcessPool):  # what the others could not do is done before the row is timed
+                checked.update({(job[0], i): found for i, found in zip(jobs[job], future.result(), strict=True) if found})
+    return checked
