@@ -82,11 +82,14 @@ class Journal:
         if not resume and path.exists():
             os.replace(path, path.with_name(path.name + ".old"))
         self.rows = list(_lines(path)) if path.exists() else []
-        self.file = open(path, "a+b", buffering=0)  # noqa: SIM115
+        self.file = open(path, "a+b", buffering=0)  # noqa: SIM115: `close` closes it
         if self.file.seek(0, os.SEEK_END):
             self.file.seek(-1, os.SEEK_END)
             if self.file.read(1) != b"\n":  # a line that was being written when its process died
                 self.file.write(b"\n")
+
+    def close(self) -> None:
+        self.file.close()
 
     def add(self, kind: str, device: str, problem: Problem, config: dict, **what) -> None:
         key = [problem.key.kernel, problem.key.dtype, problem.key.widths, problem.key.sizes]
@@ -486,6 +489,7 @@ def tune(
     except KeyboardInterrupt:
         interrupted = True
     finally:
+        journal.close()
         if measurer is not None:
             measurer.close()
     for line in report(found) if measurer is not None else ranking(found):

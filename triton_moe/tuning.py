@@ -119,7 +119,6 @@ def reload() -> None:
     """Read the files again at the next lookup."""
     _resolved.clear()
     files.cache_clear()
-    this_device.cache_clear()
 
 
 def _key(kernel, x: torch.Tensor, sizes: tuple[int, ...], widths: dict[str, int]) -> Key:
@@ -200,11 +199,13 @@ def _tokens(source: str) -> str:
         if token.type in (tokenize.COMMENT, tokenize.NL):
             continue
         if token.type in (tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT):
-            words.append({tokenize.NEWLINE: ";", tokenize.INDENT: "{", tokenize.DEDENT: "}"}[token.type])
+            if token.type != tokenize.NEWLINE or not statement:  # a docstring leaves an empty statement
+                words.append({tokenize.NEWLINE: ";", tokenize.INDENT: "{", tokenize.DEDENT: "}"}[token.type])
             statement = True
             continue
-        if not (token.type == tokenize.STRING and statement):
-            words.append(token.string)
+        if token.type == tokenize.STRING and statement:
+            continue
+        words.append(token.string)
         statement = False
     return " ".join(words)
 
