@@ -82,7 +82,7 @@ class Journal:
         if not resume and path.exists():
             os.replace(path, path.with_name(path.name + ".old"))
         self.rows = list(_lines(path)) if path.exists() else []
-        self.file = open(path, "a+b", buffering=0)  # noqa: SIM115: `close` closes it
+        self.file = open(path, "a+b", buffering=0)  # noqa: SIM115
         if self.file.seek(0, os.SEEK_END):
             self.file.seek(-1, os.SEEK_END)
             if self.file.read(1) != b"\n":  # a line that was being written when its process died
@@ -370,19 +370,17 @@ def _values(config: dict[str, int]) -> str:
 
 
 def report(found: list[Problem]) -> list[str]:
-    done = [p for p in found if p.result]
+    done = [(p, p.result) for p in found if p.result]
     lines = [f"{'kernel':<19}{'default us':>10}  {'tuned us':>8}  {'gain':>6}  {'noise':>6}  {'tried':>5}  configuration, shape"]
-    for p in done:
-        r = p.result
+    for p, r in done:
         gained = r["default_ns"] / r["ns"] - 1 if r["adopted"] else 0.0
         lines.append(
             f"{p.key.kernel:<19}{r['default_ns'] / 1000:>10.1f}  {(r['ns'] if r['adopted'] else r['default_ns']) / 1000:>8.1f}  "
             f"{gained:>6.1%}  {r['noise_ns'] / r['default_ns']:>6.1%}  {len(p.ratios):>5}  "
             f"{_values(p.configs[r['place'] if r['adopted'] else 0])}; {_label(p)}"
         )
-    for kernel in sorted({p.key.kernel for p in done}):
-        rs = [p.result for p in done if p.key.kernel == kernel]
-        gains = [r["default_ns"] / r["ns"] if r["adopted"] else 1.0 for r in rs]
+    for kernel in sorted({p.key.kernel for p, _ in done}):
+        gains = [r["default_ns"] / r["ns"] if r["adopted"] else 1.0 for p, r in done if p.key.kernel == kernel]
         mean = math.exp(statistics.fmean(map(math.log, gains)))
         lines.append(
             f"{kernel}: {mean:.3f} times as fast in the geometric mean of {len(gains)}, {min(gains):.3f} to {max(gains):.3f}"

@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from multiprocessing import connection, forkserver, get_context
 from pathlib import Path
+from typing import Any
 
 TARGETS = {  # name: (backend, architecture, threads of a warp), bytes of shared memory one block may have
     "sm_80": (("cuda", 80, 32), 166912),
@@ -336,7 +337,7 @@ def compile_for(device, dtype: str, op: str, shape: dict) -> list[Compiled]:
 # ---- processes
 
 
-def each(function: Callable, jobs: Iterable[tuple], processes: int, seconds: float) -> Iterator[tuple[tuple, object]]:
+def each(function: Callable, jobs: Iterable[tuple], processes: int, seconds: float) -> Iterator[tuple[tuple, Any]]:
     """(job, function(*job)) in the order in which they end. Each job has a process of its own, so that one which crashes or
     runs longer than `seconds`, and is then killed, only costs its own result: a string instead, which says what happened.
 

@@ -8,6 +8,7 @@ import signal
 import statistics
 import warnings
 from multiprocessing import get_context
+from typing import Any
 
 import torch
 
@@ -25,7 +26,7 @@ class Bench:
         self.twin = self.run(self.dtype)
         exact = self.twin if self.dtype == torch.float32 else self.run(torch.float32)
         self.truth = {name: value.double() for name, value in exact.items()}
-        self.graphs: dict[tuple, torch.cuda.CUDAGraph] = {}
+        self.graphs: dict[tuple, tuple[torch.cuda.CUDAGraph, list]] = {}  # and its launches, for they hold its tensors
         self.flush = torch.empty(
             2 * torch.cuda.get_device_properties().L2_cache_size + (1 << 26), dtype=torch.int8, device="cuda"
         )
@@ -61,14 +62,13 @@ class Bench:
         with torch.cuda.graph(graph):
             for launch in launches:
                 common.start(*launch)
-        graph.launches = launches  # their tensors
         graph.replay()
         torch.cuda.synchronize()
-        self.graphs[key, tuple(config.values())] = graph
+        self.graphs[key, tuple(config.values())] = graph, launches
 
     def time(self, key: tuning.Key, configs: list[dict[str, int]], rounds: int) -> list[list[int]]:
         """Nanoseconds of every configuration in every round."""
-        graphs = [self.graphs[key, tuple(config.values())] for config in configs]
+        graphs = [self.graphs[key, tuple(config.values())][0] for config in configs]
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         warm = 0.0
         while warm < WARM_UP:
@@ -132,7 +132,9 @@ class Measurer:
     """A `Bench` in a child process, started again whenever it has died."""
 
     def __init__(self, seconds: float = 60):
-        self.seconds, self.process, self.workload, self.deaths = seconds, None, None, 0
+        self.seconds, self.deaths = seconds, 0
+        self.process: Any = None
+        self.workload: tuple = ()
 
     def open(self, *workload) -> None:
         self.workload = workload

@@ -50,7 +50,7 @@ def poisoned(limit: int = POISON_LIMIT) -> Iterator[None]:
 
         return empty
 
-    allocators = [(torch, name) for name in ("empty", "empty_like", "empty_strided")]
+    allocators: list[tuple[Any, str]] = [(torch, name) for name in ("empty", "empty_like", "empty_strided")]
     allocators += [(torch.Tensor, name) for name in ("new_empty", "new_empty_strided")]
     before = [(owner, name, getattr(owner, name)) for owner, name in allocators]
     try:

@@ -6,6 +6,7 @@ On meta tensors nothing runs.
 
 import inspect
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -114,12 +115,18 @@ def _position(make, P, D, H=4, T=1024):
     return {"keys": position.xl_keys(q, 2 * T, D)}
 
 
-WORKLOADS = {"gating": _gating, "projection": _projection, "mlp": _mlp, "attention": _attention, "position": _position}
+WORKLOADS: dict[str, Callable[..., dict[str, Tensor]]] = {
+    "gating": _gating,
+    "projection": _projection,
+    "mlp": _mlp,
+    "attention": _attention,
+    "position": _position,
+}
 
 
 # Shapes of published models and of what users train, 32768 tokens of bfloat16, the most used first. Heads are as wide as the
 # layers pad them: 100 and 112 channels to 128, 76 and 82 to 96.
-_PAPER = [
+_PAPER: list[tuple[str, dict]] = [
     ("projection", {"H": 4, "E": 4, "TOP_K": 2, "P": 128, "D": 1024, "N": 32768, "alone": False}),
     ("mlp", {"E": 32, "G": 128, "TOP_K": 4, "D": 1024, "N": 32768}),
     ("attention", {"P": 128, "H": 4, "B": 32, "T": 1024}),
@@ -131,21 +138,21 @@ _PAPER = [
     ("gating", {"sides": 2, "H": 2, "E": 5, "TOP_K": 3, "D": 412, "N": 32768}),
     ("attention", {"P": 64, "H": 2, "B": 64, "T": 512}),
 ]
-_MOEUT = [
+_MOEUT: list[tuple[str, dict]] = [
     ("projection", {"H": 4, "E": 10, "TOP_K": 2, "P": 96, "D": 412, "N": 32768, "alone": False}),
     ("mlp", {"E": 155, "G": 128, "TOP_K": 12, "D": 412, "N": 32768}),
     ("attention", {"P": 96, "H": 4, "B": 32, "T": 1024}),
     ("mlp", {"E": 387, "G": 128, "TOP_K": 16, "D": 1024, "N": 16384}),
     ("gating", {"sides": 1, "H": 1, "E": 155, "TOP_K": 12, "D": 412, "N": 32768}),
 ]
-_LLM = [
+_LLM: list[tuple[str, dict]] = [
     ("projection", {"H": 8, "E": 4, "TOP_K": 2, "P": 128, "D": 2048, "N": 16384, "alone": False}),
     ("mlp", {"E": 128, "G": 128, "TOP_K": 8, "D": 1024, "N": 32768}),
     ("attention", {"P": 128, "H": 4, "B": 8, "T": 4096}),
     ("mlp", {"E": 64, "G": 256, "TOP_K": 8, "D": 2048, "N": 16384, "activation": "swiglu"}),
     ("gating", {"sides": 1, "H": 1, "E": 128, "TOP_K": 8, "D": 1024, "N": 32768}),
 ]
-PRESETS = {
+PRESETS: dict[str, list[tuple[str, str, dict]]] = {
     name: [(op, "bfloat16", s) for op, s in shapes] for name, shapes in (("paper", _PAPER), ("moeut", _MOEUT), ("llm", _LLM))
 }
 
