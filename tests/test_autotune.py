@@ -8,6 +8,7 @@ import random
 import statistics
 import subprocess
 import sys
+import time
 import zlib
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import pytest
 from triton_moe import autotune, tuning
 from triton_moe.compiler import Compiled, candidates, steps
 from triton_moe.kernels import mlp, sets
-from triton_moe.measure import Failed, gain
+from triton_moe.measure import Failed, Measurer, gain
 
 HERE = tuning.Device("Test GPU", "sm_90", 232448)
 DEFAULTS = {
@@ -264,6 +265,49 @@ def test_search_comes_close_to_the_best_of_synthetic_sweeps():
         chosen = random.Random(seed).sample(times[1:], len(p.ratios))
         blind.append(min(times[0], *chosen) / min(times) - 1)
     assert statistics.median(regrets) < 0.01 and statistics.mean(regrets) < 0.02 < statistics.mean(blind)
+
+
+# ---- the process that measures
+
+
+def answer(pipe):
+    """In place of `measure.serve`: does as its requests say."""
+    while (request := pipe.recv()) is not None:
+        what = request[1] if request[0] == "check" else "answer"
+        if what == "die":
+            os._exit(7)
+        if what == "hang":
+            time.sleep(60)
+        pipe.send(("broken" if what == "break" else "failed" if what == "fail" else "ok", f"{request[0]} {what}"))
+
+
+def test_the_measuring_process_may_die_hang_or_lose_its_gpu():
+    measurer = Measurer(15, answer)
+    try:
+        measurer.open("mlp")
+        for what, message, deaths in (("fail", "check fail", 0), ("die", "exit 7", 1), ("break", "check break", 2)):
+            with pytest.raises(Failed, match=message):
+                measurer.check(what, None)
+            assert measurer.deaths == deaths
+        assert measurer.time("x", [], 1) == "time answer"  # it was started and opened again
+        measurer.seconds = 0.5
+        with pytest.raises(Failed, match="no answer after 0.5 s"):
+            measurer.check("hang", None)
+    finally:
+        measurer.close()
+
+
+@pytest.mark.gpu
+def test_a_bench_measures_what_is_right(tmp_path):
+    shape = {"sides": 1, "H": 2, "E": 4, "TOP_K": 2, "D": 128, "N": 4096}
+    path = tmp_path / "shapes.json"
+    path.write_text(json.dumps([{"op": "gating", "dtype": "bfloat16", "shape": shape}]))
+    result = cli("autotune", "--shapes", str(path), "--budget", "20s", "--jobs", "4", TRITON_MOE_CONFIG_DIR=str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    (written,) = tmp_path.glob("gating.*.json")
+    assert len(tuning.read(written).entries) == 1 and "gating_fwd: 1." in result.stdout
+    rows = [json.loads(line) for line in next(tmp_path.glob("journal.*.jsonl")).read_text().splitlines()]
+    assert sum(row["kind"] == "time" and row["error"] is None for row in rows) >= 4
 
 
 # ---- the command

@@ -7,6 +7,7 @@ question, and times those alone: in CUDA graphs, configurations in turns, the L2
 import signal
 import statistics
 import warnings
+from collections.abc import Callable
 from multiprocessing import get_context
 from typing import Any
 
@@ -131,8 +132,8 @@ class Failed(Exception):
 class Measurer:
     """A `Bench` in a child process, started again whenever it has died."""
 
-    def __init__(self, seconds: float = 60):
-        self.seconds, self.deaths = seconds, 0
+    def __init__(self, seconds: float = 60, target: Callable = serve):
+        self.seconds, self.target, self.deaths = seconds, target, 0
         self.process: Any = None
         self.workload: tuple = ()
 
@@ -153,7 +154,7 @@ class Measurer:
         if self.process is None:
             context = get_context("spawn")
             self.pipe, theirs = context.Pipe()
-            self.process = context.Process(target=serve, args=(theirs,), daemon=True)
+            self.process = context.Process(target=self.target, args=(theirs,), daemon=True)
             self.process.start()
             theirs.close()
             if request[0] != "open":
