@@ -1132,7 +1132,7 @@ def _norm_forward(x, weight, bias, eps):
 
 def _norm_backward(dh, x, mean, rstd, weight, bias):
     w, b = weight.to(x.dtype), bias.to(x.dtype)
-    return torch.ops.aten.native_layer_norm_backward(dh.to(x.dtype), x, [x.shape[-1]], mean, rstd, w, b, [True, True, True])
+    return torch.ops.aten.native_layer_norm_backward(cast(dh, x.dtype), x, [x.shape[-1]], mean, rstd, w, b, [True, True, True])
 
 
 def _block_forward(x, w1, b1, head, w2, b2, moe, mask, cu_seqlens, seed, dtype, c: _BlockConfig):
@@ -1169,12 +1169,12 @@ def _block_backward(dy, dlogits, saved, dtypes, c: _BlockConfig):
         d = cast(d, dtype).reshape(B * T, D)
         return dropout_rows(d, seed, c.dropout, stream) if c.dropout > 0 else d
 
-    moe_dtypes = x.dtype, None, *dtypes[12:17]
+    moe_dtypes = dtype, None, *dtypes[12:17]
     dh, _, *dmoe = _moe_backward(residual(dy, STREAM_RESIDUAL_MOE), dlogits, moe_saved, moe_dtypes, c.moe)
     dx1, dw2, db2 = _norm_backward(dh.view(B, T, D), x1, mean2, rstd2, w2, b2)
     dx1 = dx1 + dy
     dattended = residual(dx1, STREAM_RESIDUAL_ATTENTION).view(B, T, D)
-    head_dtypes = x.dtype, None, None, *dtypes[3:10]
+    head_dtypes = dtype, None, None, *dtypes[3:10]
     dh, _, _, *dhead = _head_backward(dattended, None, None, head_saved, head_dtypes, c.head)
     dx, dw1, db1 = _norm_backward(dh.view(B, T, D), x, mean1, rstd1, w1, b1)
     return _to((dx + dx1, dw1, db1, *dhead, dw2, db2, *dmoe), dtypes)
