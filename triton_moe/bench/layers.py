@@ -4,7 +4,8 @@ import importlib
 
 import torch
 
-from ..demo import DenseAttention, DenseBlock, switchall_weights
+from ..demo import switchall_weights
+from ..model import Block, DenseAttention
 from .row import BOTH, FORWARD, Rival, Row, Target, Task
 from .shared import (
     PUBLIC_HEAD,
@@ -40,7 +41,7 @@ def switchhead_row(D, H, E, TOP_K, P, B, T, device, *, dense: Target | None = No
         return reference.switchhead(p["x"], head_weights(p), top_k=TOP_K, position=position, experts=experts)
 
     def dense_attention(p):
-        return module_task(DenseAttention(D, D // 64), p, compiling=True)
+        return module_task(DenseAttention(D, D // 64, 64), p, compiling=True)
 
     def public_switchhead(p):
         package = importlib.import_module("switchhead")
@@ -107,7 +108,7 @@ def switchall_row(D, H, E, TOP_K, P, MOE_E, G, MOE_TOP_K, B, T, device) -> Row:
         return reference.switchall(p["x"], switchall_weights(p), **tops, position=position, experts=experts)[0]
 
     def dense_block(p):
-        return module_task(DenseBlock(D, D // 64, MOE_E * G), p, compiling=True, take=lambda result: result[0])
+        return module_task(Block(D, DenseAttention(D, D // 64, 64), MOE_E * G), p, compiling=True, take=lambda result: result[0])
 
     dense = layer_projection_flops(B * T, D, H, TOP_K, P) + 4.0 * B * T * D * G * MOE_TOP_K
     attention = attention_flops(B * T, T, H, P)
