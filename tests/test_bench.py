@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from triton_moe import bench, functional
-from triton_moe.bench import attention, gating, layers, mlp, peers, preparation, projection, report, timing
+from triton_moe.bench import attention, gating, layers, mlp, models, peers, preparation, projection, report, timing
 from triton_moe.bench.groups import GROUPS
-from triton_moe.bench.row import BOTH, FORWARD, Rival, Target, Task
+from triton_moe.bench.row import BOTH, FORWARD, TRAINING, Rival, Target, Task
 from triton_moe.bench.shared import GROUPED, SHAPES, Shape, attention_flops, causal_pairs, layer_projection_flops
 
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="tiny shapes are what runs without a GPU")
@@ -25,8 +25,8 @@ def run(*argv: str) -> int:
 
 def test_an_unknown_group_lists_the_groups(capsys):
     assert run("--only", "mlp,layer") == 2
-    error = capsys.readouterr().err
-    assert error == ("triton_moe bench: there is no group 'layer'; the groups are gating, projection, mlp, attention, layers\n")
+    groups = "gating, projection, mlp, attention, layers, model"
+    assert capsys.readouterr().err == f"triton_moe bench: there is no group 'layer'; the groups are {groups}\n"
 
 
 def test_a_json_file_that_cannot_be_written_stops_it_first(tmp_path, capsys):
@@ -79,7 +79,7 @@ def test_a_wrong_kernel_is_reported_and_not_timed(wrong, tmp_path, capsys, monke
 
 
 @interpreted
-@pytest.mark.parametrize("group", ["gating", "projection", "mlp", "attention"])
+@pytest.mark.parametrize("group", ["gating", "projection", "mlp", "attention", "layers", "model"])
 def test_every_other_row_passes_its_check(group):
     results = [result for row in GROUPS[group]("cpu", True) for result in timing.measure(row, 1, timed=False)]
     assert [result.problem for result in results] == [None] * len(results)
@@ -145,6 +145,7 @@ def clock(monkeypatch):
 
     monkeypatch.setattr(timing, "alternate", alternate)
     monkeypatch.setattr(timing, "peak_memory", lambda run: 10.0)
+    monkeypatch.setattr(timing, "host_milliseconds", lambda run, repeats: 2.5 * alternate([run], repeats)[0])
     monkeypatch.setattr(timing, "captured", lambda run: run)
 
 
@@ -170,6 +171,35 @@ def test_every_direction_faces_every_rival_and_the_fastest_counts(clock):
     assert results[6].problem == "KeyError: 'missing'" and len(results) == 7
     report.show(row.name, results)
     json.loads(report.as_json({}, results))
+
+
+@interpreted
+def test_a_model_is_timed_beside_its_dense_twin_and_both_learn(clock, capsys):
+    for row in models.model_rows("cpu", True)[::2]:  # SwitchAll, and SwitchHead with Transformer-XL's positions
+        short = {"n_layers": 1}
+        untrained = timing.mebibytes(row.rivals[0].build(short).held())
+        (result,) = timing.compare(row, short, row.rivals[0], error=1e-7, repeats=1)
+        assert (result.work, result.ratio, result.tokens) == (TRAINING, 0.5, 48)
+        assert result.rival_mib > 10 + untrained  # AdamW's moments too
+        report.show(row.name, [result])
+        assert "48,000 tokens/s" in capsys.readouterr().out
+
+
+def test_a_training_that_does_not_learn_is_not_reported_as_one_that_does():
+    low, high = torch.tensor(1.0), torch.tensor(2.0)
+    timing.check_learning([high, high], [low, low])
+    for after in ([low, high], [high, low], [low, torch.tensor(float("nan"))]):
+        with pytest.raises(AssertionError, match="training took the loss from 2.000 to"):
+            timing.check_learning([high, high], after)
+
+
+@interpreted
+def test_the_host_is_timed_by_the_wall(clock, capsys):
+    _, row, _ = layers.host_rows(Shape(2, 3, 2, 20, 48, 2, 24), 6, 16, 2, "cpu")
+    (result,) = timing.compare(row, row.inputs(), row.rivals[0], error=1e-7, repeats=1)
+    report.show(row.name, [result])
+    line = capsys.readouterr().out
+    assert "host time: ours 2.500 ms | dense MLP" in line and "floor" not in line and "memory" not in line
 
 
 def test_a_backward_within_the_noise_has_no_time():
