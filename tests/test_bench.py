@@ -2,14 +2,17 @@
 
 import argparse
 import json
+import math
 import re
 from dataclasses import replace
+from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
 
 from triton_moe import bench, functional
-from triton_moe.bench import attention, gating, layers, mlp, models, peers, preparation, projection, report, timing
+from triton_moe.bench import attention, gating, layers, mlp, models, peers, preparation, projection, report, results, timing
 from triton_moe.bench.groups import GROUPS
 from triton_moe.bench.row import BOTH, FORWARD, TRAINING, Rival, Target, Task
 from triton_moe.bench.shared import GROUPED, SHAPES, Shape, attention_flops, causal_pairs, layer_projection_flops
@@ -340,3 +343,69 @@ def test_rows_are_timed_on_a_gpu(tmp_path):
     assert {row["row"] for row in timed} == {row["row"] for row in rows}  # some rival of every row is there
     assert all(row["ratio"] > 0 and row["ours_ms"] > 0 for row in timed)
     assert all(row["graph"] for row in timed if "cuBLAS" in row["rival"] or "cuDNN" in row["rival"])
+
+
+# The README
+
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_the_readme_shows_the_committed_measurements():
+    measured = json.loads((ROOT / "docs" / "bench.json").read_text(encoding="utf-8"))
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert text == results.with_tables(text, measured)
+    assert (ROOT / "docs" / "bench.svg").read_text(encoding="utf-8") == results.plot(measured)
+
+
+def lines_of(T: int) -> list[timing.Result]:
+    bounds = {"target": Target(0.75, 0.5), "memory": Target(0.3, 0.2), "group": "layers"}
+    ours = timing.Result(f"SwitchHead H 4 E 4 TOP_K 2 P 100, T {T}", BOTH, error=1e-3, ours_ms=2.0, ours_mib=30.0)
+    dense = {"rival": "dense attention 16 x 64, torch.compile", "rival_ms": 4.0, "rival_mib": 60.0}
+    host = replace(ours, work="host time", rival="eager", rival_ms=1.0, ours_mib=None, milliseconds=Target(0.3, 0.1))
+    return [
+        replace(ours, **dense, **bounds),
+        replace(ours, rival="public SwitchHead", rival_ms=20.0, rival_mib=600.0, group="layers"),
+        replace(ours, rival="not installed", problem="no", ours_ms=None, group="layers"),
+        replace(host, group="layers"),
+        replace(ours, row="a model", rival="its twin", rival_ms=1.0, rival_mib=60.0, tokens=100, group="model"),
+    ]
+
+
+def test_a_json_becomes_tables_and_a_plot(tmp_path, capsys):
+    about = {"device": "a GPU", "torch": "2", "triton": "3", "repeats": 5}
+    rows = [result for T in (1024, 4096) for result in lines_of(T)]
+    path, readme = tmp_path / "bench.json", tmp_path / "README.md"
+    path.write_bytes(report.as_json(about, rows))
+    readme.write_text(f"before\n{results.BEGIN}old\n{results.END}after\n")
+    assert run("--render", str(path), str(readme)) == 0
+    text = readme.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text and "a GPU" in text
+    assert (
+        "2.000 ms | dense attention 16 x 64, torch.compile: 4.000 ms | 0.500, 0.75 well reached | 30 / 60 = 0.500, 0.3 **missed**"
+        in text
+    )
+    assert "| eager: 1.000 ms | 2.000, 0.3 **missed** ms |  |" in text and "public" not in text
+    assert "2.000 ms, 50,000 tokens/s | its twin: 1.000 ms | 2.000 | 30 / 60 = 0.500 |" in text
+    assert text.index("| model |") < text.index("| layers |")
+
+    drawn = ElementTree.parse(path.with_suffix(".svg")).getroot()
+    lines = drawn.findall("{*}polyline")
+    assert len(lines) == 6 and len({line.get("points") for line in lines}) == 6
+    assert [float(c.get("cx")) for c in drawn.findall("{*}circle")][:2] == [60.0, 420.0]
+    time = {name: float(lines[i].get("points").split(",")[1].split()[0]) for i, name in enumerate(("ours", "dense", "public"))}
+    assert time["ours"] - time["public"] == pytest.approx(120, abs=0.2)  # one decade of two
+    assert time["ours"] - time["dense"] == pytest.approx(120 * math.log10(2), abs=0.2)
+
+
+@pytest.mark.parametrize("content", ["{", "{}", None])
+def test_what_cannot_be_rendered_changes_nothing(content, tmp_path, capsys):
+    path, readme = tmp_path / "bench.json", tmp_path / "README.md"
+    readme.write_text("no marks\n")
+    if content is None:
+        path.write_bytes(report.as_json({"device": "", "torch": "", "triton": "", "repeats": 1}, lines_of(1024)))
+    else:
+        path.write_text(content)
+    assert run("--render", str(path), str(readme)) == 2
+    assert capsys.readouterr().err.startswith(f"triton_moe bench: cannot render {path}: ")
+    assert readme.read_text() == "no marks\n" and not path.with_suffix(".svg").exists()

@@ -7,13 +7,15 @@ process, and medians are compared. Without a GPU only the checks run, on tiny sh
 
 Read row.py (what a row is), correctness.py (the check) and timing.py first. The rows by group are in gating.py, projection.py
 (its rivals in peers.py), mlp.py, attention.py, layers.py and models.py; shared.py has what they share, groups.py lists them.
-preparation.py checks and compiles all rows in parallel, report.py prints, and the command is here.
+preparation.py checks and compiles all rows in parallel, report.py prints, results.py makes the README's tables of a JSON. The
+command is here.
 """
 
 import argparse
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -22,6 +24,7 @@ from ..demo import positive, write_atomically, write_problem
 from .groups import GROUPS
 from .preparation import prepare, quick_autotuning
 from .report import as_json, header, show
+from .results import render
 from .timing import Result, measure
 
 RIVALS = """Rivals that are no part of torch are used where Python can import them, and named as missing where it cannot:
@@ -39,11 +42,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", metavar="GROUP[,GROUP]", help=f"some of: {', '.join(GROUPS)} (default: all but model)")
     parser.add_argument("--full", action="store_true", help="more shapes, lengths, widths and masks, and every rival for each")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write every figure there too")
+    parser.add_argument(
+        "--render",
+        type=Path,
+        nargs=2,
+        metavar=("JSON", "README"),
+        help="measure nothing: put that JSON's tables there, and plot it",
+    )
     parser.add_argument("--repeats", type=positive, default=20, help="samples behind each median (default 20)")
 
 
 def run(args: argparse.Namespace) -> int:
     """0; 1 when a row failed its check; 2 when the arguments are wrong."""
+    if args.render:
+        return render(*args.render)
     names = args.only.split(",") if args.only else [name for name in GROUPS if args.full or name != "model"]
     unknown = [name for name in names if name not in GROUPS]
     if unknown:
@@ -78,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
             if key[0] != group:
                 group = key[0]
                 print(f"\n{group}")
-            found = measure(row, args.repeats, device == "cuda", checked.get(key))
+            found = [replace(r, group=group) for r in measure(row, args.repeats, device == "cuda", checked.get(key))]
             show(row.name, found)
             results += found
             if args.json:  # at every row, for whoever interrupts it

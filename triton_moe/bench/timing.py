@@ -133,6 +133,7 @@ class Result:
     memory: Target | None = None
     graph: bool = False
     tokens: int = 0
+    group: str = ""
 
     @property
     def ratio(self) -> float:
