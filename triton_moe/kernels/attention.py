@@ -434,13 +434,15 @@ def _attention_fwd_kernel(
 
 @triton.jit
 def _load_stats(stats_ptr, row, t, T, other: tl.constexpr, BLOCK_M: tl.constexpr, MASKED: tl.constexpr):
-    """BLOCK_M numbers of a row of the statistics, from query t on."""
-    offs_t = t + tl.arange(0, BLOCK_M)
+    """BLOCK_M numbers of a row of the statistics, from query t on. Each is loaded twice: to load fewer numbers than there are
+    threads Triton takes the layout of the tile, in which a thread fetches a whole row of it, one by one."""
+    offs_t = (t + tl.arange(0, BLOCK_M))[:, None] + tl.arange(0, 2)[None, :] * 0
     ptrs = stats_ptr + row.to(tl.int64) * T + offs_t
     if MASKED:
-        return tl.load(ptrs, mask=offs_t < T, other=other)
+        x, _ = tl.split(tl.load(ptrs, mask=offs_t < T, other=other))
     else:
-        return tl.load(ptrs)
+        x, _ = tl.split(tl.load(ptrs))
+    return x
 
 
 @triton.jit
@@ -681,12 +683,12 @@ def _aligned(x: Tensor) -> bool:
 
 
 def _rows(x: Tensor) -> Tensor:
-    """As `common.rows`. 16-bit rows that do not start on 16 bytes, like those of width 100, get a copy with zeros to the next
-    multiple of 8 channels: to load them in pieces costs more."""
+    """As `common.rows`. 16-bit rows that do not consist of whole 16 bytes, like those of width 100, get a copy with zeros to the
+    next multiple of 32 channels: to load them in pieces costs more."""
     x = rows(x)
-    if x.element_size() == 4 or _aligned(x):
+    if x.element_size() == 4 or (x.shape[-1] % 8 == 0 and _aligned(x)):
         return x
-    channels = -x.shape[-1] % 8
+    channels = -x.shape[-1] % 32 if x.shape[-1] % 8 else 0
     return torch.nn.functional.pad(x, (0, channels)) if channels else x.clone(memory_format=torch.contiguous_format)
 
 
