@@ -45,7 +45,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import tuning
-from .common import INTERPRET, cdiv, launch, next_power_of_2, opaque, rows
+from .common import INTERPRET, cdiv, default_config, launch, next_power_of_2, opaque, rows
 
 
 def _tile(BLOCK_M: int, BLOCK_N: int, num_warps: int, num_stages: int, **others: int) -> dict[str, int]:
@@ -111,6 +111,11 @@ CONFIGS = {
         "float32": _tile(16, 16, 8, 1, BLOCK_F=32, BLOCK_FO=128),
         "interpret": _tile(256, 256, 1, 1, BLOCK_F=256, BLOCK_FO=512),
     },
+}
+SPACE = {  # what may be tuned; see tuning.py
+    "attention_fwd": {"BLOCK_M": [64, 128], "BLOCK_N": [32, 64, 128], "num_warps": [4, 8], "num_stages": [1, 2, 3, 4]},
+    "attention_bwd_dkdv": {"BLOCK_M": [32, 64, 128], "BLOCK_N": [32, 64, 128], "num_warps": [4, 8], "num_stages": [1, 2, 3]},
+    "attention_bwd_dq": {"BLOCK_M": [64, 128], "BLOCK_N": [16, 32, 64, 128], "num_warps": [4, 8], "num_stages": [1, 2, 3]},
 }
 
 
@@ -711,7 +716,7 @@ def _config(kernel: str, q: Tensor, k: Tensor, v: Tensor, q_pos: Tensor | None, 
     """The kernel's tiles, no larger than the problem."""
     configs, width = CONFIGS[kernel], max(q.shape[-1], v.shape[-1])
     if INTERPRET or q.dtype == torch.float32:
-        config = dict(tuning.lookup(configs, q.dtype, INTERPRET))
+        config = default_config(configs, q.dtype)
         if width > 128 and not INTERPRET:
             config |= {"BLOCK_M": max(16, config["BLOCK_M"] // 2), "BLOCK_N": max(16, config["BLOCK_N"] // 2)}
     elif q_pos is not None:
@@ -724,6 +729,12 @@ def _config(kernel: str, q: Tensor, k: Tensor, v: Tensor, q_pos: Tensor | None, 
     limits = {"BLOCK_M": q.shape[1], "BLOCK_N": k.shape[1], "BLOCK_F": F, "BLOCK_FO": F}
     config = {"BLOCK_F": 16} | config
     return {name: min(value, next_power_of_2(limits[name])) if name in limits else value for name, value in config.items()}
+
+
+def _tuned(kernel, config, q, k, v, q_pos, causal, window, masked) -> dict[str, int]:
+    sizes, P = (q.shape[0] * q.shape[2], q.shape[1], k.shape[1]), min(q.shape[-1], k.shape[-1])
+    widths = {"P": P, "PV": v.shape[-1], "F": 0 if q_pos is None else q_pos.shape[-1], "GROUP": q.shape[2] // k.shape[2]}
+    return tuning.lookup(kernel, config, q, sizes, **widths, causal=causal, window=window > 0, masked=masked)
 
 
 def _attention_forward_fake(q, k, v, q_pos, k_pos, key_padding_mask, cu_seqlens, causal, window, scale, precision):
@@ -759,7 +770,9 @@ def attention_forward(
     q, k, v = _rows(q), _rows(k), _rows(v)
     q_pos = None if q_pos is None else q_pos.contiguous()
     k_pos = None if k_pos is None else k_pos.contiguous()
+    masked = key_padding_mask is not None or cu_seqlens is not None
     config = _config("attention_forward", q, k, v, q_pos)
+    config = _tuned(_attention_fwd_kernel, config, q, k, v, q_pos, causal, window, masked)
     launch(
         _attention_fwd_kernel, (cdiv(T, config["BLOCK_M"]) * B * H,),
         q, k, v, q_pos, k_pos, _padding(key_padding_mask), _sequence_bounds(cu_seqlens, T), o, lse,
@@ -816,6 +829,7 @@ def attention_backward(
     stats = lse.new_empty((4 if exact else 2) * B * H, T)
 
     masks = (_padding(key_padding_mask), _sequence_bounds(cu_seqlens, T))
+    masked = key_padding_mask is not None or cu_seqlens is not None
     inputs = (*do.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
     sizes = (T, S, H, 0 if q_pos is None else q_pos.shape[-1], min(window, T + S))
     flags = dict(
@@ -826,6 +840,8 @@ def attention_backward(
 
     def launch_dq(out: Tensor, name: str) -> None:
         config = {"BLOCK_FO": 16} | _config("attention_dq_pos" if name == "dq_pos" else "attention_dq", q, k, v, q_pos)
+        if name == "dq":
+            config = _tuned(_attention_bwd_dq_kernel, config, q, k, v, q_pos, causal, window, masked)
         grid = (cdiv(T, config["BLOCK_M"]) * B * H, cdiv(out.shape[-1], config["BLOCK_FO"]) if name == "dq_pos" else 1)
         arguments = (do, q, k, v, q_pos, k_pos, *masks, o, lse, dlse, stats, out)
         strides = (*inputs, *o.stride()[:3], *out.stride()[:3])
@@ -837,6 +853,7 @@ def attention_backward(
     launch_dq(dq, "dq")
     spare = key_padding_mask is not None or Hkv < H
     config = _config("attention_dkdv", q, k, v, q_pos, "hopper_spare" if spare else "hopper")
+    config = _tuned(_attention_bwd_dkdv_kernel, config, q, k, v, q_pos, causal, window, masked)
     arguments = (do, q, k, v, q_pos, k_pos, *masks, stats, dk, dv)
     strides = (*inputs, *dk.stride()[:3], *dv.stride()[:3])
     grid = (cdiv(S, config["BLOCK_N"]) * B * Hkv,)

@@ -30,7 +30,7 @@ import triton
 import triton.language as tl
 
 from .. import tuning
-from .common import INTERPRET, cast, cdiv, find_tile, launch, next_power_of_2, opaque, rows, uniform
+from .common import INTERPRET, cast, cdiv, default_config, find_tile, launch, next_power_of_2, opaque, rows, uniform
 from .projection import _combine, _grouped_dw, product
 
 CONFIGS = {
@@ -53,6 +53,29 @@ CONFIGS = {
         "half": {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "PARTS": 1, "num_warps": 8, "num_stages": 3},
         "float32": {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "PARTS": 4, "num_warps": 8, "num_stages": 2},
         "interpret": {"BLOCK_M": 256, "BLOCK_N": 256, "BLOCK_K": 256, "PARTS": 1, "num_warps": 1, "num_stages": 1},
+    },
+}
+SPACE = {  # what may be tuned; see tuning.py
+    "up": {
+        "BLOCK_M": [64, 128],
+        "BLOCK_N": [64, 128, 256],
+        "BLOCK_K": [32, 64, 128],
+        "num_warps": [4, 8],
+        "num_stages": [2, 3, 4],
+    },
+    "up_bwd": {
+        "BLOCK_M": [64, 128],
+        "BLOCK_N": [64, 128, 256],
+        "BLOCK_K": [32, 64, 128],
+        "num_warps": [4, 8],
+        "num_stages": [2, 3, 4],
+    },
+    "down": {
+        "BLOCK_M": [64, 128],
+        "BLOCK_N": [32, 64, 128],
+        "BLOCK_K": [64, 128, 256],
+        "num_warps": [4, 8],
+        "num_stages": [2, 3, 4],
     },
 }
 
@@ -273,7 +296,7 @@ def _padded(x):
 
 
 def _config(name, x, R, N, K):
-    config = dict(tuning.lookup(CONFIGS[name], x.dtype, INTERPRET))
+    config = default_config(CONFIGS[name], x.dtype)
     config["BLOCK_N"] = min(config["BLOCK_N"], next_power_of_2(N))
     config["BLOCK_K"] = min(config["BLOCK_K"], next_power_of_2(K))
     if INTERPRET:
@@ -300,6 +323,7 @@ def _down(a, w, order, offsets, top_k, bias, d_out, precision, dtype=None, b=Non
         config = _config("down", a, R, N, K)
         if config["BLOCK_K"] < K:
             config = _config("down_wide", a, R, N, K)
+        config = tuning.lookup(_down_kernel, config, a, (R,), N=N, K=K, groups=groups, transposed=w.stride(2) != 1)
         tiles_n = 1 if config["BLOCK_K"] >= K else cdiv(N, config["BLOCK_N"])
         launch(
             _down_kernel, ((cdiv(R, config["BLOCK_M"]) + groups) * tiles_n if R else 0,),
@@ -343,6 +367,7 @@ def mlp_forward(
     config = _config("up", x, R, G, x.shape[1])
     if keys.shape[2] == 2 * G:  # two tiles of products
         config["BLOCK_N"] = max(16, config["BLOCK_N"] // 2)
+    config = tuning.lookup(_up_kernel, config, x, (R,), N=keys.shape[2], K=x.shape[1], groups=groups, TOP_K=TOP_K)
     launch(
         _up_kernel, ((cdiv(R, config["BLOCK_M"]) + groups) * cdiv(G, config["BLOCK_N"]) if R else 0,),
         x, keys, z if bias is None else bias, weights.contiguous(), order if seed is None else seed, z, u, order, offsets, groups,
@@ -377,6 +402,7 @@ def mlp_backward(
     (groups, G, d_out), D, R, TOP_K = values.shape, x.shape[1], order.shape[0], weights.shape[-1]
     x, dy, w = _padded(rows(x)), _padded(rows(dy)), _padded(values).transpose(1, 2)
     config = _config("up_bwd", x, R, G, dy.shape[1])
+    config = tuning.lookup(_up_bwd_kernel, config, x, (R,), N=z.shape[1], K=dy.shape[1], groups=groups, TOP_K=TOP_K)
     tiles_n = cdiv(G, config["BLOCK_N"])
     u, dz = z.new_empty(R, G), torch.empty_like(z)
     dweights = torch.empty((tiles_n, *weights.shape), dtype=weights.dtype, device=weights.device)

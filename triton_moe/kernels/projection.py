@@ -36,7 +36,7 @@ import triton.language as tl
 
 from .. import tuning
 from . import sets
-from .common import INTERPRET, cast, cdiv, find_tile, launch, next_power_of_2, opaque, rows, uniform
+from .common import INTERPRET, cast, cdiv, default_config, find_tile, launch, next_power_of_2, opaque, rows, uniform
 
 CONFIGS = {
     "grouped_gemm": {
@@ -50,7 +50,15 @@ CONFIGS = {
         "interpret": {"BLOCK_I": 256, "BLOCK_J": 256, "BLOCK_R": 256, "PARTS": 1, "num_warps": 1, "num_stages": 1},
     },
 }
-
+SPACE = {  # what may be tuned; see tuning.py
+    "grouped_gemm": {
+        "BLOCK_M": [64, 128], "BLOCK_N": [64, 128, 256], "BLOCK_K": [32, 64, 128], "num_warps": [4, 8], "num_stages": [2, 3, 4],
+    },
+    "grouped_dw": {
+        "BLOCK_I": [64, 128, 256], "BLOCK_J": [64, 128, 256], "BLOCK_R": [32, 64, 128],
+        "num_warps": [4, 8], "num_stages": [2, 3, 4],
+    },
+}  # fmt: skip
 
 PROGRAMS = 264  # that run at a time: two on each multiprocessor of an H200
 LEAST_CHUNK = 512  # routes; see NOTE [Chunks]
@@ -316,11 +324,13 @@ def _grouped_gemm(a, w, order, offsets, div, precision):
     groups, K, N = w.shape
     R = order.shape[0]
     c = a.new_empty(R, N)
-    config = dict(tuning.lookup(CONFIGS["grouped_gemm"], a.dtype, INTERPRET))
+    config = default_config(CONFIGS["grouped_gemm"], a.dtype)
     config["BLOCK_N"] = min(config["BLOCK_N"], next_power_of_2(N))
     config["BLOCK_K"] = min(config["BLOCK_K"], next_power_of_2(K))
     if INTERPRET:
         config["BLOCK_M"] = min(config["BLOCK_M"], next_power_of_2(R))
+    transposed = w.stride(2) != 1
+    config = tuning.lookup(_grouped_gemm_kernel, config, a, (R,), N=N, K=K, groups=groups, DIV=div, transposed=transposed)
     grid = (cdiv(R, config["BLOCK_M"]) + groups) * cdiv(N, config["BLOCK_N"]) if R else 0
     launch(
         _grouped_gemm_kernel, (grid,),
@@ -377,11 +387,13 @@ def _grouped_dw(a, b, order, offsets, div_a, div_b, precision, size=None, order_
     """
     groups, (I, J), R = offsets.shape[0] - 1, size or (a.shape[1], b.shape[1]), order.shape[0]
     dw = a.new_empty(groups, I, J, dtype=dtype)
-    config = dict(tuning.lookup(CONFIGS["grouped_dw"], a.dtype, INTERPRET))
+    config = default_config(CONFIGS["grouped_dw"], a.dtype)
     config["BLOCK_I"] = min(config["BLOCK_I"], next_power_of_2(I))
     config["BLOCK_J"] = min(config["BLOCK_J"], next_power_of_2(J))
     if INTERPRET:
         config["BLOCK_R"] = min(config["BLOCK_R"], next_power_of_2(R))
+    padded = {"I": cdiv(I, 32) * 32, "J": cdiv(J, 32) * 32}  # as heads are: nothing to tune again for their real width
+    config = tuning.lookup(_grouped_dw_kernel, config, a, (R,), **padded, groups=groups, DIV_A=div_a, DIV_B=div_b)
     tiles = cdiv(I, config["BLOCK_I"]) * cdiv(J, config["BLOCK_J"])
     chunk = max(cdiv(5 * R, 4 * groups * max(1, PROGRAMS // (groups * tiles))), cdiv(R, 64), LEAST_CHUNK)
     chunk = cdiv(chunk, 16) * 16  # Triton compiles integers anew that are no multiples of 16
