@@ -75,6 +75,7 @@ CONFIGS = {
     "attention_dkdv": {
         "hopper": (
             (64, _tile(128, 64, 4, 2)),
+            (96, _tile(64, 64, 4, 3)),
             (128, _tile(64, 64, 4, 2)),
             (160, _tile(32, 64, 4, 2)),
             (256, _tile(32, 32, 4, 2)),
@@ -119,7 +120,7 @@ SPACE = {  # what may be tuned; see tuning.py
 }
 
 
-SECTION_BYTES = 16 << 20  # NOTE [Order]
+SECTION_BYTES = 8 << 20  # NOTE [Order]
 
 
 @triton.jit
@@ -516,6 +517,10 @@ def _attention_bwd_dkdv_kernel(
                     s = _add_position(
                         s, k_pos_ptr, F, offs_n, mask_n, q_pos, H * F, offs_t, offs_t < T, F, BLOCK_F, PRECISION
                     )  # fmt: skip
+                do = _load_rows(do_ptr, b, h, t, stride_dob, stride_dot, stride_doh, mask_t, LOAD_PV, CHUNKS_PV, BLOCK_M)
+                dp = _dot_rows(
+                    v, do, CHUNKS_PV, PRECISION
+                )  # before p: Triton waits here for what it multiplies, later it need not
                 visible = None
                 if MASKED:
                     low_t, high_t = (low - t)[:, None], (high - t)[:, None]
@@ -527,9 +532,7 @@ def _attention_bwd_dkdv_kernel(
                 if EXACT:
                     norm = _load_stats(stats_ptr, row + 2 * plane, t, T, 0.0, BLOCK_M, MASKED)[None, :]
                 p = _probability(s, lse[None, :], norm, visible, unit, EXACT, MASKED)
-                do = _load_rows(do_ptr, b, h, t, stride_dob, stride_dot, stride_doh, mask_t, LOAD_PV, CHUNKS_PV, BLOCK_M)
                 dv = _add_dots(dv, p.to(do[0].dtype), do, CHUNKS_PV, PRECISION)
-                dp = _dot_rows(v, do, CHUNKS_PV, PRECISION)
                 ds = dp - _load_stats(stats_ptr, row + plane, t, T, 0.0, BLOCK_M, MASKED)[None, :]
                 if EXACT:
                     ds += _load_stats(stats_ptr, row + 3 * plane, t, T, 0.0, BLOCK_M, MASKED)[None, :]
@@ -679,8 +682,8 @@ def _exact(dtype: torch.dtype, precision: str) -> bool:
 
 def _section(x: Tensor, y: Tensor, heads: int) -> int:
     """See NOTE [Order]: how many of all `heads` at a time, whose programs read the rows of x and y, [B, S, H, P]."""
-    rows_of_head = (x.numel() + y.numel()) * x.element_size() // max(1, heads)
-    return max(1, min(heads, SECTION_BYTES // max(1, rows_of_head)))
+    sections = min(heads, cdiv((x.numel() + y.numel()) * x.element_size(), SECTION_BYTES))
+    return cdiv(heads, max(1, sections))  # all alike: a small one at the end would leave the device idle
 
 
 def _aligned(x: Tensor) -> bool:
