@@ -22,6 +22,11 @@ NOTE [Order]
     Programs of as many heads as the second-level cache holds the rows of run side by side, in sections, one after the other; in a
     section the longest tiles of a causal mask start first.
 
+NOTE [Position scores]
+    q_pos . k_pos is one matrix product over all queries and heads, which torch does best: the kernels add its rows to their
+    scores, and torch makes dq_pos of their gradient. To stay linear in T this goes by as many tiles at a time as POSITION_BYTES
+    hold, at least one.
+
 NOTE [Float32]
     What rounds float32 most is not the products but the differences. So without tf32 (EXACT) scores and lse stay in natural
     units and exp is our own; 16-bit inputs and tf32 fold log2(e) into the scale, as exp2 is what the hardware has. And the
@@ -54,7 +59,7 @@ def _tile(BLOCK_M: int, BLOCK_N: int, num_warps: int, num_stages: int, **others:
 
 
 # "hopper" lists the widest head and its tiles; elsewhere heads of more than 128 channels are "half_wide". Position channels make
-# it "half_xl": BLOCK_F of them at a time, and attention_dq_pos accumulates BLOCK_FO.
+# it "half_xl".
 CONFIGS = {
     "attention_forward": {
         "hopper": (
@@ -68,9 +73,9 @@ CONFIGS = {
         ),
         "half": _tile(64, 32, 4, 2),
         "half_wide": _tile(64, 32, 8, 1),
-        "half_xl": _tile(128, 64, 8, 2, BLOCK_F=32),
-        "float32": _tile(32, 32, 8, 1, BLOCK_F=32),
-        "interpret": _tile(256, 256, 1, 1, BLOCK_F=256),
+        "half_xl": _tile(128, 64, 8, 2),
+        "float32": _tile(32, 32, 8, 1),
+        "interpret": _tile(256, 256, 1, 1),
     },
     "attention_dkdv": {
         "hopper": (
@@ -88,9 +93,9 @@ CONFIGS = {
         ),
         "half": _tile(32, 32, 4, 2),
         "half_wide": _tile(16, 32, 4, 1),
-        "half_xl": _tile(32, 64, 8, 2, BLOCK_F=32),
-        "float32": _tile(16, 32, 8, 1, BLOCK_F=32),
-        "interpret": _tile(256, 256, 1, 1, BLOCK_F=256),
+        "half_xl": _tile(32, 64, 4, 2),
+        "float32": _tile(16, 32, 8, 1),
+        "interpret": _tile(256, 256, 1, 1),
     },
     "attention_dq": {
         "hopper": (
@@ -103,14 +108,9 @@ CONFIGS = {
         ),
         "half": _tile(64, 32, 4, 2),
         "half_wide": _tile(32, 32, 4, 1),
-        "half_xl": _tile(64, 64, 8, 2, BLOCK_F=32),
-        "float32": _tile(16, 16, 8, 1, BLOCK_F=32),
-        "interpret": _tile(256, 256, 1, 1, BLOCK_F=256),
-    },
-    "attention_dq_pos": {
-        "half_xl": _tile(64, 32, 8, 1, BLOCK_F=32, BLOCK_FO=256),
-        "float32": _tile(16, 16, 8, 1, BLOCK_F=32, BLOCK_FO=128),
-        "interpret": _tile(256, 256, 1, 1, BLOCK_F=256, BLOCK_FO=512),
+        "half_xl": _tile(64, 32, 4, 2),
+        "float32": _tile(16, 16, 8, 1),
+        "interpret": _tile(256, 256, 1, 1),
     },
 }
 SPACE = {  # what may be tuned; see tuning.py
@@ -121,6 +121,7 @@ SPACE = {  # what may be tuned; see tuning.py
 
 
 SECTION_BYTES = 8 << 20  # NOTE [Order]
+POSITION_BYTES = 64 << 20  # NOTE [Position scores]
 
 
 @triton.jit
@@ -319,24 +320,10 @@ def _times(x, factor, CHUNKS: tl.constexpr):
 
 
 @triton.jit
-def _add_position(
-    s, a_ptr, stride_a, rows_a, mask_a, b_ptr, stride_b, rows_b, mask_b, F,
-    BLOCK_F: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """s + A B^T over the F position channels of the given rows. Each chunk of channels is summed on its own first: one long
-    sum in the accumulator would lose float32 digits."""
-    a_ptrs = a_ptr + rows_a.to(tl.int64)[:, None] * stride_a
-    b_ptrs = b_ptr + rows_b.to(tl.int64)[None, :] * stride_b
-    for f in range(0, F, 2 * BLOCK_F):
-        part = tl.zeros_like(s)
-        for i in tl.static_range(2):
-            offs_f = f + i * BLOCK_F + tl.arange(0, BLOCK_F)
-            mask_f = offs_f < F
-            a = tl.load(a_ptrs + offs_f[None, :], mask=mask_a[:, None] & mask_f[None, :], other=0.0)
-            b = tl.load(b_ptrs + offs_f[:, None], mask=mask_f[:, None] & mask_b[None, :], other=0.0)
-            part = tl.dot(a, b, part, input_precision=PRECISION)
-        s += part
-    return s
+def _position_row(b, h, first, T, S, H: tl.constexpr, tile_0, tiles, BLOCK_M: tl.constexpr):
+    """Where the row of query `first` starts in [B, rows, H, S], the rows of the `tiles` tiles from tile_0 on."""
+    count = tl.minimum(tiles * BLOCK_M, T - tile_0 * BLOCK_M)
+    return ((b.to(tl.int64) * count + first - tile_0 * BLOCK_M) * H + h) * S
 
 
 @triton.jit
@@ -361,10 +348,10 @@ def _sequence_bounds_kernel(cu_seqlens_ptr, bounds_ptr, n, T, steps, BLOCK: tl.c
     tl.store(bounds_ptr + T + offs_t, tl.where(found, end, 0).to(tl.int32), mask=mask_t)
 
 
-@triton.jit(do_not_specialize=["section"])
+@triton.jit(do_not_specialize=["section", "tile_0", "tiles"])
 def _attention_fwd_kernel(
-    q_ptr, k_ptr, v_ptr, q_pos_ptr, k_pos_ptr, padding_ptr, bounds_ptr, o_ptr, lse_ptr,
-    T, S, H: tl.constexpr, F: tl.constexpr, window, section,
+    q_ptr, k_ptr, v_ptr, position_ptr, padding_ptr, bounds_ptr, o_ptr, lse_ptr,
+    T, S, H: tl.constexpr, window, section, tile_0, tiles,
     stride_qb, stride_qt: tl.constexpr, stride_qh: tl.constexpr,
     stride_kb, stride_kt: tl.constexpr, stride_kh: tl.constexpr,
     stride_vb, stride_vt: tl.constexpr, stride_vh: tl.constexpr,
@@ -372,22 +359,22 @@ def _attention_fwd_kernel(
     PV: tl.constexpr, LOAD_P: tl.constexpr, LOAD_PV: tl.constexpr, GROUP: tl.constexpr, IS_CAUSAL: tl.constexpr,
     HAS_WINDOW: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
     CHUNKS_P: tl.constexpr, CHUNKS_PV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    tiles = tl.cdiv(T, BLOCK_M)
     tile, head = _place(tiles, section)
     b = head // H
     h = head % H
     hk = h // GROUP
     row = head.to(tl.int64) * T  # of lse
-    first = (tiles - 1 - tile) * BLOCK_M  # the longest rows of a causal mask first
+    first = (tile_0 + tiles - 1 - tile) * BLOCK_M  # the longest rows of a causal mask first
     offs_t = first + tl.arange(0, BLOCK_M)
     mask_t = offs_t < T
     low, high = _key_range(offs_t, T, S, bounds_ptr, window, IS_CAUSAL, HAS_WINDOW)
     LOW: tl.constexpr = HAS_WINDOW or bounds_ptr is not None
     q = _load_rows(q_ptr, b, h, first, stride_qb, stride_qt, stride_qh, mask_t, LOAD_P, CHUNKS_P, BLOCK_M)
-    if q_pos_ptr is not None:
-        q_pos_ptr += (b.to(tl.int64) * T * H + h) * F
+    if position_ptr is not None:
+        position_ptr += _position_row(b, h, first, T, S, H, tile_0, tiles, BLOCK_M)
+        offs_position = (tl.arange(0, BLOCK_M) * (H * S))[:, None] + tl.arange(0, BLOCK_N)[None, :]
     if padding_ptr is not None:
         padding_ptr += b.to(tl.int64) * S
 
@@ -403,10 +390,9 @@ def _attention_fwd_kernel(
             keep = _kept_keys(padding_ptr, offs_n, S) if MASKED else None
             k = _load_rows(k_ptr, b, hk, n, stride_kb, stride_kt, stride_kh, keep, LOAD_P, CHUNKS_P, BLOCK_N)
             s = _dot_rows(q, k, CHUNKS_P, PRECISION)  # [BLOCK_M, BLOCK_N]
-            if q_pos_ptr is not None:
-                s = _add_position(
-                    s, q_pos_ptr, H * F, offs_t, mask_t, k_pos_ptr, F, offs_n, offs_n < S, F, BLOCK_F, PRECISION
-                )  # fmt: skip
+            if position_ptr is not None:
+                mask_position = mask_t[:, None] & (offs_n < S)[None, :]
+                s += tl.load(position_ptr + n + offs_position, mask=mask_position, other=0.0)
             if MASKED:
                 s = tl.where(_visible_keys(n, low, high, keep, padding_ptr, LOW, BLOCK_N), s, float("-inf"))
             if EXACT:
@@ -466,10 +452,10 @@ def _probability(s, lse, norm, visible, scale, EXACT: tl.constexpr, MASKED: tl.c
     return p
 
 
-@triton.jit(do_not_specialize=["section"])
+@triton.jit(do_not_specialize=["section", "tile_0", "tiles"])
 def _attention_bwd_dkdv_kernel(
-    do_ptr, q_ptr, k_ptr, v_ptr, q_pos_ptr, k_pos_ptr, padding_ptr, bounds_ptr, stats_ptr, dk_ptr, dv_ptr,
-    T, S, H: tl.constexpr, F: tl.constexpr, window, section,
+    do_ptr, q_ptr, k_ptr, v_ptr, position_ptr, padding_ptr, bounds_ptr, stats_ptr, dk_ptr, dv_ptr,
+    T, S, H: tl.constexpr, window, section, tile_0, tiles,
     stride_dob, stride_dot: tl.constexpr, stride_doh: tl.constexpr,
     stride_qb, stride_qt: tl.constexpr, stride_qh: tl.constexpr,
     stride_kb, stride_kt: tl.constexpr, stride_kh: tl.constexpr,
@@ -479,14 +465,13 @@ def _attention_bwd_dkdv_kernel(
     P: tl.constexpr, PV: tl.constexpr, LOAD_P: tl.constexpr, LOAD_PV: tl.constexpr, GROUP: tl.constexpr, IS_CAUSAL: tl.constexpr,
     HAS_WINDOW: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
     CHUNKS_P: tl.constexpr, CHUNKS_PV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     h_kv: tl.constexpr = H // GROUP
-    tiles = tl.cdiv(S, BLOCK_N)
     tile, head = _place(tiles, section)
     b = head // h_kv
     hk = head % h_kv
-    first = tile * BLOCK_N  # the keys that most queries of a causal mask see first
+    first = (tile_0 + tile) * BLOCK_N  # the keys that most queries of a causal mask see first
     offs_n = first + tl.arange(0, BLOCK_N)
     if padding_ptr is not None:
         padding_ptr += b.to(tl.int64) * S
@@ -512,11 +497,12 @@ def _attention_bwd_dkdv_kernel(
                 mask_t = offs_t < T if MASKED else None
                 q = _load_rows(q_ptr, b, h, t, stride_qb, stride_qt, stride_qh, mask_t, LOAD_P, CHUNKS_P, BLOCK_M)
                 s = _dot_rows(k, q, CHUNKS_P, PRECISION)  # [BLOCK_N, BLOCK_M]
-                if q_pos_ptr is not None:
-                    q_pos = q_pos_ptr + (b.to(tl.int64) * T * H + h) * F
-                    s = _add_position(
-                        s, k_pos_ptr, F, offs_n, mask_n, q_pos, H * F, offs_t, offs_t < T, F, BLOCK_F, PRECISION
-                    )  # fmt: skip
+                if position_ptr is not None:
+                    width = tl.minimum(tiles * BLOCK_N, S - tile_0 * BLOCK_N)
+                    position = position_ptr + ((b.to(tl.int64) * T + t) * H + h) * width + (first - tile_0 * BLOCK_N)
+                    offs_position = (tl.arange(0, BLOCK_M) * (H * width))[None, :] + tl.arange(0, BLOCK_N)[:, None]
+                    mask_position = mask_n[:, None] & (offs_t < T)[None, :]
+                    s += tl.load(position + offs_position, mask=mask_position, other=0.0)
                 do = _load_rows(do_ptr, b, h, t, stride_dob, stride_dot, stride_doh, mask_t, LOAD_PV, CHUNKS_PV, BLOCK_M)
                 dp = _dot_rows(
                     v, do, CHUNKS_PV, PRECISION
@@ -543,11 +529,11 @@ def _attention_bwd_dkdv_kernel(
     _store_rows(dv_ptr, dv, b, hk, first, stride_dvb, stride_dvt, stride_dvh, mask_n, PV, CHUNKS_PV, BLOCK_N)
 
 
-@triton.jit(do_not_specialize=["section"])
+@triton.jit(do_not_specialize=["section", "tile_0", "tiles"])
 def _attention_bwd_dq_kernel(
-    do_ptr, q_ptr, k_ptr, v_ptr, q_pos_ptr, k_pos_ptr, padding_ptr, bounds_ptr,
-    o_ptr, lse_ptr, dlse_ptr, stats_ptr, out_ptr,
-    T, S, H: tl.constexpr, F: tl.constexpr, window, section,
+    do_ptr, q_ptr, k_ptr, v_ptr, position_ptr, padding_ptr, bounds_ptr,
+    o_ptr, lse_ptr, dlse_ptr, stats_ptr, ds_ptr, out_ptr,
+    T, S, H: tl.constexpr, window, section, tile_0, tiles,
     stride_dob, stride_dot: tl.constexpr, stride_doh: tl.constexpr,
     stride_qb, stride_qt: tl.constexpr, stride_qh: tl.constexpr,
     stride_kb, stride_kt: tl.constexpr, stride_kh: tl.constexpr,
@@ -557,26 +543,26 @@ def _attention_bwd_dq_kernel(
     P: tl.constexpr, PV: tl.constexpr, LOAD_P: tl.constexpr, LOAD_PV: tl.constexpr, GROUP: tl.constexpr, IS_CAUSAL: tl.constexpr,
     HAS_WINDOW: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
     CHUNKS_P: tl.constexpr, CHUNKS_PV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_FO: tl.constexpr,
-    OUT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, OUT: tl.constexpr,
 ):  # fmt: skip
-    """OUT "dq"; "dq_pos", BLOCK_FO channels of it a program; or "delta", which is launched for EXACT and first. The first
-    kernel writes the statistics that the others load."""
-    tiles = tl.cdiv(T, BLOCK_M)
+    """OUT "dq", and with position scores their gradient ds; or "delta", which is launched for EXACT and first. The first kernel
+    writes the statistics that the others load."""
     tile, head = _place(tiles, section)
     b = head // H
     h = head % H
     hk = h // GROUP
     row = head.to(tl.int64) * T  # of lse
-    first = (tiles - 1 - tile) * BLOCK_M
+    first = (tile_0 + tiles - 1 - tile) * BLOCK_M
     offs_t = first + tl.arange(0, BLOCK_M)
     mask_t = offs_t < T
     low, high = _key_range(offs_t, T, S, bounds_ptr, window, IS_CAUSAL, HAS_WINDOW)
     LOW: tl.constexpr = HAS_WINDOW or bounds_ptr is not None
     q = _load_rows(q_ptr, b, h, first, stride_qb, stride_qt, stride_qh, mask_t, LOAD_P, CHUNKS_P, BLOCK_M)
     do = _load_rows(do_ptr, b, h, first, stride_dob, stride_dot, stride_doh, mask_t, LOAD_PV, CHUNKS_PV, BLOCK_M)
-    if q_pos_ptr is not None:
-        q_pos_ptr += (b.to(tl.int64) * T * H + h) * F
+    if position_ptr is not None:
+        position_ptr += _position_row(b, h, first, T, S, H, tile_0, tiles, BLOCK_M)
+        ds_ptr += _position_row(b, h, first, T, S, H, tile_0, tiles, BLOCK_M)
+        offs_position = (tl.arange(0, BLOCK_M) * (H * S))[:, None] + tl.arange(0, BLOCK_N)[None, :]
     if padding_ptr is not None:
         padding_ptr += b.to(tl.int64) * S
 
@@ -607,14 +593,11 @@ def _attention_bwd_dq_kernel(
             norm = tl.load(stats_ptr + 2 * plane, mask=mask_t, other=0.0)
             dlse = tl.load(stats_ptr + 3 * plane, mask=mask_t, other=0.0)
 
-    offs_o = tl.program_id(1) * BLOCK_FO + tl.arange(0, BLOCK_FO)
     total = tl.zeros((BLOCK_M,), tl.float32)
     if OUT == "delta":
         acc = (total,)
-    elif OUT == "dq":
-        acc = _zero_chunks(BLOCK_M, CHUNKS_P)
     else:
-        acc = (_zeros(BLOCK_M, BLOCK_FO),)
+        acc = _zero_chunks(BLOCK_M, CHUNKS_P)
     start, count, begin, end = _tiles(low, high, BLOCK_N, padding_ptr is not None)
     for MASKED in tl.static_range(1, -1, -1):
         for i in range(count - (end - begin) if MASKED else end - begin):
@@ -623,10 +606,9 @@ def _attention_bwd_dq_kernel(
             keep = _kept_keys(padding_ptr, offs_n, S) if MASKED else None
             k = _load_rows(k_ptr, b, hk, n, stride_kb, stride_kt, stride_kh, keep, LOAD_P, CHUNKS_P, BLOCK_N)
             s = _dot_rows(q, k, CHUNKS_P, PRECISION)  # [BLOCK_M, BLOCK_N]
-            if q_pos_ptr is not None:
-                s = _add_position(
-                    s, q_pos_ptr, H * F, offs_t, mask_t, k_pos_ptr, F, offs_n, offs_n < S, F, BLOCK_F, PRECISION
-                )  # fmt: skip
+            if position_ptr is not None:
+                mask_position = mask_t[:, None] & (offs_n < S)[None, :]
+                s += tl.load(position_ptr + n + offs_position, mask=mask_position, other=0.0)
             visible = _visible_keys(n, low, high, keep, padding_ptr, LOW, BLOCK_N) if MASKED else None
             p = _probability(s, lse[:, None], norm[:, None], visible, unit, EXACT, MASKED)
             v = _load_rows(v_ptr, b, hk, n, stride_vb, stride_vt, stride_vh, keep, LOAD_PV, CHUNKS_PV, BLOCK_N)
@@ -639,24 +621,18 @@ def _attention_bwd_dq_kernel(
                 if EXACT:
                     ds += dlse[:, None]
                 ds *= p
-                if OUT == "dq":
-                    acc = _add_dots(acc, ds.to(k[0].dtype), k, CHUNKS_P, PRECISION)
-                else:
-                    k_pos_ptrs = k_pos_ptr + offs_n.to(tl.int64)[:, None] * F + offs_o[None, :]
-                    k_pos = tl.load(k_pos_ptrs, mask=(offs_n < S)[:, None] & (offs_o < F)[None, :], other=0.0)
-                    acc = (tl.dot(ds.to(k_pos.dtype), k_pos, acc[0], input_precision=PRECISION),)
+                acc = _add_dots(acc, ds.to(k[0].dtype), k, CHUNKS_P, PRECISION)
+                if position_ptr is not None:
+                    tl.store(ds_ptr + n + offs_position, ds * scale, mask=mask_position)
 
     if OUT == "delta":
         total = tl.where(total == 0.0, 1.0, total)
         tl.store(stats_ptr + plane, acc[0] / total, mask=mask_t)
         tl.store(stats_ptr + 2 * plane, 1.0 / total, mask=mask_t)
         tl.store(stats_ptr + 3 * plane, dlse, mask=mask_t)
-    elif OUT == "dq":
+    else:
         acc = _times(acc, scale, CHUNKS_P)
         _store_rows(out_ptr, acc, b, h, first, stride_outb, stride_outt, stride_outh, mask_t, P, CHUNKS_P, BLOCK_M)
-    else:
-        out_ptrs = out_ptr + ((b.to(tl.int64) * T + offs_t) * H + h)[:, None] * F + offs_o[None, :]
-        tl.store(out_ptrs, acc[0] * scale, mask=mask_t[:, None] & (offs_o < F)[None, :])
 
 
 def _sequence_bounds(cu_seqlens: Tensor | None, T: int) -> Tensor | None:
@@ -708,6 +684,17 @@ def _chunks(width: int, dtype: torch.dtype) -> tuple[int, ...]:
     return (chunk,)
 
 
+def _spans(tiles: int, q_pos: Tensor | None, scores_of_tile: int) -> list[tuple[int, int]]:
+    """(first, number) of the tiles of each launch: all at once, or with position scores as many as POSITION_BYTES hold."""
+    step = tiles if q_pos is None else max(1, POSITION_BYTES // max(1, scores_of_tile * q_pos.element_size()))
+    return [(first, min(step, tiles - first)) for first in range(0, tiles, max(1, step))]
+
+
+def _scores_of_queries(q_pos: Tensor | None, k_pos: Tensor | None, first: int, number: int) -> Tensor | None:
+    """q_pos . k_pos of `number` queries from `first` on, [B, rows, H, S]."""
+    return None if q_pos is None else q_pos[:, first : first + number] @ k_pos.t()
+
+
 def _hopper(x: Tensor) -> bool:
     if x.is_meta:
         target = triton.runtime.driver.active.get_current_target()
@@ -728,9 +715,7 @@ def _config(kernel: str, q: Tensor, k: Tensor, v: Tensor, q_pos: Tensor | None, 
         config = next(tile for widest, tile in configs[rung] if width <= widest)
     else:
         config = configs["half" if width <= 128 else "half_wide"]
-    F = 0 if q_pos is None else q_pos.shape[-1]
-    limits = {"BLOCK_M": q.shape[1], "BLOCK_N": k.shape[1], "BLOCK_F": F, "BLOCK_FO": F}
-    config = {"BLOCK_F": 16} | config
+    limits = {"BLOCK_M": q.shape[1], "BLOCK_N": k.shape[1]}
     return {name: min(value, next_power_of_2(limits[name])) if name in limits else value for name, value in config.items()}
 
 
@@ -771,20 +756,20 @@ def attention_forward(
         sign = -1.0 if scale < 0 else 0.0
         q, q_pos, scale = q * sign, None if q_pos is None else q_pos * sign, abs(scale) or 1.0
     q, k, v = _rows(q), _rows(k), _rows(v)
-    q_pos = None if q_pos is None else q_pos.contiguous()
-    k_pos = None if k_pos is None else k_pos.contiguous()
     masked = key_padding_mask is not None or cu_seqlens is not None
     config = _config("attention_forward", q, k, v, q_pos)
     config = _tuned(_attention_fwd_kernel, config, q, k, v, q_pos, causal, window, masked)
-    launch(
-        _attention_fwd_kernel, (cdiv(T, config["BLOCK_M"]) * B * H,),
-        q, k, v, q_pos, k_pos, _padding(key_padding_mask), _sequence_bounds(cu_seqlens, T), o, lse,
-        T, S, H, 0 if q_pos is None else q_pos.shape[-1], min(window, T + S), _section(k, v, B * H),
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *o.stride()[:3], scale,
-        LOAD_P=min(q.shape[-1], k.shape[-1]), LOAD_PV=v.shape[-1], PV=PV, GROUP=H // Hkv, IS_CAUSAL=causal,
-        HAS_WINDOW=window > 0, PRECISION=precision, EXACT=_exact(q.dtype, precision),
-        CHUNKS_P=_chunks(P, q.dtype), CHUNKS_PV=_chunks(PV, q.dtype), **config,
-    )  # fmt: skip
+    masks, block = (_padding(key_padding_mask), _sequence_bounds(cu_seqlens, T)), config["BLOCK_M"]
+    for first, number in _spans(cdiv(T, block), q_pos, block * B * H * S):
+        launch(
+            _attention_fwd_kernel, (number * B * H,),
+            q, k, v, _scores_of_queries(q_pos, k_pos, first * block, number * block), *masks, o, lse,
+            T, S, H, min(window, T + S), _section(k, v, B * H), first, number,
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *o.stride()[:3], scale,
+            LOAD_P=min(q.shape[-1], k.shape[-1]), LOAD_PV=v.shape[-1], PV=PV, GROUP=H // Hkv, IS_CAUSAL=causal,
+            HAS_WINDOW=window > 0, PRECISION=precision, EXACT=_exact(q.dtype, precision),
+            CHUNKS_P=_chunks(P, q.dtype), CHUNKS_PV=_chunks(PV, q.dtype), **config,
+        )  # fmt: skip
     return o, lse
 
 
@@ -824,8 +809,6 @@ def attention_backward(
     B, T, H, P = q.shape
     S, Hkv, PV = k.shape[1], k.shape[2], v.shape[3]
     do, q, k, v, o, lse = _rows(do), _rows(q), _rows(k), _rows(v), rows(o), lse.contiguous()
-    q_pos = None if q_pos is None else q_pos.contiguous()
-    k_pos = None if k_pos is None else k_pos.contiguous()
     dlse = None if dlse is None else dlse.contiguous()
     exact = _exact(q.dtype, precision)
     # B * H rows each of lse and delta, and for EXACT of norm and dlse
@@ -834,34 +817,35 @@ def attention_backward(
     masks = (_padding(key_padding_mask), _sequence_bounds(cu_seqlens, T))
     masked = key_padding_mask is not None or cu_seqlens is not None
     inputs = (*do.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
-    sizes = (T, S, H, 0 if q_pos is None else q_pos.shape[-1], min(window, T + S))
+    sizes = (T, S, H, min(window, T + S))
     flags = dict(
         P=P, PV=PV, LOAD_P=min(q.shape[-1], k.shape[-1]), LOAD_PV=min(do.shape[-1], v.shape[-1]), GROUP=H // Hkv,
         IS_CAUSAL=causal, HAS_WINDOW=window > 0, PRECISION=precision, EXACT=exact,
         CHUNKS_P=_chunks(P, q.dtype), CHUNKS_PV=_chunks(PV, q.dtype),
     )  # fmt: skip
 
-    def launch_dq(out: Tensor, name: str) -> None:
-        config = {"BLOCK_FO": 16} | _config("attention_dq_pos" if name == "dq_pos" else "attention_dq", q, k, v, q_pos)
-        if name == "dq":
-            config = _tuned(_attention_bwd_dq_kernel, config, q, k, v, q_pos, causal, window, masked)
-        grid = (cdiv(T, config["BLOCK_M"]) * B * H, cdiv(out.shape[-1], config["BLOCK_FO"]) if name == "dq_pos" else 1)
-        arguments = (do, q, k, v, q_pos, k_pos, *masks, o, lse, dlse, stats, out)
-        strides = (*inputs, *o.stride()[:3], *out.stride()[:3])
-        scalars = (*sizes, _section(k, v, B * H))
-        launch(_attention_bwd_dq_kernel, grid, *arguments, *scalars, *strides, scale, **flags, **config, OUT=name)
+    config = _config("attention_dq", q, k, v, q_pos)
+    config = _tuned(_attention_bwd_dq_kernel, config, q, k, v, q_pos, causal, window, masked)
+    block, strides = config["BLOCK_M"], (*inputs, *o.stride()[:3], *dq.stride()[:3])
+    for tile, number in _spans(cdiv(T, block), q_pos, block * B * H * S):
+        position = _scores_of_queries(q_pos, k_pos, tile * block, number * block)
+        ds = None if position is None else torch.zeros_like(position)
+        arguments = (do, q, k, v, position, *masks, o, lse, dlse, stats, ds, dq)
+        scalars = (*sizes, _section(k, v, B * H), tile, number)
+        for out in ("delta", "dq") if exact else ("dq",):
+            launch(
+                _attention_bwd_dq_kernel, (number * B * H,), *arguments, *scalars, *strides, scale, **flags, **config, OUT=out
+            )  # fmt: skip
+        if ds is not None:
+            dq_pos[:, tile * block : (tile + number) * block] = ds @ k_pos
 
-    if exact:
-        launch_dq(dq, "delta")
-    launch_dq(dq, "dq")
     spare = key_padding_mask is not None or Hkv < H
     config = _config("attention_dkdv", q, k, v, q_pos, "hopper_spare" if spare else "hopper")
     config = _tuned(_attention_bwd_dkdv_kernel, config, q, k, v, q_pos, causal, window, masked)
-    arguments = (do, q, k, v, q_pos, k_pos, *masks, stats, dk, dv)
-    strides = (*inputs, *dk.stride()[:3], *dv.stride()[:3])
-    grid = (cdiv(S, config["BLOCK_N"]) * B * Hkv,)
-    scalars = (*sizes, _section(q, do, B * Hkv))
-    launch(_attention_bwd_dkdv_kernel, grid, *arguments, *scalars, *strides, scale, **flags, **config)
-    if q_pos is not None:
-        launch_dq(dq_pos, "dq_pos")
+    block, strides = config["BLOCK_N"], (*inputs, *dk.stride()[:3], *dv.stride()[:3])
+    for tile, number in _spans(cdiv(S, block), q_pos, block * B * H * T):
+        position = None if q_pos is None else q_pos @ k_pos[tile * block : (tile + number) * block].t()  # [B, T, H, keys]
+        arguments = (do, q, k, v, position, *masks, stats, dk, dv)
+        scalars = (*sizes, _section(q, do, B * Hkv), tile, number)
+        launch(_attention_bwd_dkdv_kernel, (number * B * Hkv,), *arguments, *scalars, *strides, scale, **flags, **config)
     return first, second, dv, dq_pos
