@@ -73,7 +73,7 @@ CONFIGS = {
         ),
         "half": _tile(64, 32, 4, 2),
         "half_wide": _tile(64, 32, 8, 1),
-        "half_xl": _tile(128, 64, 8, 2),
+        "half_xl": _tile(64, 64, 4, 2),
         "float32": _tile(32, 32, 8, 1),
         "interpret": _tile(256, 256, 1, 1),
     },
