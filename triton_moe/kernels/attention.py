@@ -40,12 +40,12 @@ NOTE [Head widths]
     on an H200 (bfloat16, causal, N = 32768, T 4096, H 4) 80 channels take 229 us forward in two parts and 311 us as 128.
 
 NOTE [Hopper]
-    Measured on an H200, bfloat16, causal, N = 32768, H 4, P 128, in us at T 1024 and 4096: forward 105 and 281, dq 133 and 360, dk
-    with dv 177 and 499. At T 4096 the tensor cores work 51 to 58 % of the cycles. Triton waits for a product before it goes on, so
-    in a block products and exponentials take turns, and only the other block of a multiprocessor fills in; a third finds no
-    registers. The rest is spent at the barriers of the loop and waiting for copies: with two stages, all that fit beside two
-    blocks, a tile's copy starts when the tile before it ends. What was tried, forward / dq / dk with dv at T 4096, against 284 /
-    385 / 578 before sections:
+    Measured on an H200, bfloat16, causal, N = 32768, H 4, P 128, in us at T 1024 and 4096: forward 105 and 281, dq 133 and
+    360, dk with dv 177 and 499. At T 4096 the tensor cores work 51 to 58 % of the cycles. Triton waits for a product before it
+    goes on, so in a block products and exponentials take turns, and only the other block of a multiprocessor fills in; a third
+    finds no registers. The rest is spent at the barriers of the loop and waiting for copies: with two stages, all that fit
+    beside two blocks, a tile's copy starts when the tile before it ends. What was tried, forward / dq / dk with dv at T 4096,
+    against 284 / 385 / 578 before sections:
     * one loop for all tiles, with the mask in a branch: 324 / 423 / 647, as then all loads are masked;
     * tiles of 32 for three blocks a multiprocessor, or four stages: 330 / 405 / 606;
     * 8 warps on 128 rows: 328 / 354 / 672, and slower at T 1024;
