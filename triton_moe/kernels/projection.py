@@ -411,7 +411,7 @@ def _grouped_dw(a, b, order, offsets, div_a, div_b, precision, size=None, order_
     dw = a.new_empty(groups, *((J, I) if turned else (I, J)), dtype=dtype)
     config = default_config(CONFIGS["grouped_dw"], a.dtype)
     config["BLOCK_I"] = min(config["BLOCK_I"], next_power_of_2(I))
-    whole, rest = sets.columns(J)
+    whole, rest = (next_power_of_2(J), 0) if a.dtype == torch.float32 else sets.columns(J)
     config["BLOCK_J"] = min(config["BLOCK_J"], whole)
     if INTERPRET:
         config["BLOCK_R"] = min(config["BLOCK_R"], next_power_of_2(R))

@@ -316,7 +316,7 @@ def _spread_kernel(
     offs_n = n0 + tl.arange(0, BLOCK_N)
     mask_m, mask_n = offs_m < N, offs_n < D
     n = (tl.load(order_ptr + offs_m, mask=mask_m, other=0) // DIV).to(tl.int64)
-    first = tl.load(order_ptr + m0) % DIV * E  # expert of the pass
+    first = tl.load(order_ptr + m0) % DIV * E if DIV > 1 else 0  # expert of the pass
     offs = n[:, None] * D + offs_n[None, :]
     mask = mask_m[:, None] & mask_n[None, :]
     bits = tl.load(visited_ptr + tile)
