@@ -406,6 +406,9 @@ def _grouped_dw(a, b, order, offsets, div_a, div_b, precision, size=None, order_
         Few groups make few programs, and skewed routing makes one of them long. So the routes of a group with more than `chunk`
         are cut into equal parts, each summed on its own in float32, and the parts are added in their order: the same bits every
         time. A group at most a quarter larger than the mean is not cut: writing and adding parts takes time too.
+
+    On an H200 (H 4, E 4, TOP_K 2, P 128, D 1024, N 32768, bfloat16): 131 us with 4 warps, 139 with 8; 125 to 154 with 256 rows
+    or columns a tile; 164 and more with the gates multiplied in here.
     """
     groups, (I, J), R = offsets.shape[0] - 1, size or (a.shape[1], b.shape[1]), order.shape[0]
     dw = a.new_empty(groups, *((J, I) if turned else (I, J)), dtype=dtype)
