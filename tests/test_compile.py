@@ -35,7 +35,9 @@ SPILLS: dict[tuple[str, str, str], int] = {
     ("_grouped_dw_kernel", "float32", "sm_80"): 8,
     ("_grouped_dw_kernel", "float32", "sm_90"): 8,
     ("_grouped_dw_kernel", "float32", "sm_100"): 8,
+    ("_grouped_dw_kernel", "half", "sm_80"): 24,
     ("_spread_kernel", "half", "sm_80"): 16,
+    ("_spread_kernel", "half", "sm_90"): 8,
     # Two accumulators and the rows they are dotted with.
     ("_gather_kernel", "half", "sm_80"): 104,
     ("_gather_kernel", "half", "gfx942"): 40,
