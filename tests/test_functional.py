@@ -429,7 +429,6 @@ def layers(device):
     xl = head_weights(12, 2, 3, 8, device=device, dtype=torch.float32, xl=True)
     shared = head_weights(12, 2, 3, 8, device=device, dtype=torch.float32, shared=True)
     block = block_weights(12, 2, 3, 8, 4, 8, device=device, dtype=torch.float32)
-    bias = plain(12, seed=1)
     moe = moe_weights(12, 4, 8, device=device, dtype=torch.float32)
     routing = F.gating(plain(5, 12).detach(), plain(6, 12).detach(), n_heads=2, top_k=2)
     return {
