@@ -11,12 +11,12 @@ if not torch.cuda.is_available():
 import pytest
 from hypothesis import settings
 
+from triton_moe.testing import poisoned
+
 # Hypothesis decides shapes, flags and seeds; "ci" repeats the same examples on every run, "nightly" looks for new ones.
 settings.register_profile("ci", max_examples=15, deadline=None, derandomize=True, print_blob=True)
 settings.register_profile("nightly", max_examples=500, deadline=None, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
-
-POISON_LIMIT = 1 << 27  # elements; larger tensors are virtual memory that a test touches in a few places only
 
 
 def pytest_collection_modifyitems(items):
@@ -42,36 +42,8 @@ def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def poison(tensor: torch.Tensor) -> torch.Tensor:
-    """Fill with what no computation may survive: NaN, the byte 0x7f in integers, True."""
-    if tensor.layout != torch.strided or tensor.is_meta or tensor.numel() > POISON_LIMIT:
-        return tensor
-    with torch.no_grad():
-        if tensor.is_floating_point() or tensor.is_complex():
-            return tensor.fill_(float("nan"))
-        if tensor.dtype == torch.bool:
-            return tensor.fill_(True)
-        return tensor.fill_(int.from_bytes(b"\x7f" * tensor.element_size(), "little"))
-
-
 @pytest.fixture(scope="session", autouse=True)
 def poisoned_empty():
-    """torch.empty and its relatives return poison, so that nothing can rely on memory that no kernel wrote."""
-
-    def poisoned(allocate):
-        def empty(*args, **kwargs):
-            tensor = allocate(*args, **kwargs)
-            return tensor if torch.compiler.is_compiling() else poison(tensor)
-
-        return empty
-
-    with pytest.MonkeyPatch.context() as patch:
-        for owner, name in (
-            (torch, "empty"),
-            (torch, "empty_like"),
-            (torch, "empty_strided"),
-            (torch.Tensor, "new_empty"),
-            (torch.Tensor, "new_empty_strided"),
-        ):
-            patch.setattr(owner, name, poisoned(getattr(owner, name)))
+    """Nothing can rely on memory that no kernel wrote."""
+    with poisoned():
         yield

@@ -57,6 +57,9 @@ def test_version():
         (["compile", "--target", "sm_75"], "sm_75"),
         (["compile", "--op", "softmax"], "softmax"),
         (["compile", "--dtype", "float64"], "float64"),
+        (["autotune", "--budget", "soon"], "soon"),
+        (["autotune", "--preset", "mine"], "mine"),
+        (["autotune", "--preset", "llm", "--shapes", "x.json"], "--shapes"),
     ],
 )
 def test_a_wrong_option_is_one_line_and_exit_2(argv, message, capsys):
@@ -90,7 +93,7 @@ def test_a_kernel_that_fails_is_exit_1(monkeypatch, capsys):
     compiler = importlib.import_module("triton_moe.compiler")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     failed = compiler.Compiled("gating", "_k", "sm_90", "float16", "", {}, 0.0, error="CompilationError:\nwhat went wrong")
-    monkeypatch.setattr(compiler, "_result", lambda future, case: [failed])
+    monkeypatch.setattr(compiler, "each", lambda function, jobs, processes, seconds: [(job, [failed]) for job in jobs])
     assert main(["compile", "--target", "sm_90", "--op", "position", "--dtype", "float16"]) == 1
     assert "failed" in (out := capsys.readouterr().out) and "what went wrong" in out
 

@@ -1,9 +1,11 @@
 """Every kernel compiles for every target, fits its shared memory, keeps its registers and uses no float atomics."""
 
 import json
+import math
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -48,8 +50,8 @@ HALF_ONLY = {"_set_tiles_kernel", "_gather_kernel", "_visited_kernel", "_pack_ke
 
 # A kernel for each thing compile_case has to notice, and one that it must leave alone.
 SAMPLES = """
-import dataclasses, json, torch, triton, triton.language as tl
-from triton_moe import compiler
+import dataclasses, json, triton, triton.language as tl
+from triton_moe import compiler, workloads
 from triton_moe.kernels import common
 
 @triton.jit
@@ -70,8 +72,8 @@ def _spilling_kernel(x_ptr, BLOCK: tl.constexpr):
     x = tl.load(x_ptr + i[:, None] * BLOCK + i[None, :])
     tl.store(x_ptr + i[:, None] * BLOCK + i[None, :], tl.dot(x, x, input_precision="ieee"))
 
-def samples(dtype, n):
-    x = torch.empty(n, dtype=dtype, device="meta")
+def samples(make, n):
+    x = make(n)
     common.launch(_float_atomic_kernel, (1,), x)
     common.launch(_int_atomic_kernel, (1,), x)
     common.launch(_broken_kernel, (1,), x)
@@ -79,8 +81,9 @@ def samples(dtype, n):
     common.launch(_spilling_kernel, (0,), x, BLOCK=32)
 
 if __name__ == "__main__":
-    compiler.CASES["samples"] = (samples, [{"n": 64}])
-    rows = [row for target in compiler.targets() for row in compiler.compile_all(target, ["float32"], ["samples"])]
+    workloads.WORKLOADS["samples"] = samples
+    compiler.CASES["samples"] = [{"n": 64}]
+    rows = [row for target in compiler.MAIN_TARGETS for row in compiler.compile_all(target, ["float32"], ["samples"])]
     print(json.dumps([dataclasses.asdict(row) for row in rows]))
 """
 
@@ -109,7 +112,7 @@ def test_every_kernel_compiles(rows):
     kernels = {row["kernel"] for row in rows}
     assert len(kernels) >= 15
     compiled_for = {(row["kernel"], row["dtype"], row["target"]) for row in rows}
-    everything = {(k, d, t) for k in kernels for d in compiler.DTYPES for t in compiler.targets()}
+    everything = {(k, d, t) for k in kernels for d in compiler.DTYPES for t in compiler.MAIN_TARGETS}
     assert compiled_for == {(k, d, t) for k, d, t in everything if d != "float32" or k not in HALF_ONLY}
 
 
@@ -157,13 +160,38 @@ def test_what_a_row_says(tmp_path):
     result = child(str(script), timeout=300)
     assert result.returncode == 0, result.stderr
     rows = json.loads(result.stdout.splitlines()[-1])
-    for target in compiler.targets():
+    for target in compiler.MAIN_TARGETS:
         float_atomic, int_atomic, broken, spilling = (row for row in rows if row["target"] == target)
         assert (float_atomic["float_atomics"], int_atomic["float_atomics"]) == (True, False)
         assert float_atomic["error"] is None and float_atomic["registers"] > 0 and float_atomic["spill_bytes"] == 0
         assert "power of 2" in broken["error"] and broken["registers"] is None
         assert spilling["shared_bytes"] > 0 and spilling["config"] == {"BLOCK": 64, "num_warps": 1}
         assert (spilling["spill_bytes"] > 0) == (target != "gfx942"), spilling
+
+
+def test_sets_fit_gpus_with_less_shared_memory(tmp_path_factory):
+    """Their tiles depend on the architecture; those of other kernels are no larger than for sm_80."""
+    options = ("--target", "sm_120", "--op", "projection", "--dtype", "bfloat16")
+    rows = compiled(tmp_path_factory, *options)
+    assert [(row["kernel"], row["target"], row["error"]) for row in rows if row["error"]] == []
+    assert [row for row in rows if row["shared_bytes"] > compiler.TARGETS[row["target"]][1]] == []
+
+
+def test_a_cache_filled_ahead_of_time_is_all_that_a_second_run_needs(tmp_path):
+    options = ("--target", "sm_90", "--op", "position", "--dtype", "bfloat16", "--cache", str(tmp_path / "cache"))
+    assert child("-m", "triton_moe", "compile", *options, timeout=600).returncode == 0
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*") if path.is_file()}
+    assert sum(path.suffix == ".cubin" for path in files) >= 4
+    assert child("-m", "triton_moe", "compile", *options, timeout=600).returncode == 0
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*") if path.is_file()} == files
+
+
+def test_each_job_has_a_process_that_may_die(tmp_path):
+    jobs = [(os._exit, (3,), 60), (time.sleep, (60,), 0.5), (math.sqrt, (-1,), 60), (math.sqrt, (4,), 60)]
+    results = [(job, result) for f, job, seconds in jobs for job, result in compiler.each(f, [job], 1, seconds)]
+    assert [job for job, _ in results] == [job for _, job, _ in jobs]
+    died, late, failed, done = (result for _, result in results)
+    assert "died (exit 3)" in died and "no result after 0.5 s" in late and failed.startswith("ValueError") and done == 2.0
 
 
 def test_compiling_in_the_interpreter_is_refused(monkeypatch):

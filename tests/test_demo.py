@@ -234,6 +234,7 @@ def test_importing_it_imports_no_triton():
 # Inductor imports torch.jit, deprecated under Python 3.12.
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.gpu
 def test_the_gpu_demo_learns(tmp_path, capsys):
     path = tmp_path / "model.safetensors"

@@ -132,7 +132,9 @@ class Mlp(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         x, keys, values, bias, o_bias, *routing = ctx.saved_tensors
-        dx, dkeys, dvalues, dbias, dgates = mlp.mlp_backward(dy, x, keys, values, bias, o_bias, None, *routing, *ctx.options)
+        dz, dkeys, dvalues, dbias, dgates = mlp.mlp_backward(dy, x, keys, values, bias, o_bias, None, *routing, *ctx.options)
+        gates, _, order, offsets, _ = routing
+        dx = mlp.mlp_backward_input(dz, keys, order, offsets, gates.shape[-1], None, None, "ieee", x.dtype)
         no_bias = bias is None
         return dx, dgates, dkeys, dvalues, None if no_bias else dbias, None if o_bias is None else dy.sum(0), None, None
 

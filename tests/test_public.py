@@ -6,7 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import triton
 
 import triton_moe
 from triton_moe import functional, nn, testing
@@ -102,6 +104,10 @@ def test_a_cpu_tensor_outside_the_interpreter_is_an_error_that_says_what_to_do(c
     assert "TRITON_INTERPRET=1" in message and state in message
 
 
+@pytest.mark.skipif(
+    np.lib.NumpyVersion(np.__version__) >= "2.4.0" and triton.__version__.startswith("3.6."),
+    reason="the interpreter of Triton 3.6 reads one-element arrays as numbers, which NumPy 2.4 refuses",
+)
 def test_the_same_call_works_inside_the_interpreter():
     run = child(CALL, TRITON_INTERPRET="1")
     assert run.returncode == 0, run.stderr

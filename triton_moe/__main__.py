@@ -11,9 +11,12 @@ from . import __version__
 COMMANDS = {
     "demo": "train a small SwitchAll language model on real text and check it against the reference",
     "bench": "time the kernels beside their rivals, after checking their results",
+    "autotune": "find the fastest launch configurations on this GPU and keep them",
     "compile": "compile every kernel for any GPU, without one: registers, spills, shared memory",
+    "doctor": "what is installed here, which configurations would be used, and what to do next",
 }
-MODULES = {"demo": "demo", "bench": "bench", "compile": "compiler"}
+MODULES = {"demo": "demo", "bench": "bench", "autotune": "autotune", "compile": "compiler", "doctor": "doctor"}
+COMPILING = ("autotune", "compile", "doctor")  # these look at compiled kernels, never at interpreted ones
 
 
 class _Parser(argparse.ArgumentParser):
@@ -45,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _choose_interpreter(command: str) -> None:
     """Where there is no GPU kernels run in Triton's interpreter. Triton reads the variable when first imported."""
-    if command == "compile":
+    if command in COMPILING:
         os.environ.pop("TRITON_INTERPRET", None)
     else:
         import torch

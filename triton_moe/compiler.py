@@ -1,8 +1,10 @@
 """Compile every kernel as its launcher would launch it, for any target, on a machine without a GPU.
 
     python -m triton_moe compile --target sm_90 --op attention
+    python -m triton_moe compile --all --target sm_90 --json report.json      every configuration that may be tuned
+    python -m triton_moe compile --cache DIR --shapes FILE                    ahead of time, for the GPU of this machine
 
-The launchers run on `meta` tensors: they allocate, look their configuration up and launch as ever, but `common.launch`
+The workloads run on `meta` tensors: the launchers allocate, look their configuration up and launch as ever, but `common.launch`
 hands the kernel over to `compile_case` here. Triton then specialises on the real arguments (alignment, divisibility,
 equality with 1) and compiles for the target that a stand-in for its driver reports.
 
@@ -11,6 +13,7 @@ scratch on AMD.
 """
 
 import argparse
+import itertools
 import json
 import os
 import re
@@ -19,20 +22,23 @@ import subprocess
 import sys
 import time
 import warnings
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
-from multiprocessing import active_children, get_context
+from multiprocessing import connection, forkserver, get_context
 from pathlib import Path
+from typing import Any
 
 TARGETS = {  # name: (backend, architecture, threads of a warp), bytes of shared memory one block may have
     "sm_80": (("cuda", 80, 32), 166912),
+    "sm_86": (("cuda", 86, 32), 101376),
     "sm_90": (("cuda", 90, 32), 232448),
     "sm_100": (("cuda", 100, 32), 232448),
+    "sm_120": (("cuda", 120, 32), 101376),
     "gfx942": (("hip", "gfx942", 64), 65536),
 }
+MAIN_TARGETS = ["sm_80", "sm_90", "sm_100", "gfx942"]
 DTYPES = ("float16", "bfloat16", "float32")
+TIMEOUT = 120  # seconds for one configuration; a sound one takes 0.2 to 16
 
 FLOAT_ATOMIC = {
     "ptx": re.compile(r"^\s*(?:@!?%\w+\s+)?(?:atom|red|cp\.reduce)\.[\w.:]*\.(?:f|bf)(?:16|32|64)", re.MULTILINE),
@@ -67,26 +73,27 @@ def compile_all(target: str, dtypes: list[str], ops: list[str] | None = None) ->
     return [
         row
         for op in (CASES if ops is None else ops)
-        for shape in CASES[op][1]
+        for shape in CASES[op]
         for dtype in dtypes
         for row in compile_case(target, dtype, op, shape)
     ]
 
 
-def compile_case(target: str, dtype: str, op: str, shape: dict) -> list[Compiled]:
-    """The kernels that one op launches, forward and backward, for one shape."""
-    import torch
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime import driver
+def compile_case(
+    target: str, dtype: str, op: str, shape: dict, choose: Callable | None = None, only: Callable | None = None, stored: str = ""
+) -> list[Compiled]:
+    """The kernels that one op launches, forward and backward, for one shape.
 
-    from .kernels import common
-
-    if common.INTERPRET:
-        raise RuntimeError("nothing can be compiled while TRITON_INTERPRET=1: unset it before Python starts")
+    choose: what `tuning.lookup` asks instead of returning the default
+    only:   compile a kernel only if this returns True for it
+    stored: as of workloads.Inputs
+    """
     label = " ".join(f"{name}={value}" for name, value in shape.items())
     rows, seen = [], set()
 
     def compile_kernel(kernel, grid, args, meta):
+        if only is not None and not only(kernel):
+            return
         config = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in meta.items()}
         row = Compiled(op, kernel.__name__, target, dtype, label, config, 0.0)
         start = time.perf_counter()
@@ -101,22 +108,89 @@ def compile_case(target: str, dtype: str, op: str, shape: dict) -> list[Compiled
         row.seconds = round(time.perf_counter() - start, 3)
         rows.append(row)
 
-    active, on_meta = driver._active, common.on_meta
-    driver.set_active(_Driver(target, GPUTarget(*TARGETS[target][0])))
-    common.on_meta = compile_kernel
+    _on_meta(target, dtype, op, shape, choose, compile_kernel, stored)
+    return rows
+
+
+def _on_meta(target, dtype, op, shape, choose, on_launch, stored="") -> None:
+    import torch
+    from triton.runtime import driver
+
+    from . import tuning, workloads
+    from .kernels import common
+
+    if common.INTERPRET:
+        raise RuntimeError("nothing can be compiled while TRITON_INTERPRET=1: unset it before Python starts")
+    active, before = driver._active, common.on_launch
+    driver.set_active(_Driver(target))
+    common.on_launch = on_launch
     try:
-        CASES[op][0](getattr(torch, dtype), **shape)
+        with tuning.overriding(choose or (lambda kernel, key, default: default)):
+            workloads.WORKLOADS[op](workloads.Inputs("meta", *(getattr(torch, d) for d in (dtype, stored) if d)), **shape)
     finally:
         driver.set_active(active)
-        common.on_meta = on_meta
-    return rows
+        common.on_launch = before
+
+
+def lookups(op: str, target: str, dtype: str, shape: dict) -> list[tuple]:
+    """(kernel, key, default configuration) of every lookup that a workload makes, each once."""
+    found = {}
+
+    def note(kernel, key, default):
+        found.setdefault(key, (kernel, key, dict(default)))
+        return default
+
+    _on_meta(target, dtype, op, shape, note, None)
+    return list(found.values())
+
+
+def compile_candidate(target: str, dtype: str, op: str, shape: dict, key, config: dict) -> Compiled:
+    """The kernel of one lookup with one configuration in place of its default."""
+    latest: dict = {}  # the last key asked for, by kernel
+
+    def choose(kernel, asked, default):
+        latest[kernel] = asked
+        return default | config if asked == key else default
+
+    return compile_case(target, dtype, op, shape, choose, lambda kernel: latest.get(kernel) == key)[0]
+
+
+def steps(config: dict, other: dict, space: dict) -> int:
+    """How many values of the space lie between two configurations, over all names."""
+    return sum(abs(_place(values, config[k]) - _place(values, other[k])) for k, values in space.items())
+
+
+def _place(values: list[int], value: int) -> int:
+    return sum(v < value for v in values)
+
+
+def candidates(space: dict[str, list[int]], key, default: dict[str, int]) -> list[dict[str, int]]:
+    """All of a kernel's space that makes sense at these widths, the default first and then what is nearest to it."""
+    start = {name: default[name] for name in space}
+    found = [dict(zip(space, values, strict=True)) for values in itertools.product(*space.values())]
+    widths = dict(key.widths)
+    for name in space:
+        width = widths.get(name.removeprefix("BLOCK_"), 0) if name.startswith("BLOCK_") else 0
+        if width:  # no tile wider than it must be
+            most = max(16, 1 << (width - 1).bit_length(), start[name])
+            found = [config for config in found if config[name] <= most]
+    found.sort(key=lambda config: steps(config, start, space))
+    return [start, *(config for config in found if config != start)]
 
 
 class _Driver:
     """As much of a Triton driver as compilation needs. Triton caches by device, so each target is its own device."""
 
-    def __init__(self, name, target):
-        self.name, self.target = name, target
+    def __init__(self, name):
+        from triton.backends.compiler import GPUTarget
+
+        if name in TARGETS:
+            description = TARGETS[name][0]
+        elif match := re.fullmatch(r"sm_(\d+)", name):  # one that is not in the table
+            description = "cuda", int(match[1]), 32
+        else:
+            description = "hip", name, 32 if name.startswith(("gfx10", "gfx11", "gfx12")) else 64
+        self.name, self.target = name, GPUTarget(*description)
 
     def get_current_target(self):
         return self.target
@@ -145,209 +219,186 @@ def _measure(compiled, row: Compiled) -> None:
     row.float_atomics = any(p.search(compiled.asm[kind]) is not None for kind, p in FLOAT_ATOMIC.items() if kind in compiled.asm)
 
 
-# The launchers of each op, forward and backward, on meta tensors.
-
-
-def _empty(dtype, *shape):
-    import torch
-
-    return torch.empty(shape, dtype=dtype, device="meta")
-
-
-def _seed():
-    import torch
-
-    return _empty(torch.int64)
-
-
-def _route(dtype, N, H, E, TOP_K, D):
-    """weights, experts and the fields of a plan"""
-    from .kernels import gating, sets
-
-    args = _empty(dtype, N, D), _empty(dtype, H * E, D), None, 1, H, TOP_K, "sigmoid", 0.0, 0
-    weights, experts, _ = gating.gating_forward(*args)
-    plan = gating.routing_plan(experts, E, sets.fits(N, H, E, TOP_K, dtype))
-    return weights[0], experts[0], *(t[0] for t in plan)
-
-
-def _gating(dtype, sides, H, E, TOP_K, D, mode, dropout, N=4096):
-    import torch
-
-    from .kernels import gating, sets
-
-    x, sel, seed = _empty(dtype, N, D), _empty(dtype, sides * H * E, D), _seed() if dropout else None
-    routing = gating.gating_forward(x, sel, seed, sides, H, TOP_K, mode, dropout, 0)
-    gating.routing_plan(routing[1], E, sets.fits(N, H, E, TOP_K, dtype))
-    gating.gating_backward(torch.empty_like(routing[0]), torch.empty_like(routing[2]), x, sel, *routing, mode)
-
-
-def _projection(dtype, H, E, TOP_K, P, D, N=4096):
-    import torch
-
-    from .kernels import common, projection
-
-    precision = common.input_precision(dtype)
-    x, w_v, w_o = _empty(dtype, N, D), _empty(dtype, H * E, D, P), _empty(dtype, H * E, P, D)
-    routing = _route(dtype, N, H, E, TOP_K, D)
-    v, u = projection.value_forward(x, w_v, *routing, True, precision)
-    gates = projection.value_backward_gates(torch.empty_like(v), u, TOP_K)
-    dlogits, sel = _empty(dtype, N, H * E), _empty(dtype, H * E, D)
-    for added in ((None, None, None), (x, dlogits, sel)):
-        projection.value_backward(torch.empty_like(v), x, w_v, gates, *routing[1:], *added, precision)
-    y = projection.output_forward(v, w_o, *routing, precision)
-    projection.output_backward(torch.empty_like(y), v, w_o, *routing, precision)
-    projection.dropout_rows(y, _seed(), 0.1, 0)
-
-
-def _mlp(dtype, E, G, TOP_K, D, activation, bias, dropout, N=4096):
-    import torch
-
-    from .kernels import common, mlp
-
-    x, keys = _empty(dtype, N, D), _empty(dtype, E, D, 2 * G if activation in ("swiglu", "geglu") else G)
-    values, biases = (
-        _empty(dtype, E, G, D),
-        (_empty(dtype, *keys.shape[::2]), _empty(dtype, D)) if bias else (None, None),
-    )
-    args = keys, values, *biases, _seed() if dropout else None, *_route(dtype, N, 1, E, TOP_K, D)[:4]
-    options = activation, dropout, 0, common.input_precision(dtype)
-    y, z = mlp.mlp_forward(x, *args, *options)
-    mlp.mlp_backward(torch.empty_like(y), x, *args, z, *options)
-
-
-def _attention(dtype, P, H=4, Hkv=4, causal=True, window=0, padding=False, packed=False, xl=0, T=1024):
-    """`xl` is the model width of a Transformer-XL layer, with as many tokens of memory as queries."""
-    import torch
-
-    from .kernels import attention, common, position
-
-    B, S = (1, T) if packed else (8, 2 * T if xl else T)
-    q, k, v = (_empty(dtype, B, n, h, P) for n, h in ((T, H), (S, Hkv), (S, Hkv)))
-    q_pos = position.xl_query(_empty(dtype, B, T, H, xl), xl, S - T, False) if xl else None
-    k_pos = position.xl_keys(q, S, xl) if xl else None
-    masks = _empty(torch.bool, B, S) if padding else None, _empty(torch.int32, 17) if packed else None
-    args = q, k, v, q_pos, k_pos, *masks
-    options = causal, window, P**-0.5, common.input_precision(dtype)
-    o, lse = attention.attention_forward(*args, *options)
-    dlse = torch.empty_like(lse) if padding else None
-    attention.attention_backward(torch.empty_like(o), dlse, *args, o, lse, *options)
-
-
-def _position(dtype, P, D, H=4, T=1024):
-    from .kernels import position
-
-    q, a = _empty(dtype, 8, T, H, P), _empty(dtype, 8, T, H, D)
-    for conjugate in (False, True):
-        position.rope_rotate(q, P // 4 * 2, 10000.0, 0, conjugate)
-    y = position.xl_query(a, D, T, False)
-    position.xl_query(y, D, T, True)
-    position.xl_keys(q, 2 * T, D)
-
-
-CASES = {  # op: its launchers and the shapes to call them with, published ones and what lies at the edges
-    "gating": (
-        _gating,
-        [
-            {"sides": 2, "H": 4, "E": 4, "TOP_K": 2, "D": 1024, "mode": "sigmoid", "dropout": 0.0},
-            {"sides": 2, "H": 2, "E": 5, "TOP_K": 3, "D": 412, "mode": "softmax_topk", "dropout": 0.1},
-            {"sides": 1, "H": 1, "E": 565, "TOP_K": 24, "D": 1536, "mode": "softmax", "dropout": 0.1},
-        ],
-    ),
-    "projection": (
-        _projection,
-        [
-            {"H": 4, "E": 4, "TOP_K": 2, "P": 128, "D": 1024},
-            {"H": 2, "E": 5, "TOP_K": 3, "P": 76, "D": 412},
-            {"H": 4, "E": 16, "TOP_K": 4, "P": 100, "D": 1024},
-        ],
-    ),
-    "mlp": (
-        _mlp,
-        [
-            {"E": 16, "G": 128, "TOP_K": 8, "D": 1024, "activation": "relu", "bias": False, "dropout": 0.0},
-            {"E": 16, "G": 128, "TOP_K": 4, "D": 412, "activation": "geglu", "bias": True, "dropout": 0.1},
-        ],
-    ),
-    "attention": (
-        _attention,
-        [
-            {"P": 64, "packed": True, "window": 256},
-            {"P": 100, "padding": True, "causal": False, "Hkv": 2},
-            {"P": 128},
-            {"P": 256},
-            {"P": 76, "H": 2, "Hkv": 2, "xl": 412},
-        ],
-    ),
-    "position": (_position, [{"P": 82, "D": 412}]),
+CASES = {  # op: shapes of its workload, published ones and what lies at the edges
+    "gating": [
+        {"sides": 2, "H": 4, "E": 4, "TOP_K": 2, "D": 1024, "mode": "sigmoid", "dropout": 0.0},
+        {"sides": 2, "H": 2, "E": 5, "TOP_K": 3, "D": 412, "mode": "softmax_topk", "dropout": 0.1},
+        {"sides": 1, "H": 1, "E": 565, "TOP_K": 24, "D": 1536, "mode": "softmax", "dropout": 0.1},
+    ],
+    "projection": [
+        {"H": 4, "E": 4, "TOP_K": 2, "P": 128, "D": 1024},
+        {"H": 2, "E": 5, "TOP_K": 3, "P": 76, "D": 412},
+        {"H": 4, "E": 16, "TOP_K": 4, "P": 100, "D": 1024},
+    ],
+    "mlp": [
+        {"E": 16, "G": 128, "TOP_K": 8, "D": 1024, "activation": "relu", "bias": False, "dropout": 0.0},
+        {"E": 16, "G": 128, "TOP_K": 4, "D": 412, "activation": "geglu", "bias": True, "dropout": 0.1},
+    ],
+    "attention": [
+        {"P": 64, "packed": True, "window": 256},
+        {"P": 100, "padding": True, "causal": False, "Hkv": 2},
+        {"P": 128},
+        {"P": 256},
+        {"P": 76, "H": 2, "Hkv": 2, "xl": 412},
+    ],
+    "position": [{"P": 82, "D": 412}],
 }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--target", nargs="+", choices=targets(), default=targets(), help="default: all")
+    default = f"default: {' '.join(MAIN_TARGETS)}"
+    parser.add_argument("--target", nargs="+", choices=[*TARGETS, "all"], default=MAIN_TARGETS, help=default)
     parser.add_argument("--op", nargs="+", choices=list(CASES), default=list(CASES), help="default: all")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES), help="default: all")
+    parser.add_argument("--all", action="store_true", help="every configuration of the search spaces, not only the defaults")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (default: one a core)")
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write the rows, with their configurations, to a file")
+    parser.add_argument("--cache", type=Path, metavar="DIR", help="fill this Triton cache, for this GPU or else for --target")
+    parser.add_argument(
+        "--shapes", type=Path, metavar="FILE", help="of shapes instead of the built-in ones, as autotune takes it"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
+    from . import workloads
+
     if args.json and not args.json.parent.is_dir():
         raise NotADirectoryError(f"--json: no directory {args.json.parent}")
-    cases = [(t, d, op, shape) for op in args.op for shape in CASES[op][1] for d in args.dtype for t in args.target]
+    if args.shapes:
+        given = workloads.read_shapes(args.shapes, args.op)
+    else:
+        given = [(op, dtype, shape) for op in args.op for shape in CASES[op] for dtype in args.dtype]
+    targets = list(TARGETS) if "all" in args.target else args.target
+    function: Callable = compile_case
+    jobs = [(target, dtype, op, shape) for op, dtype, shape in given for target in targets]
+    if args.cache:
+        os.environ["TRITON_CACHE_DIR"] = str(args.cache)
+        if device := this_gpu():
+            function, jobs = compile_for, [(device, dtype, op, shape) for op, dtype, shape in given]
     start = time.perf_counter()
-    header = f"{'op':<11}{'kernel':<28}{'dtype':<10}{'target':<8}{'regs':>5}{'spill B':>9}{'shared B':>10}{'s':>7}  shape"
-    print(header)
+    print(f"{'op':<11}{'kernel':<28}{'dtype':<10}{'target':<8}{'regs':>5}{'spill B':>9}{'shared B':>10}{'s':>7}  shape")
+    sys.stdout.flush()
     rows = []
-    pool = ProcessPoolExecutor(2, mp_context=get_context("spawn"), initializer=_start_worker)
-    try:
-        with _ctrl_c_later():
-            futures = [(case, pool.submit(compile_case, *case)) for case in cases]
-        for case, future in futures:
-            for row in _result(future, case):
-                rows.append(row)
-                print(_line(row), flush=True)
-    except KeyboardInterrupt:
-        for child in active_children():
-            child.terminate()
-        raise
-    finally:
-        pool.shutdown(cancel_futures=True)
+    if args.all:
+        function, jobs = compile_candidate, list(_whole_space(jobs))
+    for job, result in each(function, jobs, args.jobs, TIMEOUT if args.all else 10 * TIMEOUT):
+        if isinstance(result, str):  # the process died
+            target, dtype, op, shape = job[:4]
+            label = " ".join(f"{name}={value}" for name, value in shape.items())
+            result = Compiled(op, "?", str(target), dtype, label, job[-1] if args.all else {}, 0.0, error=result)
+        for row in result if isinstance(result, list) else [result]:
+            rows.append(row)
+            print(_line(row), flush=True)
     failed = [row for row in rows if row.error]
-    spilling = sum(bool(row.spill_bytes) for row in rows)
     print(
         f"{len(rows)} kernels compiled in {time.perf_counter() - start:.0f} s: {len(failed)} failed, "
-        f"{spilling} spill registers, {sum(bool(row.float_atomics) for row in rows)} use float atomics"
+        f"{sum(bool(row.spill_bytes) for row in rows)} spill registers, {sum(map(too_large, rows))} want more shared memory than "
+        f"a block has, {sum(bool(row.float_atomics) for row in rows)} use float atomics"
     )
     if args.json:
         args.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
-    return 1 if failed else 0
+    return 1 if failed and not args.all else 0
 
 
-@contextmanager
-def _ctrl_c_later():
-    """A pool that is interrupted while it starts its threads can neither go on nor be shut down."""
-    pressed = []
-    before = signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
+def too_large(row: Compiled) -> bool:
+    return row.target in TARGETS and (row.shared_bytes or 0) > TARGETS[row.target][1]
+
+
+def _whole_space(jobs: list[tuple]) -> Iterator[tuple]:
+    from . import tuning
+
+    for target, dtype, op, shape in jobs:
+        for kernel, key, default in lookups(op, target, dtype, shape):
+            space = tuning.space(tuning.op_of(kernel)).get(key.kernel)
+            if space is not None:
+                for config in candidates(space, key, default):
+                    yield target, dtype, op, shape, key, config
+
+
+def this_gpu():
+    """None where there is no GPU."""
+    import torch
+
+    from . import tuning
+
+    return tuning.this_device(torch.device("cuda", torch.cuda.current_device())) if torch.cuda.is_available() else None
+
+
+def compile_for(device, dtype: str, op: str, shape: dict) -> list[Compiled]:
+    """As it will run on this device, tuned configurations included."""
+    from . import tuning
+
+    def choose(kernel, key, default):
+        return default | (tuning.resolve(kernel, key, device).config or {})
+
+    return compile_case(device.arch, dtype, op, shape, choose)
+
+
+# ---- processes
+
+
+def each(function: Callable, jobs: Iterable[tuple], processes: int, seconds: float) -> Iterator[tuple[tuple, Any]]:
+    """(job, function(*job)) in the order in which they end. Each job has a process of its own, so that one which crashes or
+    runs longer than `seconds`, and is then killed, only costs its own result: a string instead, which says what happened.
+
+    Processes are forked from a server that has the modules loaded. They do not hear Ctrl-C, which is for the caller.
+    """
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["triton_moe.workloads"])
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        yield
+        forkserver.ensure_running()
     finally:
-        signal.signal(signal.SIGINT, before)
-    if pressed:
-        raise KeyboardInterrupt
-
-
-def _start_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Triton prints the whole program when ptxas refuses it
-
-
-def _result(future: Future, case: tuple) -> list[Compiled]:
-    target, dtype, op, shape = case
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+    waiting, running = iter(jobs), {}
     try:
-        return future.result()
-    except BrokenProcessPool as error:
-        label = " ".join(f"{name}={value}" for name, value in shape.items())
-        return [Compiled(op, "?", target, dtype, label, {}, 0.0, error=f"a compiler process died: {error}")]
+        while True:
+            while len(running) < processes and (job := next(waiting, None)) is not None:
+                ours, theirs = context.Pipe(duplex=False)
+                process = context.Process(target=_child, args=(theirs, function, job), daemon=True)
+                process.start()
+                theirs.close()
+                running[ours] = job, process, time.monotonic() + seconds
+            if not running:
+                return
+            first = min(deadline for _, _, deadline in running.values())
+            ready = connection.wait(list(running), max(0.0, first - time.monotonic()))
+            late = [pipe for pipe, (*_, deadline) in running.items() if deadline <= time.monotonic() and pipe not in ready]
+            for pipe in [*ready, *late]:
+                job, process, _ = running.pop(pipe)
+                try:
+                    result = pipe.recv() if pipe in ready else f"no result after {seconds:g} s"
+                except (EOFError, OSError):
+                    process.join()
+                    result = f"the process died (exit {process.exitcode})"
+                _kill(process)
+                pipe.close()
+                yield job, result
+    finally:
+        for _, process, _ in running.values():
+            _kill(process)
+
+
+def _kill(process) -> None:
+    """With what it started, like the assembler."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        process.kill()
+    process.join()
+
+
+def _child(pipe, function: Callable, job: tuple) -> None:
+    os.setsid()
+    warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):  # Triton prints the whole program when ptxas refuses it, and MLIR what it thinks of it
+        os.dup2(nowhere, stream)
+    try:
+        result = function(*job)
+    except Exception as error:
+        result = f"{type(error).__name__}: {error}"
+    pipe.send(result)
 
 
 def _line(row: Compiled) -> str:

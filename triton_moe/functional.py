@@ -28,14 +28,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import pad
 
 from . import _check
 from .kernels.attention import attention_backward, attention_forward
-from .kernels.common import input_precision
+from .kernels.common import cast, cdiv, input_precision
 from .kernels.gating import MAX_EXPERTS, Plan, gating_backward, gating_forward, routing_plan
-from .kernels.mlp import mlp_backward, mlp_forward
-from .kernels.position import rope_rotate, xl_keys, xl_query
+from .kernels.mlp import mlp_backward, mlp_backward_input, mlp_forward
+from .kernels.position import rope_rotate, rope_rotate_, xl_keys, xl_query
 from .kernels.projection import (
     dropout_rows,
     output_backward,
@@ -182,12 +181,8 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def _cast(dtype: torch.dtype, *tensors: Tensor | None) -> tuple[Any, ...]:
+    """For tensors that autograd follows; the functions it does not look into use `cast`."""
     return tuple(t if t is None else t.to(dtype) for t in tensors)
-
-
-def _like(gradients, inputs) -> tuple[Any, ...]:
-    """Each gradient in the dtype of its input; None where there is no input."""
-    return tuple(None if i is None or g is None else g.to(i).view(i.shape) for g, i in zip(gradients, inputs, strict=True))
 
 
 def _tokens(x: Tensor) -> int:
@@ -200,7 +195,8 @@ def _dtypes(tensors) -> tuple[torch.dtype | None, ...]:
 
 
 def _to(tensors, dtypes) -> tuple[Any, ...]:
-    return tuple(None if t is None else t.to(d) for t, d in zip(tensors, dtypes, strict=True))
+    """Each tensor in its dtype; None where either is."""
+    return tuple(None if t is None or d is None else cast(t, d) for t, d in zip(tensors, dtypes, strict=True))
 
 
 def _saved_config(saved: Saved, layer: str):
@@ -290,7 +286,7 @@ def gating(
     x, sel = _cast(_compute_dtype(x), x.reshape(_tokens(x), D), sel)
     seed = _seed(seed, x.device, p > 0)
     weights, experts, logits = _Gating.apply(x, sel, seed, n_heads, top_k, mode, p, STREAM_GATE)
-    plan = _routing_plan(experts[None], sel.shape[0] // n_heads, x.dtype)
+    plan = _routing_plan(experts[None], sel.shape[0] // n_heads, torch.bfloat16)  # a float32 gate may serve 16-bit projections
     return Routing(weights, experts, logits, Plan(*(t[0] for t in plan)))
 
 
@@ -432,8 +428,8 @@ def _attention_forward(q, k, v, pos, content_bias, position_bias, mask, cu_seqle
 
 
 def _attention_backward(do, dlse, saved, c: _AttentionConfig, joint: bool = False):
-    """-> dq, dk, dv, d pos, d content_bias, d position_bias (None where the input was None); with `joint`, which RoPE excludes,
-    dq and dk side by side and None."""
+    """-> dq, dk, dv, d pos, d content_bias, d position_bias (None where the input was None); with `joint`, dq and dk side by side
+    and None."""
     q, k, v, pos, content_bias, position_bias, mask, cu_seqlens, position_q, q_pos, k_pos, o, lse = saved
     H, P = q.shape[2:]
     offset = k.shape[1] - q.shape[1]
@@ -443,7 +439,8 @@ def _attention_backward(do, dlse, saved, c: _AttentionConfig, joint: bool = Fals
     dq = first[:, :, :H]
     dpos = dcontent = dposition = None
     if c.rotated:
-        first, dk = rope_rotate(dq, c.rotated, c.base, offset, True), rope_rotate(dk, c.rotated, c.base, 0, True)
+        rope_rotate_(dq, c.rotated, c.base, offset, True)
+        rope_rotate_(dk, c.rotated, c.base, 0, True)
     elif c.kind == "xl":
         da = xl_query(dq_pos, pos.shape[-1], offset, True)
         dposition_q = torch.einsum("bthd,hpd->bthp", da, pos.view(H, P, pos.shape[1]))
@@ -585,8 +582,11 @@ class _MoEConfig(NamedTuple):
     precision: str
 
 
-def _moe_forward(x, gate_input, keys, values, expert_sel, bias, o_bias, seed, c: _MoEConfig):
-    """x [N, D], gate_input [N, D] or None -> y [N, D_out], logits [N, E], and the tensors `_moe_backward` takes."""
+def _moe_forward(x, gate_input, keys, values, expert_sel, bias, o_bias, seed, dtype: torch.dtype, c: _MoEConfig):
+    """x [N, D], gate_input [N, D] or None -> y [N, D_out] in dtype, logits [N, E], and the tensors `_moe_backward` takes."""
+    x, gate_input, keys, values, expert_sel, bias, o_bias = (
+        t if t is None else cast(t, dtype) for t in (x, gate_input, keys, values, expert_sel, bias, o_bias)
+    )
     gate_x = x if gate_input is None else gate_input
     weights, experts, logits = gating_forward(gate_x, expert_sel, seed, 1, 1, c.top_k, c.mode, c.expert_dropout, STREAM_GATE)
     order, offsets = (t[0] for t in routing_plan(experts, expert_sel.shape[0], False)[:2])
@@ -600,30 +600,28 @@ def _moe_forward(x, gate_input, keys, values, expert_sel, bias, o_bias, seed, c:
     return y, logits.view(x.shape[0], expert_sel.shape[0]), saved
 
 
-def _moe_backward(dy, dlogits, saved, c: _MoEConfig):
-    """-> gradients of x, gate_input, keys, values, expert_sel, bias, o_bias (None where the input was None)."""
+def _moe_backward(dy, dlogits, saved, dtypes, c: _MoEConfig):
+    """-> gradients of x, gate_input, keys, values, expert_sel, bias, o_bias in their dtypes (None where the input was None)."""
     x, gate_input, keys, values, expert_sel, bias, o_bias, seed, weights, experts, logits, order, offsets, z = saved
-    dx, dkeys, dvalues, dbias, dweights = mlp_backward(
+    dz, dkeys, dvalues, dbias, dweights = mlp_backward(
         dy, x, keys, values, bias, o_bias, seed, weights[0], experts[0], order, offsets, z,
-        c.activation, c.dropout, STREAM_ACTIVATION, c.precision,
+        c.activation, c.dropout, STREAM_ACTIVATION, c.precision, dtypes[2], dtypes[3],
     )  # fmt: skip
     dlogits = None if dlogits is None else dlogits.reshape(logits.shape)
     gate_x = x if gate_input is None else gate_input
     dlogits, dsel = gating_backward(dweights, dlogits, gate_x, expert_sel, weights, experts, logits, c.mode)
-    dgate = None
-    if gate_input is None:
-        dx.addmm_(dlogits, expert_sel)
-    else:
-        dgate = dlogits @ expert_sel
+    reaching_x, dgate = ((dlogits, expert_sel), None) if gate_input is None else ((None, None), dlogits @ expert_sel)
+    dx = mlp_backward_input(dz, keys, order, offsets, c.top_k, *reaching_x, c.precision, dtypes[0])
     do_bias = None if o_bias is None else _sum_leading(dy, 1)
-    return dx, dgate, dkeys, dvalues, dsel, None if bias is None else dbias, do_bias
+    return _to((dx, dgate, dkeys, dvalues, dsel, dbias, do_bias), dtypes)
 
 
 class _SigmaMoE(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, gate_input, keys, values, expert_sel, bias, o_bias, seed, *config):
-        ctx.config = config
-        y, logits, saved = _moe_forward(x, gate_input, keys, values, expert_sel, bias, o_bias, seed, _MoEConfig(*config))
+    def forward(ctx, *args):
+        inputs, seed, dtype, config = args[:7], args[7], args[8], args[9:]
+        ctx.config, ctx.dtypes = config, _dtypes(inputs)
+        y, logits, saved = _moe_forward(*inputs, seed, dtype, _MoEConfig(*config))
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*saved)
         ctx.y_shape = y.shape
@@ -634,7 +632,7 @@ class _SigmaMoE(torch.autograd.Function):
     def backward(ctx, dy, dlogits):
         saved = ctx.saved_tensors
         dy = saved[0].new_zeros(ctx.y_shape) if dy is None else dy
-        return *_moe_backward(dy, dlogits, saved, _MoEConfig(*ctx.config)), None, *[None] * len(ctx.config)
+        return *_moe_backward(dy, dlogits, saved, ctx.dtypes, _MoEConfig(*ctx.config)), None, None, *[None] * len(ctx.config)
 
 
 def sigma_moe(
@@ -659,11 +657,10 @@ def sigma_moe(
     """
     config = _check_moe(x, weights, top_k, gate_input, activation, mode, dropout, expert_dropout, training, seed)
     D = x.shape[-1]
-    dtype = _compute_dtype(x)
     N = _tokens(x)
-    tensors = _cast(dtype, x.reshape(N, D), None if gate_input is None else gate_input.reshape(N, D), *weights)
+    tensors = x.reshape(N, D), None if gate_input is None else gate_input.reshape(N, D), *weights
     seed = _seed(seed, x.device, config.dropout > 0 or config.expert_dropout > 0)
-    y, logits = _SigmaMoE.apply(*tensors, seed, *config)
+    y, logits = _SigmaMoE.apply(*tensors, seed, _compute_dtype(x), *config)
     return y.view(*x.shape[:-1], y.shape[1]), logits.view(*x.shape[:-1], logits.shape[1])
 
 
@@ -722,7 +719,7 @@ def entropy_regularizer(logits: Tensor) -> Tensor:
 
 class _HeadConfig(NamedTuple):
     n_heads: int
-    width: int  # P, before `_pad_heads`
+    width: int  # P, not padded
     top_k: int
     kind: str
     fraction: float
@@ -735,38 +732,43 @@ class _HeadConfig(NamedTuple):
     keep: bool  # what only a backward pass needs
 
 
-def _attention_config(c: _HeadConfig, joint: bool) -> _AttentionConfig:
-    """`joint`: queries and keys are rotated together, outside."""
-    rotated = 0 if joint else _rotated(c.fraction, c.width)
-    return _AttentionConfig(c.kind, rotated, c.base, c.causal, c.window, c.width**-0.5, c.precision)
+def _attention_config(c: _HeadConfig) -> _AttentionConfig:
+    """Of queries and keys that the layer has rotated itself, in place."""
+    return _AttentionConfig(c.kind, 0, c.base, c.causal, c.window, c.width**-0.5, c.precision)
 
 
-def _pad_heads(dtype: torch.dtype, H: int, P: int, tensors):
-    """x, k_src, v_src, q, k, v, o, sel_v, sel_o, pos with the heads of 16-bit weights padded by channels of zeros; see NOTE
-    [Head widths]."""
-    more = 0 if dtype == torch.float32 else -P % 32
-    x, k_src, v_src, q, k, v, o, sel_v, sel_o, pos = tensors
-    if not more:
-        return tensors
-
-    def rows(w):
-        return None if w is None else pad(w.reshape(H, P, w.shape[1]), (0, 0, 0, more)).flatten(0, 1)
-
-    v = pad(v, (0, more)) if v.ndim == 3 else rows(v)
-    o = pad(o, (0, 0, 0, more)) if o.ndim == 3 else pad(o.reshape(o.shape[0], H, P), (0, more)).flatten(1)
-    return x, k_src, v_src, rows(q), rows(k), v, o, sel_v, sel_o, rows(pos)
+def _stacked(dtype: torch.dtype, axis: int, size: int, *weights: Tensor) -> Tensor:
+    """The weights one after another along a new first axis, in dtype, filled up with zeros to `size` along their own `axis`."""
+    first = weights[0]
+    if len(weights) == 1 and first.shape[axis] == size:
+        return cast(first, dtype)[None]
+    shape = (len(weights), *first.shape[:axis], size, *first.shape[axis + 1 :])
+    stacked = first.new_zeros(shape, dtype=dtype)
+    for i, w in enumerate(weights):
+        stacked[i].narrow(axis, 0, w.shape[axis]).copy_(w)
+    return stacked
 
 
-def _unpad_heads(H: int, P: int, grads):
-    """The gradients of what `_pad_heads` was given, from those of what it returned."""
-    x, k_src, v_src, q, k, v, o, sel_v, sel_o, pos = grads
+def _head_inputs(dtype: torch.dtype, c: _HeadConfig, x, k_src, v_src, q, k, v, o, sel_v, sel_o, pos):
+    """What `switchhead` was given, as the kernels take it: in dtype, heads padded (NOTE [Head widths]), the weights of queries
+    and keys in one tensor, and those of both gates -> x, k_src, v_src, qk [2*H*P, D], v, o, sel [2*H*E or H*E, D], pos."""
+    H, P, D = c.n_heads, c.width, x.shape[2]
+    wide = P if dtype == torch.float32 else cdiv(P, 32) * 32
+    x, k_src, v_src = (t if t is None else cast(t, dtype) for t in (x, k_src, v_src))
+    qk = _stacked(dtype, 1, wide, q.reshape(H, P, D), k.reshape(H, P, D)).view(2 * H * wide, D)
+    v = _stacked(dtype, 2, wide, v)[0] if v.ndim == 3 else _stacked(dtype, 1, wide, v.reshape(H, P, D)).view(H * wide, D)
+    o = _stacked(dtype, 1, wide, o)[0] if o.ndim == 3 else _stacked(dtype, 2, wide, o.reshape(-1, H, P))[0].flatten(1)
+    sel = _stacked(dtype, 0, len(sel_o), *((sel_o,) if sel_v is None else (sel_v, sel_o))).flatten(0, 1)
+    pos = None if pos is None else _stacked(dtype, 1, wide, pos.reshape(H, P, -1)).view(H * wide, -1)
+    return x, k_src, v_src, qk, v, o, sel, pos
 
-    def rows(w):
-        return None if w is None else w.view(H, -1, w.shape[1])[:, :P].flatten(0, 1)
 
-    v = v[..., :P] if v.ndim == 3 else rows(v)
-    o = o[:, :P] if o.ndim == 3 else o.view(o.shape[0], H, -1)[..., :P].flatten(1)
-    return x, k_src, v_src, rows(q), rows(k), v, o, sel_v, sel_o, rows(pos)
+def _sel_sides(sel: Tensor, v: Tensor) -> tuple[Tensor | None, Tensor]:
+    """sel_v, None where the output side's serves both, and sel_o."""
+    if v.ndim == 2 or len(sel) == len(v):
+        return None, sel
+    sel_v, sel_o = sel.chunk(2)
+    return sel_v, sel_o
 
 
 def _expert_out(o: Tensor, H: int) -> Tensor:
@@ -774,15 +776,17 @@ def _expert_out(o: Tensor, H: int) -> Tensor:
     return o if o.ndim == 3 else o.view(o.shape[0], H, o.shape[1] // H).permute(1, 2, 0)
 
 
-def _head_forward(x, k_src, v_src, q, k, v, o, sel_v, sel_o, pos, mask, cu_seqlens, seed, c: _HeadConfig):
-    """x [B, T, D], k_src and v_src [B, S, D] or None -> y [B, T, D], logits_v, logits_o, and what `_head_backward` takes.
+def _head_forward(x, k_src, v_src, qk, v, o, sel, pos, mask, cu_seqlens, seed, c: _HeadConfig):
+    """What `_head_inputs` returned, x [B, T, D], k_src and v_src [B, S, D] or None -> y [B, T, D], logits_v, logits_o, and what
+    `_head_backward` takes.
 
-    The tensors kept are: the 13 inputs; what the gates on x made (weights, experts, logits and the five of the plan, each
+    The tensors kept are: the 11 inputs; what the gates on x made (weights, experts, logits and the five of the plan, each
     with the sides as another first axis: value and output, or output alone); the same of the value gate on k_src (None without
     one); u (None with one expert); then those of the attention.
     """
     B, T, D = x.shape
-    H, P = c.n_heads, q.shape[0] // c.n_heads
+    H, P = c.n_heads, qk.shape[0] // (2 * c.n_heads)
+    sel_v, sel_o = _sel_sides(sel, v)
     ks = x if k_src is None else k_src
     vs = ks if v_src is None else v_src
     S = ks.shape[1]
@@ -793,7 +797,7 @@ def _head_forward(x, k_src, v_src, q, k, v, o, sel_v, sel_o, pos, mask, cu_seqle
         return *gates, *_routing_plan(gates[1], sel.shape[0] // (sides * H), tokens.dtype)
 
     both = k_src is None and sel_v is not None
-    route_x = route(x2, torch.cat([sel_v, sel_o]), 2, STREAM_GATE_V) if both else route(x2, sel_o, 1, STREAM_GATE_O)
+    route_x = route(x2, sel, 2, STREAM_GATE_V) if both else route(x2, sel_o, 1, STREAM_GATE_O)
     route_k: tuple[Tensor | None, ...] = (None,) * len(route_x)
     if v.ndim == 3 and k_src is not None:
         route_k = route(k2, sel_o if sel_v is None else sel_v, 1, STREAM_GATE_V)
@@ -804,23 +808,25 @@ def _head_forward(x, k_src, v_src, q, k, v, o, sel_v, sel_o, pos, mask, cu_seqle
         values, logits_v = v2 @ v.t(), None
     else:
         values, u = value_forward(v2, v, weights_v, experts_v, *plan_v, c.keep, c.precision)
-    joint = _joint(k_src, c)
-    if joint:
-        both = (x2 @ torch.cat([q, k]).t()).view(B, T, 2 * H, P)
-        if rotated := _rotated(c.fraction, c.width):
-            both = rope_rotate(both, rotated, c.base, 0, False)
+    rotated = _rotated(c.fraction, c.width)
+    if _joint(k_src, c):
+        both = (x2 @ qk.t()).view(B, T, 2 * H, P)
+        rope_rotate_(both, rotated, c.base, 0, False)
         queries, keys = both.split(H, 2)
     else:
+        q, k = qk.chunk(2)
         queries, keys = x2 @ q.t(), (k2 @ k.t()).view(B, S, H, P)
         if c.dropout > 0:
             queries = dropout_rows(queries, seed, c.dropout, STREAM_QUERY, P, c.width)
         queries = queries.view(B, T, H, P)
+        rope_rotate_(queries, rotated, c.base, S - T, False)
+        rope_rotate_(keys, rotated, c.base, 0, False)
     a, _, attention_saved = _attention_forward(
-        queries, keys, values.view(B, S, H, P), pos, None, None, mask, cu_seqlens, _attention_config(c, joint)
+        queries, keys, values.view(B, S, H, P), pos, None, None, mask, cu_seqlens, _attention_config(c)
     )
     y = output_forward(a.view(B * T, H, P), _expert_out(o, H), weights_o, experts_o, *plan_o, c.precision)
     y = y.view(B, T, y.shape[1])
-    inputs = (x, k_src, v_src, q, k, v, o, sel_v, sel_o, pos, mask, cu_seqlens, seed)
+    inputs = (x, k_src, v_src, qk, v, o, sel, pos, mask, cu_seqlens, seed)
     return y, logits_v, logits_o, (*inputs, *route_x, *route_k, u, *attention_saved)
 
 
@@ -837,39 +843,47 @@ def _sides(route_x, route_k):
     return [t[0] for t in route_x] if len(route_x[0]) == 2 else output, output
 
 
-def _head_backward(dy, dlogits_v, dlogits_o, saved, c: _HeadConfig):
-    """-> gradients of x, k_src, v_src, q, k, v, o, sel_v, sel_o, pos (None where the input was None)."""
-    x, k_src, v_src, q, k, v, o, sel_v, sel_o, pos, _, _, seed = saved[:13]
-    route_x, route_k, u, attention_saved = saved[13:21], saved[21:29], saved[29], saved[30:]
+def _head_backward(dy, dlogits_v, dlogits_o, saved, dtypes, c: _HeadConfig):
+    """-> gradients of x, k_src, v_src, q, k, v, o, sel_v, sel_o, pos as `switchhead` was given them, in their dtypes (None where
+    the input was None)."""
+    x, k_src, v_src, qk, v, o, sel, _, _, _, seed = saved[:11]
+    route_x, route_k, u, attention_saved = saved[11:19], saved[19:27], saved[27], saved[28:]
+    sel_v, sel_o = _sel_sides(sel, v)
     (weights_v, experts_v, _, *plan_v), (weights_o, experts_o, _, *plan_o) = _sides(route_x, route_k)
     a = attention_saved[11]
     B, T, D = x.shape
-    H, P = c.n_heads, q.shape[0] // c.n_heads
+    H, P = c.n_heads, qk.shape[0] // (2 * c.n_heads)
     ks = x if k_src is None else k_src
     vs = ks if v_src is None else v_src
     S = ks.shape[1]
     x2, k2, v2 = x.reshape(B * T, D), ks.reshape(B * S, D), vs.reshape(B * S, D)
 
+    def rows(d):
+        """[.., H*P, D] without the rows of padding."""
+        return d.view(-1, P, D)[:, : c.width].reshape(-1, D)
+
     dy = dy.reshape(B * T, dy.shape[2])
     a = a.view(B * T, H, P)
-    da, do, dweights_o = output_backward(dy, a, _expert_out(o, H), weights_o, experts_o, *plan_o, c.precision)
+    da, do, dweights_o = output_backward(dy, a, _expert_out(o, H), weights_o, experts_o, *plan_o, c.precision, dtypes[6], c.width)
     if o.ndim == 2:
-        do = do.permute(2, 0, 1).reshape(o.shape)
-    joint = _joint(k_src, c)
+        do = do.permute(2, 0, 1).reshape(o.shape[0], H * c.width)
+    joint, rotated = _joint(k_src, c), _rotated(c.fraction, c.width)
     dqueries, dkeys, dvalues, dpos, _, _ = _attention_backward(
-        da.view(B, T, H, P), None, attention_saved, _attention_config(c, joint), joint
+        da.view(B, T, H, P), None, attention_saved, _attention_config(c), joint
     )
     dvalues = dvalues.view(B * S, H, P)
     if joint:
-        if rotated := _rotated(c.fraction, c.width):
-            dqueries = rope_rotate(dqueries, rotated, c.base, 0, True)
+        rope_rotate_(dqueries, rotated, c.base, 0, True)
         both = dqueries.view(B * T, 2 * H * P)
-        dq, dk = (both.t() @ x2).split(H * P)
-        dx = both @ torch.cat([q, k])
+        dq, dk = (both.t() @ x2).chunk(2)
+        dx = both @ qk
     else:
+        rope_rotate_(dqueries, rotated, c.base, S - T, True)
+        rope_rotate_(dkeys, rotated, c.base, 0, True)
         dqueries, dkeys = dqueries.view(B * T, H * P), dkeys.view(B * S, H * P)
         if c.dropout > 0:
             dqueries = dropout_rows(dqueries, seed, c.dropout, STREAM_QUERY, P, c.width)
+        q, k = qk.chunk(2)
         dq, dk = dqueries.t() @ x2, dkeys.t() @ k2
         dx, dk2 = dqueries @ q, dkeys @ k
         if k_src is None:
@@ -883,7 +897,7 @@ def _head_backward(dy, dlogits_v, dlogits_o, saved, c: _HeadConfig):
         sel_k = sel_o if sel_v is None else sel_v
         dgate_k, dsel_k = gating_backward(dweights_v[None], dlogits_v, k2, sel_k, *route_k[:3], "sigmoid")
     elif sel_v is not None:  # both sides in one
-        sel_x, dweights = torch.cat([sel_v, sel_o]), torch.stack([dweights_v, dweights_o])
+        sel_x, dweights = sel, torch.stack([dweights_v, dweights_o])
         if dlogits_v is not None or dlogits_o is not None:
             none = torch.zeros_like(route_x[2][0])
             dlogits = torch.stack([none if g is None else g for g in (dlogits_v, dlogits_o)])
@@ -894,31 +908,37 @@ def _head_backward(dy, dlogits_v, dlogits_o, saved, c: _HeadConfig):
     if dsel_k is not None:
         dsel_v, dsel_o = (None, dsel_o + dsel_k) if sel_v is None else (dsel_k, dsel_o)
 
-    def value(base, dgate, sel):
+    def value(dtype, base, dgate, sel):
         """The gradient of the source of values, with what else reaches it, and of v."""
         if v.ndim == 3:
-            return value_backward(dvalues, v2, v, weights_v, experts_v, *plan_v, base, dgate, sel, c.precision)
+            added = base, dgate, sel, c.precision, dtype, dtypes[5], c.width
+            return value_backward(dvalues, v2, v, weights_v, experts_v, *plan_v, *added)
         flat = dvalues.view(B * S, H * P)
         d = flat @ v if base is None else base.addmm_(flat, v)
-        return d if dgate is None else d.addmm_(dgate, sel), flat.t() @ v2
+        return d if dgate is None else d.addmm_(dgate, sel), rows(flat.t() @ v2)
 
+    dv2 = None
     if v_src is not None:
-        (dv2, dv), dx = value(None, None, None), dx.addmm_(dgate_x, sel_x)
+        (dv2, dv), dx = value(dtypes[2], None, None, None), dx.addmm_(dgate_x, sel_x)
         if k_src is not None and dgate_k is not None:
             dk2.addmm_(dgate_k, sel_k)
     elif k_src is not None:
-        (dk2, dv), dx = value(dk2, dgate_k, sel_k), dx.addmm_(dgate_x, sel_x)
+        (dk2, dv), dx = value(dtypes[1], dk2, dgate_k, sel_k), dx.addmm_(dgate_x, sel_x)
     else:
-        dx, dv = value(dx, dgate_x, sel_x)
-    return dx, None if k_src is None else dk2, None if v_src is None else dv2, dq, dk, dv, do, dsel_v, dsel_o, dpos
+        dx, dv = value(dtypes[0], dx, dgate_x, sel_x)
+    dpos = None if dpos is None else rows(dpos)
+    dx, dk2 = dx.view(x.shape), None if k_src is None else dk2.view(ks.shape)
+    dv2 = None if dv2 is None else dv2.view(vs.shape)
+    return _to((dx, dk2, dv2, rows(dq), rows(dk), dv, do, dsel_v, dsel_o, dpos), dtypes)
 
 
 class _SwitchHead(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *args):
-        inputs, config = args[:13], args[13:]
-        ctx.config = config
-        y, logits_v, logits_o, saved = _head_forward(*inputs, _HeadConfig(*config))
+        inputs, (mask, cu_seqlens, seed, dtype), config = args[:10], args[10:14], _HeadConfig(*args[14:])
+        ctx.config, ctx.dtypes = args[14:], _dtypes(inputs)
+        tensors = _head_inputs(dtype, config, *inputs)
+        y, logits_v, logits_o, saved = _head_forward(*tensors, mask, cu_seqlens, seed, config)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*saved)
         if logits_v is logits_o:
@@ -932,9 +952,8 @@ class _SwitchHead(torch.autograd.Function):
         saved = ctx.saved_tensors
         if dy is None:
             dy = saved[0].new_zeros(ctx.y_shape)
-        grads = _head_backward(dy, dlogits_v, dlogits_o, saved, _HeadConfig(*ctx.config))
-        inputs = saved[:10]
-        return *_like(grads, inputs), None, None, None, *[None] * len(ctx.config)
+        grads = _head_backward(dy, dlogits_v, dlogits_o, saved, ctx.dtypes, _HeadConfig(*ctx.config))
+        return *grads, *[None] * (4 + len(ctx.config))
 
 
 def _check_head(
@@ -1055,10 +1074,8 @@ def switchhead(
         expert_dropout=expert_dropout, training=training, seed=seed,
     )  # fmt: skip
     seed = _seed(seed, x.device, config.dropout > 0 or config.expert_dropout > 0)
-    dtype = _compute_dtype(x)
-    tensors = _cast(dtype, x, k_src, v_src, *weights[:6], pos)
-    tensors = _pad_heads(dtype, config.n_heads, config.width, tensors)
-    y, logits_v, logits_o = _SwitchHead.apply(*tensors, key_padding_mask, cu_seqlens, seed, *config)
+    tensors = x, k_src, v_src, *weights[:6], pos
+    y, logits_v, logits_o = _SwitchHead.apply(*tensors, key_padding_mask, cu_seqlens, seed, _compute_dtype(x), *config)
     return (y, (logits_v, logits_o)) if return_logits else y
 
 
@@ -1072,8 +1089,7 @@ def switchhead_forward(x: Tensor, weights: SwitchHeadWeights, *, return_logits: 
     inputs = (x, k_src, v_src, *weights[:6], pos)
     config = config._replace(keep=True)
     with torch.no_grad():
-        dtype = _compute_dtype(x)
-        tensors = _pad_heads(dtype, config.n_heads, config.width, _cast(dtype, *inputs))
+        tensors = _head_inputs(_compute_dtype(x), config, *inputs)
         y, logits_v, logits_o, saved = _head_forward(*tensors, mask, cu_seqlens, seed, config)
     outputs = (y, (logits_v, logits_o)) if return_logits else y
     return outputs, Saved(saved, ("switchhead", config, _dtypes(inputs), y, logits_v, logits_o))
@@ -1094,8 +1110,7 @@ def switchhead_backward(
     for i in (0, 1):
         _check.gradient(f"grad_logits[{i}]", dlogits[i], logits[i])
     with torch.no_grad():
-        grads = _like(_head_backward(grad_y.to(y.dtype), *dlogits, saved.tensors, config), saved.tensors[:10])
-        grads = _to(_unpad_heads(config.n_heads, config.width, grads), dtypes)
+        grads = _head_backward(grad_y.to(y.dtype), *dlogits, saved.tensors, dtypes, config)
     return SwitchHeadGradients(*grads[:3], SwitchHeadWeights(*grads[3:]))
 
 
@@ -1109,7 +1124,7 @@ class _BlockConfig(NamedTuple):
     moe: _MoEConfig
 
 
-HEAD_INPUTS, HEAD_SAVED = 10, 43  # lengths of the tuples above
+HEAD_SAVED = 41  # tensors that `_head_forward` keeps
 
 
 def _norm_forward(x, weight, bias, eps):
@@ -1119,11 +1134,11 @@ def _norm_forward(x, weight, bias, eps):
 
 def _norm_backward(dh, x, mean, rstd, weight, bias):
     w, b = weight.to(x.dtype), bias.to(x.dtype)
-    return torch.ops.aten.native_layer_norm_backward(dh.to(x.dtype), x, [x.shape[-1]], mean, rstd, w, b, [True, True, True])
+    return torch.ops.aten.native_layer_norm_backward(cast(dh, x.dtype), x, [x.shape[-1]], mean, rstd, w, b, [True, True, True])
 
 
 def _block_forward(x, w1, b1, head, w2, b2, moe, mask, cu_seqlens, seed, dtype, c: _BlockConfig):
-    """head: (q, k, v, o, sel_v, sel_o, pos) and moe: (keys, values, expert_sel, bias, o_bias), in the compute dtype.
+    """head: (q, k, v, o, sel_v, sel_o, pos) and moe: (keys, values, expert_sel, bias, o_bias); dtype: that of the products.
 
     -> y, logits, and the tensors `_block_backward` takes: x, norm weights and statistics, x1, mask seed, then both halves'.
     """
@@ -1135,33 +1150,36 @@ def _block_forward(x, w1, b1, head, w2, b2, moe, mask, cu_seqlens, seed, dtype, 
         return branch
 
     h, mean1, rstd1 = _norm_forward(x, w1, b1, c.eps)
-    attended, _, _, head_saved = _head_forward(h.to(dtype), None, None, *head, mask, cu_seqlens, seed, c.head)
-    x1 = x + residual(attended, STREAM_RESIDUAL_ATTENTION).to(x.dtype)
+    tensors = _head_inputs(dtype, c.head, h, None, None, *head)
+    attended, _, _, head_saved = _head_forward(*tensors, mask, cu_seqlens, seed, c.head)
+    x1 = (x + residual(attended, STREAM_RESIDUAL_ATTENTION)).to(x.dtype)
     h, mean2, rstd2 = _norm_forward(x1, w2, b2, c.eps)
-    y, logits, moe_saved = _moe_forward(h.to(dtype).view(B * T, D), None, *moe, seed, c.moe)
-    y = x1 + residual(y.view(B, T, D), STREAM_RESIDUAL_MOE).to(x.dtype)
+    y, logits, moe_saved = _moe_forward(h.view(B * T, D), None, *moe, seed, dtype, c.moe)
+    y = (x1 + residual(y.view(B, T, D), STREAM_RESIDUAL_MOE)).to(x.dtype)
     own = (x, w1, b1, mean1, rstd1, x1, w2, b2, mean2, rstd2, seed)
     return y, logits.view(B, T, logits.shape[1]), (*own, *head_saved, *moe_saved)
 
 
-def _block_backward(dy, dlogits, saved, c: _BlockConfig):
-    """-> gradients of x, w1, b1, the seven of head, w2, b2, the five of moe."""
+def _block_backward(dy, dlogits, saved, dtypes, c: _BlockConfig):
+    """-> gradients of x, w1, b1, the seven of head, w2, b2, the five of moe, in their dtypes (None where the input was None)."""
     x, w1, b1, mean1, rstd1, x1, w2, b2, mean2, rstd2, seed = saved[:11]
     head_saved, moe_saved = saved[11 : 11 + HEAD_SAVED], saved[11 + HEAD_SAVED :]
     B, T, D = x.shape
     dtype = head_saved[0].dtype
 
     def residual(d, stream):
-        d = d.to(dtype).reshape(B * T, D)
+        d = cast(d, dtype).reshape(B * T, D)
         return dropout_rows(d, seed, c.dropout, stream) if c.dropout > 0 else d
 
-    dh, _, *dmoe = _moe_backward(residual(dy, STREAM_RESIDUAL_MOE), dlogits, moe_saved, c.moe)
+    moe_dtypes = dtype, None, *dtypes[12:17]
+    dh, _, *dmoe = _moe_backward(residual(dy, STREAM_RESIDUAL_MOE), dlogits, moe_saved, moe_dtypes, c.moe)
     dx1, dw2, db2 = _norm_backward(dh.view(B, T, D), x1, mean2, rstd2, w2, b2)
     dx1 = dx1 + dy
     dattended = residual(dx1, STREAM_RESIDUAL_ATTENTION).view(B, T, D)
-    dh, _, _, *dhead = _head_backward(dattended, None, None, head_saved, c.head)
+    head_dtypes = dtype, None, None, *dtypes[3:10]
+    dh, _, _, *dhead = _head_backward(dattended, None, None, head_saved, head_dtypes, c.head)
     dx, dw1, db1 = _norm_backward(dh.view(B, T, D), x, mean1, rstd1, w1, b1)
-    return dx + dx1, dw1, db1, *dhead, dw2, db2, *dmoe
+    return _to((dx + dx1, dw1, db1, *dhead, dw2, db2, *dmoe), dtypes)
 
 
 class _SwitchAll(torch.autograd.Function):
@@ -1171,7 +1189,7 @@ class _SwitchAll(torch.autograd.Function):
         x, w1, b1, head, w2, b2, moe = args[0], args[1], args[2], args[3:10], args[10], args[11], args[12:17]
         mask, cu_seqlens, seed, dtype, eps, dropout = args[17:23]
         n = len(_HeadConfig._fields)
-        ctx.config = (eps, dropout, args[23 : 23 + n], args[23 + n :])
+        ctx.config, ctx.dtypes = (eps, dropout, args[23 : 23 + n], args[23 + n :]), _dtypes(args[:17])
         config = _BlockConfig(eps, dropout, _HeadConfig(*ctx.config[2]), _MoEConfig(*ctx.config[3]))
         y, logits, saved = _block_forward(x, w1, b1, head, w2, b2, moe, mask, cu_seqlens, seed, dtype, config)
         ctx.set_materialize_grads(False)
@@ -1186,16 +1204,7 @@ class _SwitchAll(torch.autograd.Function):
             dy = torch.zeros_like(saved[0])
         eps, dropout, head, moe = ctx.config
         config = _BlockConfig(eps, dropout, _HeadConfig(*head), _MoEConfig(*moe))
-        grads = _block_backward(dy, dlogits, saved, config)
-        return *_like(grads, _block_inputs(saved)), *[None] * (6 + len(head) + len(moe))
-
-
-def _block_inputs(saved):
-    """The 17 differentiable inputs among what `_block_forward` saved, in the order of its gradients."""
-    x, w1, b1, _, _, _, w2, b2 = saved[:8]
-    head = saved[11 + 3 : 11 + HEAD_INPUTS]
-    moe = saved[11 + HEAD_SAVED + 2 : 11 + HEAD_SAVED + 7]
-    return x, w1, b1, *head, w2, b2, *moe
+        return *_block_backward(dy, dlogits, saved, ctx.dtypes, config), *[None] * (6 + len(head) + len(moe))
 
 
 def _check_block(
@@ -1231,13 +1240,11 @@ def _check_block(
 
 
 def _block_arguments(x, weights, pos, config, seed):
-    """-> the 17 differentiable inputs (the experts' in the compute dtype), the seed and the compute dtype."""
+    """-> the 17 differentiable inputs, the seed and the compute dtype."""
     head, moe = config.head, config.moe
     needed = max(config.dropout, head.dropout, head.expert_dropout, moe.dropout, moe.expert_dropout) > 0
-    dtype = _compute_dtype(x)
-    attention = _pad_heads(dtype, head.n_heads, head.width, (None, None, None, *_cast(dtype, *weights.attention[:6], pos)))[3:]
-    tensors = (x, *weights.norm1, *attention, *weights.norm2, *_cast(dtype, *weights.moe))
-    return tensors, _seed(seed, x.device, needed), dtype
+    tensors = (x, *weights.norm1, *weights.attention[:6], pos, *weights.norm2, *weights.moe)
+    return tensors, _seed(seed, x.device, needed), _compute_dtype(x)
 
 
 def switchall(
@@ -1291,8 +1298,7 @@ def switchall_forward(x: Tensor, weights: SwitchAllWeights, **options) -> tuple[
         t, seed, dtype = _block_arguments(x, weights, pos, config, options.get("seed"))
         head, moe = t[3:10], t[12:]
         y, logits, saved = _block_forward(*t[:3], head, *t[10:12], moe, mask, cu_seqlens, seed, dtype, config)
-    inputs = (x, *weights.norm1, *weights.attention[:6], pos, *weights.norm2, *weights.moe)
-    return (y, logits), Saved(saved, ("switchall", config, _dtypes(inputs), y, logits))
+    return (y, logits), Saved(saved, ("switchall", config, _dtypes(t), y, logits))
 
 
 def switchall_backward(grad_y: Tensor, saved: Saved, grad_logits: Tensor | None = None) -> SwitchAllGradients:
@@ -1301,9 +1307,7 @@ def switchall_backward(grad_y: Tensor, saved: Saved, grad_logits: Tensor | None 
     _check.gradient("grad_y", _check.tensor("grad_y", grad_y), y)
     _check.gradient("grad_logits", grad_logits, logits)
     with torch.no_grad():
-        grads = _like(_block_backward(grad_y, grad_logits, saved.tensors, config), _block_inputs(saved.tensors))
-        head = _unpad_heads(config.head.n_heads, config.head.width, (None, None, None, *grads[3:10]))[3:]
-        g = _to((*grads[:3], *head, *grads[10:]), dtypes)
+        g = _block_backward(grad_y, grad_logits, saved.tensors, dtypes, config)
     weights = SwitchAllWeights(g[1:3], SwitchHeadWeights(*g[3:10]), g[10:12], SigmaMoEWeights(*g[12:]))
     return SwitchAllGradients(g[0], weights)
 

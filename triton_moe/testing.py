@@ -23,7 +23,43 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["LayerShape", "assert_close", "check", "expert_choices", "layer_shapes", "logits", "strided", "tensors"]
+__all__ = ["LayerShape", "assert_close", "check", "expert_choices", "layer_shapes", "logits", "poisoned", "strided", "tensors"]
+
+POISON_LIMIT = 1 << 27  # elements; larger tensors are virtual memory that a test touches in a few places only
+
+
+@contextmanager
+def poisoned(limit: int = POISON_LIMIT) -> Iterator[None]:
+    """Here torch.empty and its relatives return what no computation may survive (NaN, the byte 0x7f in integers, True), so that
+    nothing can rely on memory that no kernel wrote. Tensors of more than `limit` elements stay as they are."""
+
+    def fill(tensor: Tensor) -> Tensor:
+        if tensor.layout != torch.strided or tensor.is_meta or tensor.numel() > limit:
+            return tensor
+        with torch.no_grad():
+            if tensor.is_floating_point() or tensor.is_complex():
+                return tensor.fill_(float("nan"))
+            if tensor.dtype == torch.bool:
+                return tensor.fill_(True)
+            return tensor.fill_(int.from_bytes(b"\x7f" * tensor.element_size(), "little"))
+
+    def poisoning(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def empty(*args: Any, **kwargs: Any) -> Tensor:
+            tensor = allocate(*args, **kwargs)
+            return tensor if torch.compiler.is_compiling() else fill(tensor)
+
+        return empty
+
+    allocators: list[tuple[Any, str]] = [(torch, name) for name in ("empty", "empty_like", "empty_strided")]
+    allocators += [(torch.Tensor, name) for name in ("new_empty", "new_empty_strided")]
+    before = [(owner, name, getattr(owner, name)) for owner, name in allocators]
+    try:
+        for owner, name, allocate in before:
+            setattr(owner, name, poisoning(allocate))
+        yield
+    finally:
+        for owner, name, allocate in before:
+            setattr(owner, name, allocate)
 
 
 def assert_close(

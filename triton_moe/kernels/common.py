@@ -7,17 +7,19 @@ NOTE [Interpreter]
     why tests/test_compile.py compiles every kernel in bfloat16.
 
 NOTE [Meta tensors]
-    A launcher called on `meta` tensors runs nothing: `launch` hands the kernel and its arguments to `on_meta`. compiler.py
-    compiles them there, just as the launch would have.
+    A launcher called on `meta` tensors runs nothing. But first `launch` hands the kernel and its arguments to `on_launch`:
+    compiler.py compiles them there, just as the launch would have, and the tuner keeps those that it wants to repeat.
 """
 
 import functools
 import os
+import warnings
 from collections.abc import Callable
 
 import torch
 import triton
 import triton.language as tl
+from triton.runtime.errors import OutOfResources
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 
@@ -47,11 +49,18 @@ def find_tile(offsets_ptr, pid, GROUPS, BLOCK_M: tl.constexpr, BLOCK_G: tl.const
     return group, first, tl.sum(tl.where(here, end, 0), 0)
 
 
+@triton.jit
+def _cast_kernel(x_ptr, y_ptr, SIZE, BLOCK: tl.constexpr):
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + offs, mask=offs < SIZE, other=0.0)
+    tl.store(y_ptr + offs, x.to(y_ptr.dtype.element_ty), mask=offs < SIZE)
+
+
 # Both Triton's own functions and ours were decorated for the interpreter: TRITON_INTERPRET was set in time.
 INTERPRET = not any(isinstance(f, triton.runtime.JITFunction) for f in (uniform, tl.cdiv))
 
-# What `launch` calls for meta tensors, with (kernel, grid, args, meta-parameters); compiler.py sets it.
-on_meta: Callable | None = None
+# What `launch` calls first, with (kernel, grid, args, meta-parameters); compiler.py and measure.py set it.
+on_launch: Callable | None = None
 
 
 def launch(kernel, grid: tuple[int, ...], *args, **meta) -> None:
@@ -59,16 +68,34 @@ def launch(kernel, grid: tuple[int, ...], *args, **meta) -> None:
     if 0 in grid:
         return
     device = next(a for a in args if isinstance(a, torch.Tensor)).device
+    if on_launch is not None:
+        on_launch(kernel, grid, args, meta)
     if device.type == "meta":
-        if on_meta is not None:
-            on_meta(kernel, grid, args, meta)
-    elif INTERPRET:
+        return
+    if INTERPRET:
         _interpret(kernel, grid, args, meta)
     elif device.index == torch.cuda.current_device():
-        kernel[grid](*args, **meta)
+        start(kernel, grid, args, meta)
     else:
         with torch.cuda.device(device):
-            kernel[grid](*args, **meta)
+            start(kernel, grid, args, meta)
+
+
+def start(kernel, grid, args, meta) -> None:
+    """With fewer stages where a block does not have the shared memory for more: the same result, a little later."""
+    try:
+        kernel[grid](*args, **meta)
+    except OutOfResources as error:
+        if error.name != "shared memory" or meta.get("num_stages", 1) == 1:
+            raise
+        fewer = {**meta, "num_stages": meta["num_stages"] - 1}
+        if (kernel, fewer["num_stages"]) not in _said:
+            _said.add((kernel, fewer["num_stages"]))
+            warnings.warn(f"{error} {kernel.__name__} runs with fewer; tune it: python -m triton_moe autotune", stacklevel=3)
+        start(kernel, grid, args, fewer)
+
+
+_said: set[tuple] = set()  # warnings
 
 
 def _interpret(kernel, grid, args, meta) -> None:
@@ -92,15 +119,16 @@ def _interpret(kernel, grid, args, meta) -> None:
             a.copy_(copy)
 
 
-def opaque(fake: Callable) -> Callable:
+def opaque(fake: Callable, mutates: tuple[str, ...] = ()) -> Callable:
     """Make a launcher one opaque operator under torch.compile, and leave it a plain function call in eager mode.
 
     Dynamo can trace neither the interpreter nor a config lookup. `fake` returns empty outputs of the right shape and dtype. The
-    launcher takes and returns tensors (or None), ints, floats, bools and strings, annotated; it returns fresh tensors only.
+    launcher takes and returns tensors (or None), ints, floats, bools and strings, annotated; it returns fresh tensors only, and
+    writes to no argument but those it `mutates`.
     """
 
     def decorate(function: Callable) -> Callable:
-        op = torch.library.custom_op(f"triton_moe::{function.__name__}", function, mutates_args=())
+        op = torch.library.custom_op(f"triton_moe::{function.__name__}", function, mutates_args=mutates)
         op.register_fake(fake)
 
         @functools.wraps(function)
@@ -126,6 +154,15 @@ def input_precision(dtype: torch.dtype) -> str:
     return "tf32" if matmul.allow_tf32 else "ieee"
 
 
+def cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """x in another floating dtype. torch's own kernel takes twice the time for large tensors on an H200; a compiler fuses it."""
+    if x.dtype == dtype or x.numel() < 1 << 20 or not x.is_contiguous() or INTERPRET or torch.compiler.is_compiling():
+        return x.to(dtype)
+    y = torch.empty_like(x, dtype=dtype)
+    launch(_cast_kernel, (cdiv(x.numel(), 4096),), x, y, x.numel(), BLOCK=4096, num_warps=8)
+    return y
+
+
 def next_power_of_2(n: int, least: int = 16) -> int:
     """The smallest power of two >= n and >= least (16: the smallest side `tl.dot` takes everywhere)."""
     return max(least, 1 << (n - 1).bit_length()) if n > 0 else least
@@ -139,6 +176,12 @@ def rows(x: torch.Tensor) -> torch.Tensor:
     width = x.shape[-1] if x.ndim == 2 else x.shape[-2] * x.shape[-1]
     constant = x.stride(-1) == 1 and all(stride <= 32 * width for stride in x.stride()[x.ndim // 2 - 1 : -1])
     return x if constant else x.contiguous()
+
+
+def default_config(configs: dict[str, dict[str, int]], dtype: torch.dtype) -> dict[str, int]:
+    """A copy of a kernel's default for a dtype, or of its rung for the interpreter, which pays per launch and per tile whatever
+    the tile, so that it wants few and large ones."""
+    return dict(configs["interpret" if INTERPRET else "float32" if dtype == torch.float32 else "half"])
 
 
 def cdiv(a: int, b: int) -> int:

@@ -44,7 +44,7 @@ import triton
 import triton.language as tl
 
 from .. import tuning
-from .common import INTERPRET, cdiv, launch, next_power_of_2, opaque, rows, uniform
+from .common import INTERPRET, cdiv, default_config, launch, next_power_of_2, opaque, rows, uniform
 
 MAX_EXPERTS = 1024  # per head: one tile holds all logits of a head
 MAX_SIGNATURES = 512
@@ -58,6 +58,9 @@ CONFIGS = {
         "float32": {"BLOCK_N": 32, "BLOCK_D": 32, "PARTS": 2, "num_warps": 4, "num_stages": 2},
         "interpret": {"BLOCK_N": 512, "BLOCK_D": 64, "PARTS": 2, "num_warps": 1, "num_stages": 1},
     },
+}
+SPACE = {  # what may be tuned; see tuning.py
+    "gating_fwd": {"BLOCK_N": [16, 32, 64, 128], "BLOCK_D": [32, 64, 128], "num_warps": [4, 8], "num_stages": [1, 2, 3, 4, 5]},
 }
 
 
@@ -385,7 +388,7 @@ def gating_forward(
     N, D = x.shape
     H, E = n_heads, sel.shape[0] // (sides * n_heads)
     weights, experts, logits = _gating_forward_fake(x, sel, seed, sides, n_heads, top_k, mode, dropout, stream)
-    config = dict(tuning.lookup(CONFIGS["gating_fwd"], x.dtype, INTERPRET))
+    config = default_config(CONFIGS["gating_fwd"], x.dtype)
     BLOCK_E = next_power_of_2(E, 1)
     HEADS = min(next_power_of_2(sides * H, 1), max(1, MAX_COLUMNS // BLOCK_E))
     HEADS = max(HEADS, 16 // BLOCK_E)  # `tl.dot` takes no less than 16 columns
@@ -397,6 +400,8 @@ def gating_forward(
         config["BLOCK_D"] = max(16, min(config["BLOCK_D"], 8192 // columns))
         if x.dtype == torch.float32 or columns > 512 or torch.version.hip:  # AMD has 64 KB of shared memory
             config["num_warps"], config["num_stages"] = 8, 1
+    # No sizes: a choice of experts may not depend on how many tokens there are.
+    config = tuning.lookup(_gating_fwd_kernel, config, x, C=sides * H, E=E, TOP_K=top_k, D=D)
     launch(
         _gating_fwd_kernel, (cdiv(N, config["BLOCK_N"]) * cdiv(sides * H, HEADS),),
         x, sel, seed if seed is not None else experts, logits, weights, experts,

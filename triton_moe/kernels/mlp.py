@@ -30,7 +30,7 @@ import triton
 import triton.language as tl
 
 from .. import tuning
-from .common import INTERPRET, cdiv, find_tile, launch, next_power_of_2, opaque, rows, uniform
+from .common import INTERPRET, cast, cdiv, default_config, find_tile, launch, next_power_of_2, opaque, rows, uniform
 from .projection import _combine, _grouped_dw, product
 
 CONFIGS = {
@@ -55,9 +55,33 @@ CONFIGS = {
         "interpret": {"BLOCK_M": 256, "BLOCK_N": 256, "BLOCK_K": 256, "PARTS": 1, "num_warps": 1, "num_stages": 1},
     },
 }
+SPACE = {  # what may be tuned; see tuning.py
+    "up": {
+        "BLOCK_M": [64, 128],
+        "BLOCK_N": [64, 128, 256],
+        "BLOCK_K": [32, 64, 128],
+        "num_warps": [4, 8],
+        "num_stages": [2, 3, 4],
+    },
+    "up_bwd": {
+        "BLOCK_M": [64, 128],
+        "BLOCK_N": [64, 128, 256],
+        "BLOCK_K": [32, 64, 128],
+        "num_warps": [4, 8],
+        "num_stages": [2, 3, 4],
+    },
+    "down": {
+        "BLOCK_M": [64, 128],
+        "BLOCK_N": [32, 64, 128],
+        "BLOCK_K": [64, 128, 256],
+        "num_warps": [4, 8],
+        "num_stages": [2, 3, 4],
+    },
+}
 
 COLUMNS = 512  # of [N*TOP_K, D] at a time, at most; see NOTE [Columns]
 FEW_ELEMENTS = 1 << 24  # of [N*TOP_K, D] that are made at once
+MAX_ADDED = 128  # experts whose d logits reach d x in the pass over it
 
 
 # ---- jit helpers
@@ -272,7 +296,7 @@ def _padded(x):
 
 
 def _config(name, x, R, N, K):
-    config = dict(tuning.lookup(CONFIGS[name], x.dtype, INTERPRET))
+    config = default_config(CONFIGS[name], x.dtype)
     config["BLOCK_N"] = min(config["BLOCK_N"], next_power_of_2(N))
     config["BLOCK_K"] = min(config["BLOCK_K"], next_power_of_2(K))
     if INTERPRET:
@@ -280,16 +304,18 @@ def _config(name, x, R, N, K):
     return config
 
 
-def _down(a, w, order, offsets, top_k, bias, d_out, precision):
-    """a [R, K] in the order of the routes, w [E, K, >= d_out] -> y [R // top_k, d_out], y[n] = the sum of a w over n's routes."""
+def _down(a, w, order, offsets, top_k, bias, d_out, precision, dtype=None, b=None, c=None):
+    """a [R, K] in the order of the routes, w [E, K, >= d_out] -> y [R // top_k, d_out], y[n] = the sum of a w over n's routes, in
+    a's dtype or `dtype`. With b [R // top_k, C] and c [C, d_out], y += b c: in the same pass where C is small."""
     groups, K, _ = w.shape
     R = order.shape[0]
-    y = a.new_empty(R // top_k, d_out)
+    wide = b is not None and (b.shape[1] > MAX_ADDED or b.dtype == torch.float32)
+    y = a.new_empty(R // top_k, d_out, dtype=None if wide else dtype)
     width = w.shape[2]
     columns = width
     if R * width > FEW_ELEMENTS:  # equal shares
         columns = cdiv(cdiv(width, cdiv(width, COLUMNS)), 64) * 64
-    c = a.new_empty(R, _aligned(min(columns, width), a))
+    parts = a.new_empty(R, _aligned(min(columns, width), a))
     for n in range(0, width, columns):
         w_here, y_here = w[:, :, n : n + columns], y[:, n : n + columns]
         N = w_here.shape[2]
@@ -297,16 +323,18 @@ def _down(a, w, order, offsets, top_k, bias, d_out, precision):
         config = _config("down", a, R, N, K)
         if config["BLOCK_K"] < K:
             config = _config("down_wide", a, R, N, K)
+        config = tuning.lookup(_down_kernel, config, a, (R,), N=N, K=K, groups=groups, transposed=w.stride(2) != 1)
         tiles_n = 1 if config["BLOCK_K"] >= K else cdiv(N, config["BLOCK_N"])
         launch(
             _down_kernel, ((cdiv(R, config["BLOCK_M"]) + groups) * tiles_n if R else 0,),
-            a, w_here, c, order, offsets, groups, N=N, K=K,
+            a, w_here, parts, order, offsets, groups, N=N, K=K,
             stride_wg=w.stride(0), stride_wk=w.stride(1), stride_wn=w.stride(2), PITCH=pitch,
             PRECISION=precision, BLOCK_G=next_power_of_2(groups, 1), **config,
         )  # fmt: skip
-        c_here = c.view(-1)[: R * pitch].view(R, pitch)
-        _combine(c_here, None, top_k, None if bias is None else bias[n : n + columns], y_here)
-    return y
+        c_here = parts.view(-1)[: R * pitch].view(R, pitch)
+        added = {} if b is None or wide else {"a": b, "b": c[:, n : n + columns]}
+        _combine(c_here, None, top_k, None if bias is None else bias[n : n + columns], y_here, **added)
+    return y if not wide else cast(y.addmm_(b, c), dtype or y.dtype)
 
 
 def _up_args(G, TOP_K, activation, dropout, stream, precision, config, w, groups):
@@ -339,6 +367,7 @@ def mlp_forward(
     config = _config("up", x, R, G, x.shape[1])
     if keys.shape[2] == 2 * G:  # two tiles of products
         config["BLOCK_N"] = max(16, config["BLOCK_N"] // 2)
+    config = tuning.lookup(_up_kernel, config, x, (R,), N=keys.shape[2], K=x.shape[1], groups=groups, TOP_K=TOP_K)
     launch(
         _up_kernel, ((cdiv(R, config["BLOCK_M"]) + groups) * cdiv(G, config["BLOCK_N"]) if R else 0,),
         x, keys, z if bias is None else bias, weights.contiguous(), order if seed is None else seed, z, u, order, offsets, groups,
@@ -349,12 +378,13 @@ def mlp_forward(
 
 
 def _mlp_backward_fake(
-    dy, x, keys, values, bias, o_bias, seed, weights, experts, order, offsets, z, activation, dropout, stream, precision
-):
+    dy, x, keys, values, bias, o_bias, seed, weights, experts, order, offsets, z, activation, dropout, stream, precision,
+    dkeys_dtype=None, dvalues_dtype=None,
+):  # fmt: skip
     return (
-        x.new_empty(x.shape),
-        keys.new_empty(keys.shape),
-        values.new_empty(values.shape),
+        torch.empty_like(z),
+        keys.new_empty(keys.shape, dtype=dkeys_dtype),
+        values.new_empty(values.shape, dtype=dvalues_dtype),
         keys.new_empty(0 if bias is None else keys.shape[0], keys.shape[2]),
         torch.empty_like(weights),
     )
@@ -365,11 +395,14 @@ def mlp_backward(
     dy: torch.Tensor, x: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None,
     o_bias: torch.Tensor | None, seed: torch.Tensor | None, weights: torch.Tensor, experts: torch.Tensor,
     order: torch.Tensor, offsets: torch.Tensor, z: torch.Tensor, activation: str, dropout: float, stream: int, precision: str,
+    dkeys_dtype: torch.dtype | None = None, dvalues_dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """-> dx, d keys, d values, d bias [E, G or 2G] (no rows without a bias), d weights."""
+    """-> dz [N*TOP_K, G or 2G] for `mlp_backward_input`, d keys, d values, d bias [E, G or 2G] (no rows without a bias) and d
+    weights; d keys and d values in the dtypes of keys and values or those given."""
     (groups, G, d_out), D, R, TOP_K = values.shape, x.shape[1], order.shape[0], weights.shape[-1]
     x, dy, w = _padded(rows(x)), _padded(rows(dy)), _padded(values).transpose(1, 2)
     config = _config("up_bwd", x, R, G, dy.shape[1])
+    config = tuning.lookup(_up_bwd_kernel, config, x, (R,), N=z.shape[1], K=dy.shape[1], groups=groups, TOP_K=TOP_K)
     tiles_n = cdiv(G, config["BLOCK_N"])
     u, dz = z.new_empty(R, G), torch.empty_like(z)
     dweights = torch.empty((tiles_n, *weights.shape), dtype=weights.dtype, device=weights.device)
@@ -379,12 +412,25 @@ def mlp_backward(
         KA=dy.shape[1], stride_yn=dy.stride(0),
         **_up_args(G, TOP_K, activation, dropout, stream, precision, config, w, groups),
     )  # fmt: skip
-    dvalues = _grouped_dw(u, dy, order, offsets, 0, TOP_K, precision, size=(G, d_out))
+    dvalues = _grouped_dw(u, dy, order, offsets, 0, TOP_K, precision, size=(G, d_out), dtype=dvalues_dtype)
     del u
-    dkeys = _grouped_dw(x, dz, order, offsets, TOP_K, 0, precision, size=(D, dz.shape[1]))
+    dkeys = _grouped_dw(x, dz, order, offsets, TOP_K, 0, precision, size=(D, dz.shape[1]), dtype=dkeys_dtype)
     dbias = keys.new_empty(0, keys.shape[2])
     if bias is not None:  # the weight gradient of an input that is always one
         one = x.new_ones(1, 1).expand(R, 1)
         dbias = _grouped_dw(one, dz, order, offsets, 0, 0, precision).view(groups, -1)
-    dx = _down(dz, keys.transpose(1, 2), order, offsets, TOP_K, None, D, precision)
-    return dx, dkeys, dvalues, dbias, dweights[0] if tiles_n == 1 else dweights.sum(0)
+    return dz, dkeys, dvalues, dbias, dweights[0] if tiles_n == 1 else dweights.sum(0)
+
+
+def _mlp_backward_input_fake(dz, keys, order, offsets, top_k, dlogits, sel, precision, dtype):
+    return dz.new_empty(dz.shape[0] // top_k, keys.shape[1], dtype=dtype)
+
+
+@opaque(_mlp_backward_input_fake)
+def mlp_backward_input(
+    dz: torch.Tensor, keys: torch.Tensor, order: torch.Tensor, offsets: torch.Tensor, top_k: int,
+    dlogits: torch.Tensor | None, sel: torch.Tensor | None, precision: str, dtype: torch.dtype,
+) -> torch.Tensor:  # fmt: skip
+    """-> dx [N, D] in `dtype`, with what reaches x through its gate, dlogits [N, E] sel [E, D], where given."""
+    gate = (None, None) if dlogits is None else (dlogits.contiguous(), sel.contiguous())
+    return _down(dz, keys.transpose(1, 2), order, offsets, top_k, None, keys.shape[1], precision, dtype, *gate)

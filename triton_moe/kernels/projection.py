@@ -36,7 +36,7 @@ import triton.language as tl
 
 from .. import tuning
 from . import sets
-from .common import INTERPRET, cdiv, find_tile, launch, next_power_of_2, opaque, rows, uniform
+from .common import INTERPRET, cast, cdiv, default_config, find_tile, launch, next_power_of_2, opaque, rows, uniform
 
 CONFIGS = {
     "grouped_gemm": {
@@ -50,7 +50,15 @@ CONFIGS = {
         "interpret": {"BLOCK_I": 256, "BLOCK_J": 256, "BLOCK_R": 256, "PARTS": 1, "num_warps": 1, "num_stages": 1},
     },
 }
-
+SPACE = {  # what may be tuned; see tuning.py
+    "grouped_gemm": {
+        "BLOCK_M": [64, 128], "BLOCK_N": [64, 128, 256], "BLOCK_K": [32, 64, 128], "num_warps": [4, 8], "num_stages": [2, 3, 4],
+    },
+    "grouped_dw": {
+        "BLOCK_I": [64, 128, 256], "BLOCK_J": [64, 128, 256], "BLOCK_R": [32, 64, 128],
+        "num_warps": [4, 8], "num_stages": [2, 3, 4],
+    },
+}  # fmt: skip
 
 PROGRAMS = 264  # that run at a time: two on each multiprocessor of an H200
 LEAST_CHUNK = 512  # routes; see NOTE [Chunks]
@@ -135,9 +143,9 @@ def _grouped_gemm_kernel(
 
 @triton.jit
 def _combine_kernel(
-    c_ptr, s_ptr, bias_ptr, y_ptr, M, N: tl.constexpr, WIDTH: tl.constexpr, J: tl.constexpr,
-    stride_cm: tl.constexpr, stride_ym: tl.constexpr,
-    HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    c_ptr, s_ptr, bias_ptr, a_ptr, b_ptr, y_ptr, M, N: tl.constexpr, WIDTH: tl.constexpr, J: tl.constexpr, K: tl.constexpr,
+    stride_cm: tl.constexpr, stride_bk: tl.constexpr, stride_ym: tl.constexpr,
+    HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     tiles_n = tl.cdiv(N, BLOCK_N)
     pid = tl.program_id(0)
@@ -147,6 +155,12 @@ def _combine_kernel(
     mask = mask_m[:, None] & mask_n[None, :]
     mask_c = mask & (offs_n < WIDTH)[None, :]
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if K > 0:
+        offs_k = tl.arange(0, BLOCK_K)
+        mask_k = offs_k < K
+        a = tl.load(a_ptr + offs_m[:, None] * K + offs_k[None, :], mask=mask_m[:, None] & mask_k[None, :], other=0.0)
+        b = tl.load(b_ptr + offs_k[:, None] * stride_bk + offs_n[None, :], mask=mask_k[:, None] & mask_n[None, :], other=0.0)
+        acc = tl.dot(a, b, acc)
     for j in tl.range(0, J, loop_unroll_factor=4):
         rows = offs_m * J + j
         c = tl.load(c_ptr + rows[:, None] * stride_cm + offs_n[None, :], mask=mask_c, other=0.0).to(tl.float32)
@@ -310,11 +324,13 @@ def _grouped_gemm(a, w, order, offsets, div, precision):
     groups, K, N = w.shape
     R = order.shape[0]
     c = a.new_empty(R, N)
-    config = dict(tuning.lookup(CONFIGS["grouped_gemm"], a.dtype, INTERPRET))
+    config = default_config(CONFIGS["grouped_gemm"], a.dtype)
     config["BLOCK_N"] = min(config["BLOCK_N"], next_power_of_2(N))
     config["BLOCK_K"] = min(config["BLOCK_K"], next_power_of_2(K))
     if INTERPRET:
         config["BLOCK_M"] = min(config["BLOCK_M"], next_power_of_2(R))
+    transposed = w.stride(2) != 1
+    config = tuning.lookup(_grouped_gemm_kernel, config, a, (R,), N=N, K=K, groups=groups, DIV=div, transposed=transposed)
     grid = (cdiv(R, config["BLOCK_M"]) + groups) * cdiv(N, config["BLOCK_N"]) if R else 0
     launch(
         _grouped_gemm_kernel, (grid,),
@@ -332,17 +348,18 @@ def _tile(M, N):
     return cdiv(M, block_m), cdiv(N, block_n), {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": 4}
 
 
-def _combine(c, s, J, bias=None, y=None):
+def _combine(c, s, J, bias=None, y=None, a=None, b=None):
     """c [M*J, N], s [M*J] float32 or None -> y [M, N], into `y` if there is one: of fewer columns, or of more, which become
-    the bias or zeros."""
+    the bias or zeros. With a [M, K] and b [K, N], 16-bit and of few K, a b is added too."""
     M = c.shape[0] // J
     y = c.new_empty(M, c.shape[1]) if y is None else y
-    N = y.shape[1]
+    N, K = y.shape[1], 0 if a is None else a.shape[1]
     tiles_m, tiles_n, tile = _tile(M, N)
     launch(
         _combine_kernel, (tiles_m * tiles_n,),
-        c, c if s is None else s, c if bias is None else bias, y, M, N, c.shape[1], J, c.stride(0), y.stride(0),
-        HAS_SCALE=s is not None, HAS_BIAS=bias is not None, **tile,
+        c, c if s is None else s, c if bias is None else bias, a, b, y, M, N, c.shape[1], J, K,
+        c.stride(0), 0 if b is None else b.stride(0), y.stride(0),
+        HAS_SCALE=s is not None, HAS_BIAS=bias is not None, BLOCK_K=next_power_of_2(K), **tile,
     )  # fmt: skip
     return y
 
@@ -356,8 +373,9 @@ def _route_dot(b, a, div):
     return dot
 
 
-def _grouped_dw(a, b, order, offsets, div_a, div_b, precision, size=None, order_b=None):
-    """a [R // div_a, I], b [R // div_b, J] -> dw [groups, I, J], the sum of a[r // div_a]^T b[r // div_b] over a group's routes.
+def _grouped_dw(a, b, order, offsets, div_a, div_b, precision, size=None, order_b=None, dtype=None):
+    """a [R // div_a, I], b [R // div_b, J] -> dw [groups, I, J], the sum of a[r // div_a]^T b[r // div_b] over a group's routes,
+    in a's dtype or `dtype`.
 
     With div 0 a row is that of the route's place in `order`, and with order_b [R] it is the one that this names for that place.
     size = (I, J) where a or b are padded with further columns.
@@ -368,12 +386,14 @@ def _grouped_dw(a, b, order, offsets, div_a, div_b, precision, size=None, order_
         time. A group at most a quarter larger than the mean is not cut: writing and adding parts takes time too.
     """
     groups, (I, J), R = offsets.shape[0] - 1, size or (a.shape[1], b.shape[1]), order.shape[0]
-    dw = a.new_empty(groups, I, J)
-    config = dict(tuning.lookup(CONFIGS["grouped_dw"], a.dtype, INTERPRET))
+    dw = a.new_empty(groups, I, J, dtype=dtype)
+    config = default_config(CONFIGS["grouped_dw"], a.dtype)
     config["BLOCK_I"] = min(config["BLOCK_I"], next_power_of_2(I))
     config["BLOCK_J"] = min(config["BLOCK_J"], next_power_of_2(J))
     if INTERPRET:
         config["BLOCK_R"] = min(config["BLOCK_R"], next_power_of_2(R))
+    padded = {"I": cdiv(I, 32) * 32, "J": cdiv(J, 32) * 32}  # as heads are: nothing to tune again for their real width
+    config = tuning.lookup(_grouped_dw_kernel, config, a, (R,), **padded, groups=groups, DIV_A=div_a, DIV_B=div_b)
     tiles = cdiv(I, config["BLOCK_I"]) * cdiv(J, config["BLOCK_J"])
     chunk = max(cdiv(5 * R, 4 * groups * max(1, PROGRAMS // (groups * tiles))), cdiv(R, 64), LEAST_CHUNK)
     chunk = cdiv(chunk, 16) * 16  # Triton compiles integers anew that are no multiples of 16
@@ -438,9 +458,11 @@ def value_backward_gates(dv: torch.Tensor, u: torch.Tensor, TOP_K: int) -> torch
 
 
 def _value_backward_fake(
-    dv, x, w, weights, experts, order, offsets, set_order, set_offsets, token_order, base, dlogits, sel, precision
-):
-    return x.new_empty(x.shape), w.new_empty(w.shape)
+    dv, x, w, weights, experts, order, offsets, set_order, set_offsets, token_order, base, dlogits, sel, precision,
+    dx_dtype=None, dw_dtype=None, width=None,
+):  # fmt: skip
+    width = w.shape[2] if width is None else width
+    return x.new_empty(x.shape, dtype=dx_dtype), w.new_empty(*w.shape[:2], width, dtype=dw_dtype)
 
 
 @opaque(_value_backward_fake)
@@ -448,15 +470,22 @@ def value_backward(
     dv: torch.Tensor, x: torch.Tensor, w: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor, order: torch.Tensor,
     offsets: torch.Tensor, set_order: torch.Tensor, set_offsets: torch.Tensor, token_order: torch.Tensor,
     base: torch.Tensor | None, dlogits: torch.Tensor | None, sel: torch.Tensor | None, precision: str,
+    dx_dtype: torch.dtype | None = None, dw_dtype: torch.dtype | None = None, width: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """-> dx [N, D], dw [H*E, D, P]. What else reaches x is added to dx in the same pass: base [N, D] and dlogits [N, C] sel."""
+    """-> dx [N, D], dw [H*E, D, P], in x's and w's dtypes or those given, of dw the first `width` columns.
+
+    What else reaches x is added to dx in the same pass: base [N, D] and dlogits [N, C] sel."""
     N, H, TOP_K = weights.shape
+    size = (w.shape[1], w.shape[2] if width is None else width)
     x, dv, weights = rows(x), dv.contiguous(), weights.contiguous()
     by_sets = sets.serve(set_order, x, w.shape[2])
     if by_sets:
-        dx, packed, place = sets.spread(dv, w, True, weights, experts.contiguous(), set_order, token_order, base, dlogits, sel)
+        dx, packed, place = sets.spread(
+            dv, w, True, weights, experts.contiguous(), set_order, token_order, base, dlogits, sel, dx_dtype
+        )
         if packed is not None:
-            return dx, _grouped_dw(x, packed, order, offsets, H * TOP_K, 0, precision, w.shape[1:], place[order])
+            dw = _grouped_dw(x, packed, order, offsets, H * TOP_K, 0, precision, size, place[order], dtype=dw_dtype)
+            return dx, dw
     gated = _gate_rows(dv.view(N * H, dv.shape[2]), weights.view(-1))
     if not by_sets:
         dx = _combine(_grouped_gemm(gated, w.transpose(1, 2), order, offsets, 1, precision), None, H * TOP_K)
@@ -464,7 +493,8 @@ def value_backward(
             dx.addmm_(dlogits, sel)
         if base is not None:
             dx += base
-    return dx, _grouped_dw(x, gated, order, offsets, H * TOP_K, 1, precision)
+        dx = dx if dx_dtype is None else cast(dx, dx_dtype)
+    return dx, _grouped_dw(x, gated, order, offsets, H * TOP_K, 1, precision, size, dtype=dw_dtype)
 
 
 # ---- output projection
@@ -488,16 +518,21 @@ def output_forward(
     return _combine(_grouped_gemm(gated, w, order, offsets, 1, precision), None, H * TOP_K)
 
 
-def _output_backward_fake(dy, a, w, weights, experts, order, offsets, set_order, set_offsets, token_order, precision):
-    return a.new_empty(a.shape), w.new_empty(w.shape), weights.new_empty(weights.shape)
+def _output_backward_fake(
+    dy, a, w, weights, experts, order, offsets, set_order, set_offsets, token_order, precision, dw_dtype=None, width=None
+):
+    width = w.shape[1] if width is None else width
+    dw = w.new_empty(w.shape[0], width, w.shape[2], dtype=dw_dtype)
+    return a.new_empty(a.shape), dw, weights.new_empty(weights.shape)
 
 
 @opaque(_output_backward_fake)
 def output_backward(
     dy: torch.Tensor, a: torch.Tensor, w: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor, order: torch.Tensor,
     offsets: torch.Tensor, set_order: torch.Tensor, set_offsets: torch.Tensor, token_order: torch.Tensor, precision: str,
+    dw_dtype: torch.dtype | None = None, width: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """-> da [N, H, P], dw [H*E, P, D], d weights [N, H, TOP_K]."""
+    """-> da [N, H, P], dw [H*E, P, D] in w's dtype or dw_dtype, of its rows the first `width`, d weights [N, H, TOP_K]."""
     N, H, TOP_K = weights.shape
     dy, a, weights = rows(dy), a.contiguous(), weights.contiguous()
     a_rows, s = a.view(N * H, a.shape[2]), weights.view(-1)
@@ -506,7 +541,8 @@ def output_backward(
     else:
         b = _grouped_gemm(dy, w.transpose(1, 2), order, offsets, H * TOP_K, precision)
         da, dweights = _combine(b, s, TOP_K).view(a.shape), _route_dot(b, a_rows, TOP_K)
-    dw = _grouped_dw(_gate_rows(a_rows, s), dy, order, offsets, 1, H * TOP_K, precision)
+    size = (a.shape[2] if width is None else width, dy.shape[1])
+    dw = _grouped_dw(_gate_rows(a_rows, s), dy, order, offsets, 1, H * TOP_K, precision, size, dtype=dw_dtype)
     return da, dw, dweights.view(N, H, TOP_K)
 
 

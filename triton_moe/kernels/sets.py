@@ -58,6 +58,17 @@ CONFIGS = {
         "interpret": {"BLOCK_M": 128, "num_warps": 1},
     },
 }
+SPACE = {  # what may be tuned; see tuning.py. BLOCK_M divides TILE.
+    "gather": {"BLOCK_M": [32, 64, 128], "BLOCK_K": [32, 64, 128], "num_warps": [4, 8], "num_stages": [1, 2, 3, 4, 5]},
+    "spread": {
+        "BLOCK_M": [64, 128],
+        "BLOCK_N": [64, 128, 256],
+        "BLOCK_K": [32, 64],
+        "num_warps": [4, 8],
+        "num_stages": [2, 3, 4, 5],
+    },
+    "pack": {"BLOCK_M": [8, 16, 32, 64, 128], "num_warps": [1, 2, 4, 8]},
+}
 MAX_TOP_K = 4
 
 
@@ -320,15 +331,15 @@ def _spread_kernel(
 
 
 def _config(name: str, x: torch.Tensor) -> dict[str, int]:
-    """Hopper and later hold the large tiles; an A100 spills them, and AMD's CDNA has 64 KB of shared memory."""
+    """Hopper and the Blackwell of data centres hold the large tiles; others spill them or have 64 to 100 KB of shared memory."""
     if INTERPRET:
         return dict(CONFIGS[name]["interpret"])
     if x.is_meta:
         target = triton.runtime.driver.active.get_current_target()
-        large = target.backend == "cuda" and target.arch >= 90
+        large = target.backend == "cuda" and target.arch // 10 in (9, 10)
     else:
-        large = not torch.version.hip and torch.cuda.get_device_capability(x.device) >= (9, 0)
-    return dict(tuning.lookup(CONFIGS[name], x.dtype, INTERPRET) if large else CONFIGS[name]["half_small"])
+        large = not torch.version.hip and torch.cuda.get_device_capability(x.device)[0] in (9, 10)
+    return dict(CONFIGS[name]["half" if large else "half_small"])
 
 
 def _padded(w: torch.Tensor, transposed: bool) -> torch.Tensor:
@@ -366,6 +377,8 @@ def gather(x, w, transposed, s, experts, order, offsets, a=None, keep=True):
         config["num_stages"] = min(config["num_stages"], 3)
     if BLOCK_P > 128 or TOP_K > 2:  # the sum of the first two waits in registers
         config["BLOCK_M"], config["num_stages"] = min(config["BLOCK_M"], 64), min(config["num_stages"], 3)
+    flags = {"transposed": transposed, "keep": keep, "dot": a is not None}
+    config = tuning.lookup(_gather_kernel, config, x, (N,), H=H, E=E, TOP_K=TOP_K, K=D, P=P, **flags)
     w_desc = _weight_descriptor(w, transposed, config["BLOCK_K"], BLOCK_P)
     launch(
         _gather_kernel, (tiles * (TILE // config["BLOCK_M"]),),
@@ -396,7 +409,7 @@ def _pack(a, s, experts, order, E):
     launch(_visited_kernel, (tiles,), experts, order, visited, N, **meta, BLOCK_HE=next_power_of_2(H * E), num_warps=4)
     packed = a.new_empty(tiles * H * E * TILE, width)
     place = experts.new_empty(N * H * TOP_K)
-    config = _config("pack", a)
+    config = tuning.lookup(_pack_kernel, _config("pack", a), a, (N,), H=H, E=E, TOP_K=TOP_K, P=P)
     launch(
         _pack_kernel, (tiles * (TILE // config["BLOCK_M"]) * H,),
         a, s, experts, order, visited, packed, place, N,
@@ -413,6 +426,8 @@ def _spread(packed, visited, w, transposed, order, y, base, b, c):
     if P % config["BLOCK_K"]:
         config["BLOCK_K"], config["num_stages"] = 32, config["num_stages"] + 1
     config["BLOCK_N"] = min(config["BLOCK_N"], next_power_of_2(D))
+    flags = {"C": C, "base": base is not None, "transposed": transposed}
+    config = tuning.lookup(_spread_kernel, config, packed, (N,), HE=HE, N=D, K=P, **flags)
     launch(
         _spread_kernel, (visited.shape[0] * (TILE // config["BLOCK_M"]) * cdiv(D, config["BLOCK_N"]),),
         TensorDescriptor.from_tensor(packed, [config["BLOCK_M"], config["BLOCK_K"]]),
@@ -421,15 +436,15 @@ def _spread(packed, visited, w, transposed, order, y, base, b, c):
     )  # fmt: skip
 
 
-def spread(a, w, transposed, s, experts, set_order, token_order, base=None, b=None, c=None):
-    """a [N, H, P], w [H*E, P, D] (or transposed, [H*E, D, P]), s and experts [N, H, TOP_K], a plan's orders -> y [N, D], and the
-    packed gated rows with each route's place in them, None where heads went one by one.
+def spread(a, w, transposed, s, experts, set_order, token_order, base=None, b=None, c=None, dtype=None):
+    """a [N, H, P], w [H*E, P, D] (or transposed, [H*E, D, P]), s and experts [N, H, TOP_K], a plan's orders -> y [N, D] in a's
+    dtype or `dtype`, and the packed gated rows with each route's place in them, None where heads went one by one.
 
     With base [N, D], or b [N, C] and c [C, D] of few columns C, y = base + b c + the projection in one pass over y.
     """
     N, H, TOP_K = experts.shape
     E, D = w.shape[0] // H, w.shape[1 if transposed else 2]
-    y = a.new_empty(N, D)
+    y = a.new_empty(N, D, dtype=dtype)
     base, b, c = (t if t is None else t.contiguous() for t in (base, b, c))
     if joint(E, TOP_K):
         packed, visited, place = _pack(a, s, experts, token_order, E)

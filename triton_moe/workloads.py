@@ -1,0 +1,198 @@
+"""One forward and backward pass of each op through its launchers: what `compile` compiles and `autotune` measures.
+
+A workload takes an `Inputs`, which makes its tensors, and a shape in the letters of the kernels; it returns its results by name.
+On meta tensors nothing runs.
+"""
+
+import inspect
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .kernels import attention, common, gating, mlp, position, projection, sets
+
+
+class Inputs:
+    """Makes the tensors of a workload: empty ones on `meta`, elsewhere random ones.
+
+    They hold values of `stored` and have the dtype that is computed in. Two Inputs that differ in the latter only give the same
+    values, and the same experts, so float32 results can be the truth for bfloat16.
+    """
+
+    def __init__(self, device: str, dtype: torch.dtype, stored: torch.dtype | None = None):
+        self.device, self.dtype, self.stored = device, dtype, stored or dtype
+        self.generator = None if device == "meta" else torch.Generator(device).manual_seed(0)
+
+    def __call__(self, *shape: int, fan: int = 1, dtype: torch.dtype | None = None) -> Tensor:
+        """[shape] of standard deviation fan**-0.5"""
+        if self.device == "meta":
+            return torch.empty(shape, dtype=dtype or self.dtype, device="meta")
+        x = torch.randn(shape, device=self.device, generator=self.generator) * fan**-0.5
+        return x.to(self.stored).to(dtype or self.dtype)
+
+    def seed(self) -> Tensor:
+        return torch.zeros((), dtype=torch.int64, device=self.device)
+
+    def routing(self, N: int, H: int, E: int, TOP_K: int, D: int) -> tuple[Tensor, ...]:
+        """weights, experts and the fields of a plan"""
+        x, sel = self(N, D, dtype=self.stored), self(H * E, D, fan=D, dtype=self.stored)
+        weights, experts, _ = gating.gating_forward(x, sel, None, 1, H, TOP_K, "sigmoid", 0.0, 0)
+        plan = gating.routing_plan(experts, E, sets.fits(N, H, E, TOP_K, self.dtype))
+        return weights[0], experts[0], *(t[0] for t in plan)
+
+
+def _gating(make, sides, H, E, TOP_K, D, mode="sigmoid", dropout=0.0, N=4096):
+    x, sel, seed = make(N, D), make(sides * H * E, D, fan=D), make.seed() if dropout else None
+    weights, experts, logits = gating.gating_forward(x, sel, seed, sides, H, TOP_K, mode, dropout, 0)
+    gating.routing_plan(experts, E, sets.fits(N, H, E, TOP_K, make.dtype))
+    dweights, dlogits = make(*weights.shape, dtype=torch.float32), make(*logits.shape, dtype=torch.float32)
+    gating.gating_backward(dweights, dlogits, x, sel, weights, experts, logits, mode)
+    return {"weights": weights, "logits": logits}
+
+
+def _projection(make, H, E, TOP_K, P, D, N=4096, alone=True):
+    """`alone`: also the value projection's gradient as it is outside a layer, with nothing else to add to d x."""
+    precision = common.input_precision(make.dtype)
+    x, w_v, w_o = make(N, D), make(H * E, D, P, fan=D), make(H * E, P, D, fan=H * TOP_K * P)
+    dv, dy, base, dlogits, sel = make(N, H, P), make(N, D), make(N, D), make(N, H * E), make(H * E, D, fan=D)
+    routing = make.routing(N, H, E, TOP_K, D)
+    v, u = projection.value_forward(x, w_v, *routing, True, precision)
+    gates = projection.value_backward_gates(dv, u, TOP_K)
+    results = {"v": v, "value dgates": gates}
+    for added in ((None, None, None), (base, dlogits, sel))[not alone :]:
+        value = projection.value_backward(dv, x, w_v, routing[0], *routing[1:], *added, precision)
+        results |= dict(zip(("value dx", "value dw"), value, strict=True))
+    results["y"] = projection.output_forward(v, w_o, *routing, precision)
+    output = projection.output_backward(dy, v, w_o, *routing, precision)
+    results |= dict(zip(("output da", "output dw", "output dgates"), output, strict=True))
+    projection.dropout_rows(dy, make.seed(), 0.1, 0)
+    return results
+
+
+def _mlp(make, E, G, TOP_K, D, activation="relu", bias=False, dropout=0.0, N=4096):
+    x, keys = make(N, D), make(E, D, 2 * G if activation in ("swiglu", "geglu") else G, fan=D)
+    values, dy = make(E, G, D, fan=G * TOP_K), make(N, D)
+    biases = (make(*keys.shape[::2]), make(D)) if bias else (None, None)
+    args = keys, values, *biases, make.seed() if dropout else None, *make.routing(N, 1, E, TOP_K, D)[:4]
+    options = activation, dropout, 0, common.input_precision(make.dtype)
+    dlogits, sel = make(N, E), make(E, D, fan=D)
+    y, z = mlp.mlp_forward(x, *args, *options)
+    dz, *gradients = mlp.mlp_backward(dy, x, *args, z, *options)
+    results = {"y": y, **dict(zip(("dkeys", "dvalues", "dbias", "dweights"), gradients, strict=True))}
+    for gate in ((None, None), (dlogits, sel)):
+        results["dx"] = mlp.mlp_backward_input(dz, keys, *args[-2:], TOP_K, *gate, options[-1], make.dtype)
+    return results
+
+
+def _attention(make, P, H=4, Hkv=None, causal=True, window=0, padding=False, packed=False, xl=0, B=8, T=1024):
+    """`xl` is the model width of a Transformer-XL layer, with as many tokens of memory as queries; `packed` cuts B = 1 row into
+    16 sequences."""
+    S, Hkv = 2 * T if xl else T, Hkv or H
+    if packed:
+        B = 1
+    q, k, v, do = (make(B, n, h, P) for n, h in ((T, H), (S, Hkv), (S, Hkv), (T, H)))
+    q_pos = position.xl_query(make(B, T, H, xl, fan=xl), xl, S - T, False) if xl else None
+    k_pos = position.xl_keys(q, S, xl) if xl else None
+    mask = torch.zeros(B, S, dtype=torch.bool, device=make.device) if padding else None
+    cu_seqlens = torch.arange(17, dtype=torch.int32, device=make.device) * (T // 16) if packed else None
+    args = q, k, v, q_pos, k_pos, mask, cu_seqlens
+    options = causal, window, P**-0.5, common.input_precision(make.dtype)
+    o, lse = attention.attention_forward(*args, *options)
+    dlse = make(*lse.shape, dtype=torch.float32) if padding else None
+    gradients = attention.attention_backward(do, dlse, *args, o, lse, *options)
+    return {"o": o, "lse": lse, **dict(zip(("dq", "dk", "dv", "dq_pos"), gradients, strict=True))}
+
+
+def _position(make, P, D, H=4, T=1024):
+    q, a = make(8, T, H, P), make(8, T, H, D)
+    for conjugate in (False, True):
+        position.rope_rotate_(q, P // 4 * 2, 10000.0, 0, conjugate)
+    y = position.xl_query(a, D, T, False)
+    position.xl_query(y, D, T, True)
+    return {"keys": position.xl_keys(q, 2 * T, D)}
+
+
+WORKLOADS: dict[str, Callable[..., dict[str, Tensor]]] = {
+    "gating": _gating,
+    "projection": _projection,
+    "mlp": _mlp,
+    "attention": _attention,
+    "position": _position,
+}
+
+
+# Shapes of published models and of what users train, 32768 tokens of bfloat16, the most used first. Heads are as wide as the
+# layers pad them: 100 and 112 channels to 128, 76 and 82 to 96.
+_PAPER: list[tuple[str, dict]] = [
+    ("projection", {"H": 4, "E": 4, "TOP_K": 2, "P": 128, "D": 1024, "N": 32768, "alone": False}),
+    ("mlp", {"E": 32, "G": 128, "TOP_K": 4, "D": 1024, "N": 32768}),
+    ("attention", {"P": 128, "H": 4, "B": 32, "T": 1024}),
+    ("gating", {"sides": 2, "H": 4, "E": 4, "TOP_K": 2, "D": 1024, "N": 32768}),
+    ("gating", {"sides": 1, "H": 1, "E": 32, "TOP_K": 4, "D": 1024, "N": 32768}),
+    ("projection", {"H": 2, "E": 5, "TOP_K": 3, "P": 96, "D": 412, "N": 32768, "alone": False}),
+    ("mlp", {"E": 16, "G": 128, "TOP_K": 4, "D": 412, "N": 32768}),
+    ("attention", {"P": 96, "H": 2, "B": 128, "T": 256}),
+    ("gating", {"sides": 2, "H": 2, "E": 5, "TOP_K": 3, "D": 412, "N": 32768}),
+    ("attention", {"P": 64, "H": 2, "B": 64, "T": 512}),
+]
+_MOEUT: list[tuple[str, dict]] = [
+    ("projection", {"H": 4, "E": 10, "TOP_K": 2, "P": 96, "D": 412, "N": 32768, "alone": False}),
+    ("mlp", {"E": 155, "G": 128, "TOP_K": 12, "D": 412, "N": 32768}),
+    ("attention", {"P": 96, "H": 4, "B": 32, "T": 1024}),
+    ("mlp", {"E": 387, "G": 128, "TOP_K": 16, "D": 1024, "N": 16384}),
+    ("gating", {"sides": 1, "H": 1, "E": 155, "TOP_K": 12, "D": 412, "N": 32768}),
+]
+_LLM: list[tuple[str, dict]] = [
+    ("projection", {"H": 8, "E": 4, "TOP_K": 2, "P": 128, "D": 2048, "N": 16384, "alone": False}),
+    ("mlp", {"E": 128, "G": 128, "TOP_K": 8, "D": 1024, "N": 32768}),
+    ("attention", {"P": 128, "H": 4, "B": 8, "T": 4096}),
+    ("mlp", {"E": 64, "G": 256, "TOP_K": 8, "D": 2048, "N": 16384, "activation": "swiglu"}),
+    ("gating", {"sides": 1, "H": 1, "E": 128, "TOP_K": 8, "D": 1024, "N": 32768}),
+]
+PRESETS: dict[str, list[tuple[str, str, dict]]] = {
+    name: [(op, "bfloat16", s) for op, s in shapes] for name, shapes in (("paper", _PAPER), ("moeut", _MOEUT), ("llm", _LLM))
+}
+
+
+def read_shapes(path: Path, ops: list[str]) -> list[tuple[str, str, dict]]:
+    """(op, dtype, shape) of those of `ops`; the file holds [{"op": "mlp", "dtype": "bfloat16", "shape": {"E": 32, ...}}, ...]."""
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON: {error}") from None
+    if not isinstance(rows, list):
+        raise ValueError(f"{path}: must be a list")
+    found = []
+    for i, row in enumerate(rows):
+        try:
+            if not isinstance(row, dict) or set(row) != {"op", "dtype", "shape"} or not isinstance(row["shape"], dict):
+                raise ValueError('must be {"op": ..., "dtype": ..., "shape": {...}}')
+            if row["dtype"] not in ("float16", "bfloat16", "float32"):
+                raise ValueError(f"dtype must be float16, bfloat16 or float32, got {row['dtype']!r}")
+            check_shape(row["op"], row["shape"])
+        except ValueError as error:
+            raise ValueError(f"{path}: shape {i}: {error}") from None
+        if row["op"] in ops:
+            found.append((row["op"], row["dtype"], row["shape"]))
+    return found
+
+
+def check_shape(op: str, shape: dict) -> dict:
+    """ValueError unless `shape` is one of the op's."""
+    if not isinstance(op, str) or op not in WORKLOADS:
+        raise ValueError(f"op must be one of {', '.join(WORKLOADS)}, got {op!r}")
+    parameters = dict(list(inspect.signature(WORKLOADS[op]).parameters.items())[1:])
+    for name, value in shape.items():
+        if name not in parameters:
+            raise ValueError(f"{op} has no {name!r}, only {', '.join(parameters)}")
+        default = parameters[name].default
+        kind = int if default in (None, inspect.Parameter.empty) else type(default)
+        if type(value) is not kind or (kind is int and not 0 <= value < 1 << 31):
+            raise ValueError(f"{op}: {name} must be {kind.__name__}, got {value!r}")
+    missing = [n for n, p in parameters.items() if p.default is inspect.Parameter.empty and n not in shape]
+    if missing:
+        raise ValueError(f"{op} also needs {', '.join(missing)}")
+    return shape
