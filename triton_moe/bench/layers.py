@@ -86,10 +86,10 @@ def switchhead_row(
         return F.switchhead(p["x"], head_weights(p), position=position(F, fraction), **tops)
 
     def experts(p):
-        from ..functional import gating
+        from .. import functional as F
 
-        sides = (p["attention.sel_v"], p["attention.sel_o"])
-        return tuple(gating(p["x"], sel, n_heads=s.H, **tops).experts for sel in sides)
+        _, saved = F.switchhead_forward(p["x"], head_weights(p), position=position(F, fraction), **tops)
+        return F._chosen_experts(saved)
 
     def truth(p, experts):
         from .. import reference
@@ -149,14 +149,8 @@ def switchall_row(s: Shape, MOE_E: int, G: int, MOE_TOP_K: int, device: str, *, 
     def experts(p):
         from .. import functional as F
 
-        def norm(x, name):
-            return torch.nn.functional.layer_norm(x, (s.D,), p[f"{name}.weight"], p[f"{name}.bias"])
-
-        h = norm(p["x"], "norm1")
-        value, output = (F.gating(h, p[f"attention.{side}"], n_heads=s.H, top_k=s.TOP_K).experts for side in ("sel_v", "sel_o"))
-        attended = F.switchhead(h, head_weights(p), top_k=s.TOP_K, position=position(F, fraction))
-        h = norm(p["x"] + attended, "norm2")
-        return value, output, F.gating(h, p["moe.expert_sel"], top_k=MOE_TOP_K).experts
+        _, saved = F.switchall_forward(p["x"], switchall_weights(p), position=position(F, fraction), **tops)
+        return F._chosen_experts(saved)
 
     def truth(p, experts):
         from .. import reference
