@@ -280,8 +280,7 @@ def routed_inputs(shape: Shape, name: str) -> dict:
     row = makers[name](shape, "cpu", 0.0, None, ())
     torch.manual_seed(0)
     p = row.inputs()
-    experts = p["routing"].experts if "routing" in p else row.experts(p)
-    return row, p, row.reference(p, experts).detach()
+    return row, p, row.reference(p, row.experts(p)).detach()
 
 
 @interpreted
