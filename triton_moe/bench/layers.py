@@ -11,7 +11,6 @@ from .mlp import mlp_row
 from .row import BOTH, FORWARD, HOST, Inputs, Rival, Row, Target, Task
 from .shared import (
     PUBLIC_HEAD,
-    PUBLIC_XL,
     Shape,
     attention_flops,
     head_inputs,
@@ -113,8 +112,7 @@ def switchhead_row(
         attention = dense_rivals(name, lambda: DenseAttention(s.D, n_heads, d_head), targets=targets, memory=Target(0.7, 0.5))
         rivals += attention
     if public:
-        known = PUBLIC_XL if fraction is None else PUBLIC_HEAD
-        rivals.append(Rival(known, public_switchhead, {BOTH: public}, graph=False, compiles=True))
+        rivals.append(Rival(PUBLIC_HEAD, public_switchhead, {BOTH: public}, graph=False, compiles=True))
     projections, pairs = layer_projection_flops(s.N, s.D, s.H, s.TOP_K, s.P), attention_flops(s.N, s.T, s.H, s.P)
     return Row(
         f"SwitchHead{' XL' if fraction is None else ''} {s}, T {s.T}",
