@@ -113,17 +113,6 @@ def block_weights(D, H, E, P, moe_E, G, *, device, dtype, seed=0, **moe):
     )
 
 
-def head_choice(saved: F.Saved):
-    """(experts_v, experts_o) that switchhead_forward chose, for the reference to follow."""
-    of_x, of_k_src = saved.tensors[12], saved.tensors[20]
-    return (of_x if of_k_src is None else of_k_src)[0], of_x[-1]
-
-
-def block_choice(saved: F.Saved):
-    head = F.Saved(saved.tensors[11 : 11 + F.HEAD_SAVED], None)
-    return *head_choice(head), saved.tensors[11 + F.HEAD_SAVED + 9][0]
-
-
 def detached(value):
     """The same (named) tuple of tensors without gradients."""
     if isinstance(value, torch.Tensor):

@@ -110,6 +110,24 @@ def test_a_full_training_must_learn(steps, code, tiny, capsys, monkeypatch):
 
 
 @interpreted
+def test_the_twins_are_trained_alike(tiny, capsys):
+    demo.run(parse("--steps", "1", "--twins", "1", "--seed", "3"))
+    out = capsys.readouterr().out
+    assert out.count("trained 1 of 1 steps") == 3 and out.count("seed 3, torch.float32") == 3
+    assert re.search(r"SwitchAll in float32, seed 3: (\S+), in torch.float32: \1\n", out)
+
+
+@pytest.mark.parametrize(("worse", "code"), [(0.9, 0), (1.019, 0), (1.021, 1)])
+def test_switchall_may_be_little_worse_than_its_twin(worse, code, tiny, capsys, monkeypatch):
+    bits = lambda run, config: (worse if config.n_experts else 1.0) * (2.0 + 0.1 * run.seed)  # noqa: E731
+    monkeypatch.setattr(demo, "trained_bits", bits)
+    assert demo.run(parse("--twins", "3", "--device", "cpu")) == code
+    out = capsys.readouterr().out
+    assert f"SwitchAll  {2.1 * worse:.4f}, {2.0 * worse:.4f} to {2.2 * worse:.4f}" in out
+    assert "dense twin 2.1000, 2.0000 to 2.2000" in out and f"SwitchAll / dense twin {worse:.4f}" in out
+
+
+@interpreted
 def test_ctrl_c_keeps_what_was_to_be_saved(tiny, tmp_path, capsys, monkeypatch):
     losses, calls = demo.LanguageModel.losses, []
 

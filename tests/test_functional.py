@@ -6,11 +6,9 @@ import torch
 from cases import (
     ALL_DTYPES,
     CPU_DTYPES,
-    block_choice,
     block_weights,
     check,
     detached,
-    head_choice,
     head_weights,
     moe_weights,
     randn,
@@ -65,7 +63,7 @@ def check_switchhead(
             tensors["v_src"] = randn(B, S, D, device=device, dtype=dtype, seed=2)
     options = {"top_k": K, "position": F.XL() if xl else F.RoPE(), "return_logits": E > 1} | options
     _, saved = F.switchhead_forward(**detached_inputs(tensors), weights=detached(weights), **options)
-    experts = head_choice(saved)
+    experts = F._chosen_experts(saved)
     check(
         lambda **t: F.switchhead(**t, **options),
         lambda **t: reference.switchhead(**t, **options, experts=experts),
@@ -173,7 +171,9 @@ def test_tf32_where_torch_allows_it(device):
     x = randn(2, 500, 512, device=device).detach()
     _, saved = F.switchhead_forward(x, weights, top_k=2)
     exact = [t.double() for t in weights if t is not None]
-    truth = reference.switchhead(x.double(), F.SwitchHeadWeights(*exact), top_k=2, position=F.RoPE(), experts=head_choice(saved))
+    truth = reference.switchhead(
+        x.double(), F.SwitchHeadWeights(*exact), top_k=2, position=F.RoPE(), experts=F._chosen_experts(saved)
+    )
     before, errors = matmul.fp32_precision, {}
     try:
         for precision in ("ieee", "tf32"):
@@ -224,7 +224,7 @@ def test_forward_and_backward_pair_equals_autograd(source, device):
     inputs = {"x": x, "weights": weights} | ({} if k_src is None else {"k_src": k_src})
     close_to_the_reference(
         (y2, logits2, g.x, g.weights, g.k_src),
-        lambda **t: reference.switchhead(**t, top_k=2, position=F.RoPE(), return_logits=True, experts=head_choice(saved)),
+        lambda **t: reference.switchhead(**t, top_k=2, position=F.RoPE(), return_logits=True, experts=F._chosen_experts(saved)),
         inputs,
         cotangents,
     )
@@ -247,7 +247,7 @@ def check_switchall(B, T, D, H, E, K, P, moe_E, moe_K, G, dtype, device, repeats
     x = randn(B, T, D, device=device, dtype=dtype)
     options = {"top_k": K, "moe_top_k": moe_K, "position": F.RoPE()} | options
     _, saved = F.switchall_forward(x.detach(), detached(weights), **options)
-    experts = block_choice(saved)
+    experts = F._chosen_experts(saved)
     check(
         lambda **t: F.switchall(**t, **options),
         lambda **t: reference.switchall(**t, **options, experts=experts),
@@ -298,7 +298,7 @@ def test_switchall_pair_equals_autograd(device):
     assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
     close_to_the_reference(
         (y2, logits2, g.x, g.weights),
-        lambda **t: reference.switchall(**t, top_k=2, moe_top_k=2, position=F.RoPE(), experts=block_choice(saved)),
+        lambda **t: reference.switchall(**t, top_k=2, moe_top_k=2, position=F.RoPE(), experts=F._chosen_experts(saved)),
         {"x": x, "weights": weights},
         cotangents,
     )

@@ -398,7 +398,9 @@ def trained_bits(run: Run, config: ModelConfig) -> float:
     print(f"{'SwitchAll' if config.n_experts else 'dense twin'}, {parameters(model)}, seed {run.seed}, {run.dtype}")
     if not train(run, model):
         raise KeyboardInterrupt
-    return held_out_bits(run, model)
+    bits = held_out_bits(run, model)
+    print(f"held out: {bits:.4f} bits per byte", flush=True)
+    return bits
 
 
 # The command

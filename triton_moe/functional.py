@@ -1335,5 +1335,13 @@ def switchall_backward(grad_y: Tensor, saved: Saved, grad_logits: Tensor | None 
     return SwitchAllGradients(g[0], weights)
 
 
+def _chosen_experts(saved: Saved) -> tuple[Tensor, ...]:
+    """What a forward chose, for the reference to follow: [N, H, TOP_K] for values and for outputs, of a block the MLP's too."""
+    block = saved.config[0] == "switchall"
+    head: Any = saved.tensors[11:] if block else saved.tensors
+    of_x, of_k_src = head[12], head[20]
+    return ((of_x if of_k_src is None else of_k_src)[0], of_x[-1], *([head[HEAD_SAVED + 9][0]] if block else []))
+
+
 HEAD_KEYWORDS = frozenset(inspect.signature(switchhead).parameters) - {"x", "weights", "return_logits"}
 BLOCK_KEYWORDS = frozenset(inspect.signature(switchall).parameters) - {"x", "weights"}

@@ -11,7 +11,6 @@ from .mlp import mlp_row
 from .row import BOTH, FORWARD, HOST, Inputs, Rival, Row, Target, Task
 from .shared import (
     PUBLIC_HEAD,
-    PUBLIC_XL,
     Shape,
     attention_flops,
     head_inputs,
@@ -86,10 +85,10 @@ def switchhead_row(
         return F.switchhead(p["x"], head_weights(p), position=position(F, fraction), **tops)
 
     def experts(p):
-        from ..functional import gating
+        from .. import functional as F
 
-        sides = (p["attention.sel_v"], p["attention.sel_o"])
-        return tuple(gating(p["x"], sel, n_heads=s.H, **tops).experts for sel in sides)
+        _, saved = F.switchhead_forward(p["x"], head_weights(p), position=position(F, fraction), **tops)
+        return F._chosen_experts(saved)
 
     def truth(p, experts):
         from .. import reference
@@ -113,8 +112,7 @@ def switchhead_row(
         attention = dense_rivals(name, lambda: DenseAttention(s.D, n_heads, d_head), targets=targets, memory=Target(0.7, 0.5))
         rivals += attention
     if public:
-        known = PUBLIC_XL if fraction is None else PUBLIC_HEAD
-        rivals.append(Rival(known, public_switchhead, {BOTH: public}, graph=False, compiles=True))
+        rivals.append(Rival(PUBLIC_HEAD, public_switchhead, {BOTH: public}, graph=False, compiles=True))
     projections, pairs = layer_projection_flops(s.N, s.D, s.H, s.TOP_K, s.P), attention_flops(s.N, s.T, s.H, s.P)
     return Row(
         f"SwitchHead{' XL' if fraction is None else ''} {s}, T {s.T}",
@@ -149,14 +147,8 @@ def switchall_row(s: Shape, MOE_E: int, G: int, MOE_TOP_K: int, device: str, *, 
     def experts(p):
         from .. import functional as F
 
-        def norm(x, name):
-            return torch.nn.functional.layer_norm(x, (s.D,), p[f"{name}.weight"], p[f"{name}.bias"])
-
-        h = norm(p["x"], "norm1")
-        value, output = (F.gating(h, p[f"attention.{side}"], n_heads=s.H, top_k=s.TOP_K).experts for side in ("sel_v", "sel_o"))
-        attended = F.switchhead(h, head_weights(p), top_k=s.TOP_K, position=position(F, fraction))
-        h = norm(p["x"] + attended, "norm2")
-        return value, output, F.gating(h, p["moe.expert_sel"], top_k=MOE_TOP_K).experts
+        _, saved = F.switchall_forward(p["x"], switchall_weights(p), position=position(F, fraction), **tops)
+        return F._chosen_experts(saved)
 
     def truth(p, experts):
         from .. import reference

@@ -22,7 +22,8 @@ def model_rows(device: str, full: bool) -> list[Row]:
         "SwitchHead 243M": (Target(0.88, 0.8), Target(0.85, 0.75)),
         "SwitchAll 259M": (Target(0.65, 0.45), Target(0.65, 0.5)),
     }
-    return [model_row(name, *configs, 32, 1024, device, *bounds.get(name, ())) for name, configs in PUBLISHED.items()]
+    timed = {name: configs for name, configs in PUBLISHED.items() if full or configs[0].position == "rope"}
+    return [model_row(name, *configs, 32, 1024, device, *bounds.get(name, ())) for name, configs in timed.items()]
 
 
 def model_row(

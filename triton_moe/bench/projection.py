@@ -121,7 +121,7 @@ def one_side_row(s: Shape, device: str, skew: float, target: Target | None, peer
         flops={FORWARD: projection_flops(s.N, s.D, s.H, s.TOP_K, s.P)},
         kernels=str(s),
         rivals=(cublas, *(Rival(peer, functools.partial(known[peer], s), compiles=True) for peer in peers)),
-        experts=lambda p: p["routing"].experts[-s.T :],
+        experts=lambda p: p["routing"].experts,
     )
 
 

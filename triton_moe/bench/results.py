@@ -10,6 +10,7 @@ from pathlib import Path
 from ..demo import write_atomically
 from .row import BOTH, FORWARD, Target
 from .shared import PUBLIC_HEAD
+from .timing import shortened
 
 BEGIN, END = "<!-- results: written by `python -m triton_moe bench --render` -->\n", "<!-- end of results -->\n"
 PLOTTED = r"SwitchHead H 4 E 4 TOP_K 2 P 100, T (\d+)"
@@ -25,6 +26,8 @@ def tables(report: dict) -> str:
     for name, rows in reversed(groups):
         lines += ["", f"| {name} | ours | rival | time, must | memory in MiB, must |", "| --- | --- | --- | --- | --- |"]
         lines += [table_line(row) for row in rows]
+    missing = [row for row in report["rows"] if row["problem"]]
+    lines += [f"\nNot timed: {row['row']}, {row['rival'] or 'ours'}: {shortened(row['problem'])}" for row in missing]
     return "\n".join(lines) + "\n"
 
 

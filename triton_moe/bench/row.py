@@ -61,7 +61,7 @@ class Row:
     flops: dict[str, float]  # useful ones, by what is timed; BACKWARD after FORWARD and BOTH
     rivals: tuple[Rival, ...]
     autocast: bool = False  # bfloat16 over float32 inputs
-    experts: Callable[[Inputs], Any] = lambda inputs: None  # what ours chooses, given the inputs cut to their last sequence
+    experts: Callable[[Inputs], Any] = lambda inputs: None  # what ours chooses, [N, H, TOP_K] each
     milliseconds: dict[str, Target] = field(default_factory=dict)  # bounds on our time itself
     step: Callable[[Inputs], Task] | None = None  # our training step of a whole model; `ours` is then one layer, to be checked
     tokens: int = 0  # in such a step

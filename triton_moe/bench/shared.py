@@ -121,5 +121,5 @@ def attention_flops(N: int, T: int, H: int, P: int, window: int | None = None) -
 
 ALL, GROUPED, CVMM, SCATTER = "cuBLAS over all experts, then the gates", "torch grouped_mm", "public cvmm", "ScatterMoE"
 PEERS = (ALL, GROUPED, CVMM, SCATTER)
-PUBLIC_HEAD, PUBLIC_XL, PUBLIC_MOE = "public SwitchHead", "public SwitchHeadXL", "public sigma-MoE (moe_layer)"
-SYNCHRONISING, AUTOTUNED = (CVMM, SCATTER), (CVMM, PUBLIC_HEAD, PUBLIC_XL, PUBLIC_MOE)
+PUBLIC_HEAD, PUBLIC_MOE = "public SwitchHead", "public sigma-MoE (moe_layer)"
+SYNCHRONISING, AUTOTUNED = (CVMM, SCATTER), (CVMM, PUBLIC_HEAD, PUBLIC_MOE)

@@ -234,9 +234,9 @@ def seeded_inputs(row: Row) -> Inputs:
     return row.inputs()
 
 
-def shortened(problem: Exception) -> str:
+def shortened(text: str) -> str:
     """On one line; compilers put the place first and the reason last."""
-    text = " ".join(f"{type(problem).__name__}: {problem}".split())
+    text = " ".join(text.split())
     return text if len(text) < 240 else f"{text[:80]} ... {text[-150:]}"
 
 
@@ -260,7 +260,9 @@ def measure(row: Row, repeats: int, timed: bool, checked: Result | None = None) 
         try:
             results += compare(row, inputs, rival, error, repeats)
         except Exception as problem:  # out of memory, or a rival that does not run here
-            results.append(Result(row.name, rival=rival.name, problem=shortened(problem), error=error))
+            results.append(
+                Result(row.name, rival=rival.name, problem=shortened(f"{type(problem).__name__}: {problem}"), error=error)
+            )
         release()
     for work, target in row.best.items():
         against = [result for result in results if result.work == work and result.rival_ms]
