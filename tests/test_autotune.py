@@ -63,6 +63,9 @@ class Made:
     def open(self, *workload):
         self.ready.clear()
 
+    def start(self):
+        pass
+
     def close(self):
         pass
 

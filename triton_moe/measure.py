@@ -99,6 +99,8 @@ def serve(pipe) -> None:
     """Answer (method, arguments) until there are no more, or a fault leaves this process without a GPU."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     warnings.simplefilter("ignore")
+    if torch.cuda.is_available():
+        torch.empty(1, device="cuda")  # a second, while nobody waits
     bench = None
     while (request := pipe.recv()) is not None:
         method, *args = request
@@ -150,13 +152,16 @@ class Measurer:
     def forget(self, key, configs) -> None:
         self._ask("forget", key, configs)
 
+    def start(self) -> None:
+        context = get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=self.target, args=(theirs,), daemon=True)
+        self.process.start()
+        theirs.close()
+
     def _ask(self, *request):
         if self.process is None:
-            context = get_context("spawn")
-            self.pipe, theirs = context.Pipe()
-            self.process = context.Process(target=self.target, args=(theirs,), daemon=True)
-            self.process.start()
-            theirs.close()
+            self.start()
             if request[0] != "open":
                 self._ask("open", *self.workload)
         try:
