@@ -214,6 +214,18 @@ def test_without_resume_the_old_journal_is_kept_beside_the_new(whole, tmp_path):
     assert (folder / "journal.Test_GPU.jsonl.old").read_bytes() == old != journal(folder).read_bytes()
 
 
+def test_more_budget_goes_on_where_the_last_one_ended(whole, tmp_path, monkeypatch):
+    folder = tmp_path / "configs"
+    monkeypatch.setattr(autotune, "next_group", lambda p, n, f=autotune.next_group: f(p, n) if len(p.ratios) < 8 else [])
+    assert tune(folder, first := Made()) == 0
+    monkeypatch.undo()
+    monkeypatch.setattr(autotune, "problems", problems)
+    assert tune(folder, second := Made(), resume=True) == 0
+    assert not {a for a in first.asked if a[2] == autotune.ROUNDS} & set(second.asked)
+    best = {e.key: e.config for path in folder.glob("*.json") for e in tuning.read(path).entries}
+    assert best == {e.key: e.config for path in whole[0].glob("*.json") for e in tuning.read(path).entries}
+
+
 def test_noise_is_not_a_gain():
     rng = random.Random(2)
     default = [100_000 + round(rng.gauss(0, 2000)) for _ in range(31)]

@@ -192,7 +192,7 @@ def compile_stage(found: list[Problem], device: tuning.Device, journal: Journal,
     todo = []
     for n in range(max((len(p.configs) for p in found), default=0)):
         todo += [(p, n) for p in found if n < len(p.configs) and n not in p.costs and n not in p.failed]
-    workloads = {json.dumps(p.workload): p.workload for p in found if p.result is None and measured}
+    workloads = {json.dumps(p.workload): p.workload for p in found if measured}
     whole = [(op, d, shape, d) for op, d, shape in workloads.values()]
     whole += [(op, "float32", shape, d) for op, d, shape in workloads.values() if d != "float32"]
 
@@ -246,7 +246,7 @@ def measure_stage(found: list[Problem], device: tuning.Device, journal: Journal,
 
     todo: dict[str, list[Problem]] = {}
     for p in found:
-        if p.result is None and 0 in p.costs:
+        if 0 in p.costs and (p.result is None or next_group(p, 1)):
             todo.setdefault(json.dumps(p.workload), []).append(p)
     with tqdm(total=sum(len(p.costs) - 1 for ps in todo.values() for p in ps), desc="measure", unit="config") as bar:
         for n, group in enumerate(todo.values()):
@@ -327,6 +327,8 @@ def confirm(problem: Problem, device, journal: Journal, measurer) -> None:
     if not problem.ratios or 0 in problem.failed:
         return
     best = min(problem.ratios, key=lambda i: problem.ratios[i])
+    if problem.result is not None and problem.result["place"] == best:
+        return
     if _checked(problem, [best], device, journal, measurer) != [0, best]:
         return
     samples = _timed(problem, [0, best], CONFIRM, device, journal, measurer)
@@ -389,6 +391,14 @@ def report(found: list[Problem]) -> list[str]:
     return lines
 
 
+def rank_correlation(a: list[float], b: list[float]) -> float | None:
+    """Spearman's, between the guess and the measurement: how good the ranking was."""
+    if len(a) != len(b) or len(set(a)) < 2 or len(set(b)) < 2:
+        return None
+    ranks = [[sum(y < x for y in values) + sum(y == x for y in values) / 2 for x in values] for values in (a, b)]
+    return round(statistics.correlation(*ranks), 3)
+
+
 def as_json(found: list[Problem]) -> list[dict]:
     return [
         {
@@ -400,6 +410,7 @@ def as_json(found: list[Problem]) -> list[dict]:
             "candidates": len(p.configs),
         }
         | {"compiled": len(p.costs), "measured": len(p.ratios), "failed": {str(i): e for i, e in p.failed.items()}}
+        | {"rank_correlation": rank_correlation([p.costs[i] for i in p.ratios if i in p.costs], list(p.ratios.values()))}
         | ({"best": p.configs[p.result["place"]], **p.result} if p.result else {})
         for p in found
     ]
