@@ -2,16 +2,19 @@
 
 import argparse
 import json
+import math
 import re
 from dataclasses import replace
+from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
 
 from triton_moe import bench, functional
-from triton_moe.bench import attention, gating, layers, mlp, peers, preparation, projection, report, timing
+from triton_moe.bench import attention, gating, layers, mlp, models, peers, preparation, projection, report, results, timing
 from triton_moe.bench.groups import GROUPS
-from triton_moe.bench.row import BOTH, FORWARD, Rival, Target, Task
+from triton_moe.bench.row import BOTH, FORWARD, TRAINING, Rival, Target, Task
 from triton_moe.bench.shared import GROUPED, SHAPES, Shape, attention_flops, causal_pairs, layer_projection_flops
 
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="tiny shapes are what runs without a GPU")
@@ -25,8 +28,8 @@ def run(*argv: str) -> int:
 
 def test_an_unknown_group_lists_the_groups(capsys):
     assert run("--only", "mlp,layer") == 2
-    error = capsys.readouterr().err
-    assert error == ("triton_moe bench: there is no group 'layer'; the groups are gating, projection, mlp, attention, layers\n")
+    groups = "gating, projection, mlp, attention, layers, model"
+    assert capsys.readouterr().err == f"triton_moe bench: there is no group 'layer'; the groups are {groups}\n"
 
 
 def test_a_json_file_that_cannot_be_written_stops_it_first(tmp_path, capsys):
@@ -79,7 +82,7 @@ def test_a_wrong_kernel_is_reported_and_not_timed(wrong, tmp_path, capsys, monke
 
 
 @interpreted
-@pytest.mark.parametrize("group", ["gating", "projection", "mlp", "attention"])
+@pytest.mark.parametrize("group", ["gating", "projection", "mlp", "attention", "layers", "model"])
 def test_every_other_row_passes_its_check(group):
     results = [result for row in GROUPS[group]("cpu", True) for result in timing.measure(row, 1, timed=False)]
     assert [result.problem for result in results] == [None] * len(results)
@@ -145,6 +148,7 @@ def clock(monkeypatch):
 
     monkeypatch.setattr(timing, "alternate", alternate)
     monkeypatch.setattr(timing, "peak_memory", lambda run: 10.0)
+    monkeypatch.setattr(timing, "host_milliseconds", lambda run, repeats: 2.5 * alternate([run], repeats)[0])
     monkeypatch.setattr(timing, "captured", lambda run: run)
 
 
@@ -170,6 +174,35 @@ def test_every_direction_faces_every_rival_and_the_fastest_counts(clock):
     assert results[6].problem == "KeyError: 'missing'" and len(results) == 7
     report.show(row.name, results)
     json.loads(report.as_json({}, results))
+
+
+@interpreted
+def test_a_model_is_timed_beside_its_dense_twin_and_both_learn(clock, capsys):
+    for row in models.model_rows("cpu", True)[::2]:  # SwitchAll, and SwitchHead with Transformer-XL's positions
+        short = {"n_layers": 1}
+        untrained = timing.mebibytes(row.rivals[0].build(short).held())
+        (result,) = timing.compare(row, short, row.rivals[0], error=1e-7, repeats=1)
+        assert (result.work, result.ratio, result.tokens) == (TRAINING, 0.5, 48)
+        assert result.rival_mib > 10 + untrained  # AdamW's moments too
+        report.show(row.name, [result])
+        assert "48,000 tokens/s" in capsys.readouterr().out
+
+
+def test_a_training_that_does_not_learn_is_not_reported_as_one_that_does():
+    low, high = torch.tensor(1.0), torch.tensor(2.0)
+    timing.check_learning([high, high], [low, low])
+    for after in ([low, high], [high, low], [low, torch.tensor(float("nan"))]):
+        with pytest.raises(AssertionError, match="training took the loss from 2.000 to"):
+            timing.check_learning([high, high], after)
+
+
+@interpreted
+def test_the_host_is_timed_by_the_wall(clock, capsys):
+    _, row, _ = layers.host_rows(Shape(2, 3, 2, 20, 48, 2, 24), 6, 16, 2, "cpu")
+    (result,) = timing.compare(row, row.inputs(), row.rivals[0], error=1e-7, repeats=1)
+    report.show(row.name, [result])
+    line = capsys.readouterr().out
+    assert "host time: ours 2.500 ms | dense MLP" in line and "floor" not in line and "memory" not in line
 
 
 def test_a_backward_within_the_noise_has_no_time():
@@ -310,3 +343,69 @@ def test_rows_are_timed_on_a_gpu(tmp_path):
     assert {row["row"] for row in timed} == {row["row"] for row in rows}  # some rival of every row is there
     assert all(row["ratio"] > 0 and row["ours_ms"] > 0 for row in timed)
     assert all(row["graph"] for row in timed if "cuBLAS" in row["rival"] or "cuDNN" in row["rival"])
+
+
+# The README
+
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_the_readme_shows_the_committed_measurements():
+    measured = json.loads((ROOT / "docs" / "bench.json").read_text(encoding="utf-8"))
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert text == results.with_tables(text, measured)
+    assert (ROOT / "docs" / "bench.svg").read_text(encoding="utf-8") == results.plot(measured)
+
+
+def lines_of(T: int) -> list[timing.Result]:
+    bounds = {"target": Target(0.75, 0.5), "memory": Target(0.3, 0.2), "group": "layers"}
+    ours = timing.Result(f"SwitchHead H 4 E 4 TOP_K 2 P 100, T {T}", BOTH, error=1e-3, ours_ms=2.0, ours_mib=30.0)
+    dense = {"rival": "dense attention 16 x 64, torch.compile", "rival_ms": 4.0, "rival_mib": 60.0}
+    host = replace(ours, work="host time", rival="eager", rival_ms=1.0, ours_mib=None, milliseconds=Target(0.3, 0.1))
+    return [
+        replace(ours, **dense, **bounds),
+        replace(ours, rival="public SwitchHead", rival_ms=20.0, rival_mib=600.0, group="layers"),
+        replace(ours, rival="not installed", problem="no", ours_ms=None, group="layers"),
+        replace(host, group="layers"),
+        replace(ours, row="a model", rival="its twin", rival_ms=1.0, rival_mib=60.0, tokens=100, group="model"),
+    ]
+
+
+def test_a_json_becomes_tables_and_a_plot(tmp_path, capsys):
+    about = {"device": "a GPU", "torch": "2", "triton": "3", "repeats": 5}
+    rows = [result for T in (1024, 4096) for result in lines_of(T)]
+    path, readme = tmp_path / "bench.json", tmp_path / "README.md"
+    path.write_bytes(report.as_json(about, rows))
+    readme.write_text(f"before\n{results.BEGIN}old\n{results.END}after\n")
+    assert run("--render", str(path), str(readme)) == 0
+    text = readme.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text and "a GPU" in text
+    assert (
+        "2.000 ms | dense attention 16 x 64, torch.compile: 4.000 ms | 0.500, 0.75 well reached | 30 / 60 = 0.500, 0.3 **missed**"
+        in text
+    )
+    assert "| eager: 1.000 ms | 2.000, 0.3 **missed** ms |  |" in text and "public" not in text
+    assert "2.000 ms, 50,000 tokens/s | its twin: 1.000 ms | 2.000 | 30 / 60 = 0.500 |" in text
+    assert text.index("| model |") < text.index("| layers |")
+
+    drawn = ElementTree.parse(path.with_suffix(".svg")).getroot()
+    lines = drawn.findall("{*}polyline")
+    assert len(lines) == 6 and len({line.get("points") for line in lines}) == 6
+    assert [float(c.get("cx")) for c in drawn.findall("{*}circle")][:2] == [60.0, 420.0]
+    time = {name: float(lines[i].get("points").split(",")[1].split()[0]) for i, name in enumerate(("ours", "dense", "public"))}
+    assert time["ours"] - time["public"] == pytest.approx(120, abs=0.2)  # one decade of two
+    assert time["ours"] - time["dense"] == pytest.approx(120 * math.log10(2), abs=0.2)
+
+
+@pytest.mark.parametrize("content", ["{", "{}", None])
+def test_what_cannot_be_rendered_changes_nothing(content, tmp_path, capsys):
+    path, readme = tmp_path / "bench.json", tmp_path / "README.md"
+    readme.write_text("no marks\n")
+    if content is None:
+        path.write_bytes(report.as_json({"device": "", "torch": "", "triton": "", "repeats": 1}, lines_of(1024)))
+    else:
+        path.write_text(content)
+    assert run("--render", str(path), str(readme)) == 2
+    assert capsys.readouterr().err.startswith(f"triton_moe bench: cannot render {path}: ")
+    assert readme.read_text() == "no marks\n" and not path.with_suffix(".svg").exists()

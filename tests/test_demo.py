@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from triton_moe import demo
+from triton_moe.model import PUBLISHED, DenseAttention, LanguageModel
 
 pytest.importorskip("tqdm", reason="the demo extra is not installed")
 safetensors = pytest.importorskip("safetensors", reason="the demo extra is not installed")
@@ -21,7 +22,7 @@ interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU demo
 
 @pytest.fixture
 def tiny(monkeypatch):
-    model = demo.ModelConfig(32, 1, n_heads=2, n_experts=2, d_head=16, moe_n_experts=4, expert_size=16, top_k=1, moe_top_k=2)
+    model = demo.ModelConfig(32, 1, n_heads=2, d_head=16, n_experts=2, moe_n_experts=4, expert_size=16, top_k=1, moe_top_k=2)
     preset = replace(demo.CPU, model=model, batch=1, context=32, held_out=1, checked=(1, 24), generated=2)
     monkeypatch.setattr(demo, "CPU", preset)
     return preset
@@ -113,8 +114,8 @@ def test_ctrl_c_keeps_what_was_to_be_saved(tiny, tmp_path, capsys, monkeypatch):
     losses, calls = demo.LanguageModel.losses, []
 
     def interrupted(self, tokens):
-        calls.append(1)
-        if len(calls) == 2:
+        calls.append(torch.is_grad_enabled())
+        if sum(calls) == 2:
             raise KeyboardInterrupt
         return losses(self, tokens)
 
@@ -177,17 +178,29 @@ def test_the_text_is_the_same_every_time_and_split_by_file():
 @pytest.mark.parametrize("preset", [demo.CPU, demo.GPU], ids=["cpu", "gpu"])
 def test_the_dense_twin_has_as_many_parameters(preset):
     with torch.device("meta"):
-        ours, dense = demo.LanguageModel(preset.model), demo.DenseLanguageModel(preset.model)
+        ours, dense = (demo.LanguageModel(config) for config in (preset.model, preset.model.dense_twin()))
     sizes = [sum(p.numel() for p in model.parameters()) for model in (ours, dense)]
     assert abs(sizes[0] - sizes[1]) < 0.01 * sizes[0]
     assert preset is not demo.GPU or sizes[0] > 10_000_000
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_published_models_have_their_published_sizes(name):
+    def size(config):
+        with torch.device("meta"):
+            return sum(p.numel() for p in LanguageModel(config).parameters())
+
+    config, twin = PUBLISHED[name]
+    published = replace(config, position="xl") if "SwitchAll" in name else config
+    assert size(published) == pytest.approx(1e6 * int(re.search(r"(\d+)M", name)[1]), rel=0.012)
+    assert size(replace(config, position="rope")) == pytest.approx(size(twin), rel=0.05)
 
 
 def test_the_dense_attention_rotates_as_the_reference_does():
     from triton_moe import reference
 
     torch.manual_seed(0)
-    layer, x = demo.DenseAttention(24, 2), torch.randn(2, 7, 24)
+    layer, x = DenseAttention(24, 2, 12), torch.randn(2, 7, 24)
     q, k, v = layer.qkv(x).view(2, 7, 3, 2, 12).unbind(2)
     a = reference.attention(q, k, v, position=reference.RoPE(fraction=1.0))
     torch.testing.assert_close(layer(x), layer.out(a.flatten(2)))

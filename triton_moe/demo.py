@@ -1,7 +1,7 @@
 """`python -m triton_moe demo`: a byte-level SwitchAll language model learns the source of Python's standard library.
 
-Read top to bottom: the model and its dense twin, the text, training, one training step checked against `reference/`,
-sampling, the command. Importing this module imports no Triton, so that TRITON_INTERPRET=1 can still be set.
+Read top to bottom: the text, training, one training step checked against `reference/`, sampling, the comparison with the dense
+twin, the command; the model is in model.py. Importing this module imports no Triton, so that TRITON_INTERPRET=1 can still be set.
 """
 
 import argparse
@@ -11,174 +11,21 @@ import itertools
 import json
 import math
 import os
+import statistics
 import sys
 import sysconfig
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
-VOCABULARY = 256  # bytes
-REGULARIZER = 1e-3  # coefficient of the entropy regulariser, per block
+from .model import REGULARIZER, LanguageModel, ModelConfig
+
 LEAST_GAIN = 1.0  # bits per held-out byte; a full training that gains less has failed
-
-# The model
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    d_model: int
-    n_layers: int
-    n_heads: int
-    n_experts: int  # per head, for values and outputs
-    d_head: int
-    moe_n_experts: int
-    expert_size: int
-    top_k: int = 2
-    moe_top_k: int = 4
-    rotate_fraction: float = 0.5
-
-    @property
-    def init_scale(self) -> float:
-        return math.sqrt(2 / self.n_layers)
-
-
-class LanguageModel(nn.Module):
-    """Bytes in, logits of the next byte out: embedding, SwitchAll blocks, LayerNorm, linear head."""
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.config = config
-        self.embedding = nn.Embedding(VOCABULARY, config.d_model)
-        self.blocks = nn.ModuleList(self.block() for _ in range(config.n_layers))
-        self.norm = nn.LayerNorm(config.d_model)
-        self.head = nn.Linear(config.d_model, VOCABULARY, bias=False)
-        nn.init.normal_(self.head.weight, std=0.02)
-
-    def block(self) -> nn.Module:
-        from .nn import SwitchAll
-
-        c = self.config
-        return SwitchAll(
-            c.d_model,
-            c.n_heads,
-            c.n_experts,
-            c.moe_n_experts,
-            c.expert_size,
-            top_k=c.top_k,
-            moe_top_k=c.moe_top_k,
-            d_head=c.d_head,
-            rotate_fraction=c.rotate_fraction,
-            init_scale=c.init_scale,
-        )
-
-    def forward(self, tokens: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """tokens [B, T] -> logits [B, T, 256] and the MoE logits of every block."""
-        x = self.embedding(tokens)
-        moe_logits = []
-        for block in self.blocks:
-            x, logits = block(x)
-            moe_logits.append(logits)
-        return self.head(self.norm(x)), moe_logits
-
-    def losses(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """tokens [B, T + 1] -> the loss to minimise, and its cross-entropy part (nats per byte)."""
-        from .functional import entropy_regularizer
-
-        logits, moe_logits = self(tokens[:, :-1])
-        entropy = next_byte_entropy(logits, tokens)
-        return entropy + REGULARIZER * sum(entropy_regularizer(block) for block in moe_logits), entropy
-
-    @torch.no_grad()
-    def chosen_experts(self, tokens: torch.Tensor) -> list:
-        """Per block, the experts the kernels choose for tokens [B, T]: value side, output side, MoE.
-
-        Our operations are bitwise repeatable, so asking the gates again gives the choice of the training step.
-        """
-        from .functional import gating
-
-        c, chosen = self.config, []
-        x = self.embedding(tokens)
-        for block in self.blocks:
-            h = block.norm1(x)
-            value = gating(h, block.attention.sel_v, n_heads=c.n_heads, top_k=c.top_k)
-            output = gating(h, block.attention.sel_o, n_heads=c.n_heads, top_k=c.top_k)
-            h = block.norm2(x + block.attention(h))
-            moe = gating(h, block.moe.expert_sel, top_k=c.moe_top_k)
-            chosen.append((value.experts, output.experts, moe.experts))
-            x, _ = block(x)
-        return chosen
-
-
-class DenseLanguageModel(LanguageModel):
-    """The dense twin: the same model with dense attention and a dense MLP, as many parameters as the SwitchAll one."""
-
-    def block(self) -> nn.Module:
-        c = self.config
-        attention = 2 * c.n_heads * c.d_head * c.d_model * (1 + c.n_experts) + 2 * c.n_heads * c.n_experts * c.d_model
-        moe = c.moe_n_experts * c.d_model * (2 * c.expert_size + 1)
-        d_ff = (attention + moe) / (2 * c.d_model) - 2 * c.d_model
-        return DenseBlock(c.d_model, max(1, c.d_model // 64), max(8, 8 * round(d_ff / 8)))
-
-    def losses(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        entropy = next_byte_entropy(self(tokens[:, :-1])[0], tokens)
-        return entropy, entropy
-
-
-class DenseAttention(nn.Module):
-    """Causal multi-head attention through torch, every channel rotated (RoPE, halves convention)."""
-
-    def __init__(self, d_model: int, n_heads: int, max_length: int = 16384):
-        super().__init__()
-        self.n_heads, d_head = n_heads, d_model // n_heads
-        self.qkv = nn.Linear(d_model, 3 * d_model, bias=False)
-        self.out = nn.Linear(d_model, d_model, bias=False)
-        frequency = 10000.0 ** (-torch.arange(0, d_head, 2) / d_head)
-        angle = torch.outer(torch.arange(max_length), frequency).repeat(1, 2)  # [max_length, d_head]
-        self.register_buffer("cos", angle.cos(), persistent=False)
-        self.register_buffer("sin", angle.sin(), persistent=False)
-
-    def rotate(self, x: torch.Tensor) -> torch.Tensor:
-        first, second = x.chunk(2, dim=-1)
-        cos, sin = self.cos[: x.shape[-2]].to(x.dtype), self.sin[: x.shape[-2]].to(x.dtype)
-        return x * cos + torch.cat([-second, first], dim=-1) * sin
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        B, T, D = x.shape
-        q, k, v = self.qkv(x).view(B, T, 3, self.n_heads, D // self.n_heads).permute(2, 0, 3, 1, 4)
-        a = nn.functional.scaled_dot_product_attention(self.rotate(q), self.rotate(k), v, is_causal=True)
-        return self.out(a.transpose(1, 2).reshape(B, T, D))
-
-
-class DenseMLP(nn.Module):
-    def __init__(self, d_model: int, d_ff: int):
-        super().__init__()
-        self.up = nn.Linear(d_model, d_ff, bias=False)
-        self.down = nn.Linear(d_ff, d_model, bias=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down(self.up(x).relu())
-
-
-class DenseBlock(nn.Module):
-    """Pre-norm block with the interface of SwitchAll: returns (y, None)."""
-
-    def __init__(self, d_model: int, n_heads: int, d_ff: int):
-        super().__init__()
-        self.norm1, self.attention = nn.LayerNorm(d_model), DenseAttention(d_model, n_heads)
-        self.norm2, self.mlp = nn.LayerNorm(d_model), DenseMLP(d_model, d_ff)
-
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
-        x = x + self.attention(self.norm1(x))
-        return x + self.mlp(self.norm2(x)), None
-
-
-def next_byte_entropy(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    return nn.functional.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
-
+TWIN_MARGIN = 1.02  # SwitchAll's held-out bits per byte over those of its dense twin
 
 # The text
 
@@ -225,7 +72,7 @@ class Preset:
 
 
 CPU = Preset(
-    model=ModelConfig(64, 2, n_heads=2, n_experts=4, d_head=32, moe_n_experts=8, expert_size=32, moe_top_k=2),
+    model=ModelConfig(64, 2, n_heads=2, d_head=32, n_experts=4, moe_n_experts=8, expert_size=32, moe_top_k=2),
     batch=2,
     context=256,
     steps=14,
@@ -235,7 +82,7 @@ CPU = Preset(
     generated=16,
 )
 GPU = Preset(
-    model=ModelConfig(512, 6, n_heads=4, n_experts=4, d_head=64, moe_n_experts=16, expert_size=128),
+    model=ModelConfig(512, 6, n_heads=4, d_head=64, n_experts=4, moe_n_experts=16),
     batch=32,
     context=512,
     steps=300,
@@ -271,7 +118,7 @@ class Run:
         return windows(self.train, starts, self.preset.context + 1)
 
 
-def stepper(run: Run, model: LanguageModel, losses: Callable) -> Callable[[torch.Tensor], torch.Tensor]:
+def stepper(run: Run, model: LanguageModel) -> Callable[[torch.Tensor], torch.Tensor]:
     """A function that trains `model` on one batch and returns its cross-entropy."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=run.preset.learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
     warm_up = max(1, min(20, run.steps // 10))
@@ -286,7 +133,7 @@ def stepper(run: Run, model: LanguageModel, losses: Callable) -> Callable[[torch
     def step(tokens: torch.Tensor) -> torch.Tensor:
         optimizer.zero_grad()
         with run.autocast():
-            loss, entropy = losses(tokens)
+            loss, entropy = model.losses(tokens)
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -302,7 +149,7 @@ def train(run: Run, model: LanguageModel) -> bool:
     """Train with a progress bar; True when it ran to the end, False when Ctrl-C ended it."""
     from tqdm import tqdm
 
-    step, tokens_a_step = stepper(run, model, model.losses), run.preset.batch * run.preset.context
+    step, tokens_a_step = stepper(run, model), run.preset.batch * run.preset.context
     every = 1 if run.device == "cpu" else 10  # reading the loss waits for the GPU
     loss, done, began = math.nan, 0, time.perf_counter()
     finished = False
@@ -335,12 +182,13 @@ def bits(nats: float) -> float:
 def held_out_bits(run: Run, model: LanguageModel) -> float:
     tokens = even_windows(run.held_out, run.preset.held_out, run.preset.context + 1)
     with run.autocast():
-        parts = [next_byte_entropy(model(rows[:, :-1])[0], rows).item() for rows in tokens.split(run.preset.batch)]
+        parts = [model.losses(rows)[1].item() for rows in tokens.split(run.preset.batch)]
     return bits(sum(parts) / len(parts))
 
 
-def tokens_per_second(run: Run, model: LanguageModel, losses: Callable, steps: int = 20) -> float:
-    step = stepper(run, model, losses)
+def tokens_per_second(run: Run, model: LanguageModel, steps: int = 20) -> float:
+    model.compile_parts()
+    step = stepper(run, model)
     for _ in range(5):
         step(run.batch())
     torch.cuda.synchronize()
@@ -361,6 +209,27 @@ class Difference:
     name: str
     largest: float  # absolute
     relative: float  # |gradient - truth| / |truth|, Euclidean norms
+
+
+@torch.no_grad()
+def chosen_experts(model: LanguageModel, tokens: torch.Tensor) -> list:
+    """Per block, the experts the kernels choose for tokens [B, T]: value side, output side, MoE.
+
+    Our operations are bitwise repeatable, so asking the gates again gives the choice of the training step.
+    """
+    from .functional import gating
+
+    c, chosen = model.config, []
+    x = model.embedding(tokens)
+    for block in model.blocks:
+        h = block.norm1(x)
+        value = gating(h, block.attention.sel_v, n_heads=c.n_heads, top_k=c.top_k)
+        output = gating(h, block.attention.sel_o, n_heads=c.n_heads, top_k=c.top_k)
+        h = block.norm2(x + block.attention(h))
+        moe = gating(h, block.moe.expert_sel, top_k=c.moe_top_k)
+        chosen.append((value.experts, output.experts, moe.experts))
+        x, _ = block(x)
+    return chosen
 
 
 def reference_losses(model: LanguageModel, tokens: torch.Tensor, experts: list) -> tuple[torch.Tensor, dict, list]:
@@ -436,7 +305,7 @@ def compare_with_reference(run: Run, model: LanguageModel) -> tuple[list[Differe
     tokens = even_windows(run.train, run.preset.checked[0], run.preset.checked[1] + 1)
     model.zero_grad()
     with run.autocast():
-        experts = model.chosen_experts(tokens[:, :-1])
+        experts = chosen_experts(model, tokens[:, :-1])
         loss, _ = model.losses(tokens)
     loss.backward()
     truth, leaves, logits = reference_losses(model, tokens, experts)
@@ -487,7 +356,7 @@ def generate(run: Run, model: LanguageModel, prompts: torch.Tensor, length: int,
     random, text = torch.Generator().manual_seed(run.seed), prompts
     for _ in range(length):
         with run.autocast():
-            logits, _ = model(text[:, -prompts.shape[1] :])
+            logits = model(text[:, -prompts.shape[1] :])
         probability = (logits[:, -1].float().cpu() / temperature).softmax(dim=-1)
         text = torch.cat([text, torch.multinomial(probability, 1, generator=random).to(text.device)], dim=1)
     return text[:, prompts.shape[1] :]
@@ -500,6 +369,36 @@ def show_samples(run: Run, model: LanguageModel, count: int = 4, window: int = 6
     for prompt, text in zip(prompts, texts, strict=True):
         before, after = (bytes(t.tolist()).decode("utf-8", "replace") for t in (prompt[-24:], text))
         print(f"  {before!r:>36} | {after!r}")
+
+
+# SwitchAll beside its dense twin
+
+
+def compare_twins(runs: list[Run]) -> bool:
+    """Train both with every seed, and SwitchAll once in float32; True when SwitchAll is not worse by more than the margin."""
+    config = runs[0].preset.model
+    found = {
+        "SwitchAll": [trained_bits(run, config) for run in runs],
+        "dense twin": [trained_bits(run, config.dense_twin()) for run in runs],
+    }
+    print(f"\nheld-out bits per byte after {runs[0].steps} steps, seeds {runs[0].seed} to {runs[-1].seed}:")
+    for name, bits in found.items():
+        spread = f"{min(bits):.4f} to {max(bits):.4f}"
+        print(f"  {name:<10} {statistics.mean(bits):.4f}, {spread}")
+    ratio = statistics.mean(found["SwitchAll"]) / statistics.mean(found["dense twin"])
+    print(f"  SwitchAll / dense twin {ratio:.4f}, which may be {TWIN_MARGIN}")
+    single = trained_bits(replace(runs[0], dtype=torch.float32), config)
+    print(f"SwitchAll in float32, seed {runs[0].seed}: {single:.4f}, in {runs[0].dtype}: {found['SwitchAll'][0]:.4f}", flush=True)
+    return ratio <= TWIN_MARGIN
+
+
+def trained_bits(run: Run, config: ModelConfig) -> float:
+    run = replace(run)  # seeds everything anew
+    model = LanguageModel(config).to(run.device)
+    print(f"{'SwitchAll' if config.n_experts else 'dense twin'}, {parameters(model)}, seed {run.seed}, {run.dtype}")
+    if not train(run, model):
+        raise KeyboardInterrupt
+    return held_out_bits(run, model)
 
 
 # The command
@@ -558,6 +457,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=["float32", "bfloat16", "float16"],
         help="what autocast computes in over float32 parameters (default float32 on a CPU, bfloat16 on a GPU)",
     )
+    parser.add_argument(
+        "--twins", type=positive, metavar="SEEDS", help="instead train SwitchAll and its dense twin with so many seeds each"
+    )
     parser.add_argument("--save", type=Path, metavar="PATH", help="write the trained model there (safetensors)")
 
 
@@ -579,6 +481,8 @@ def run(args: argparse.Namespace) -> int:
     dtype = getattr(torch, args.dtype or ("float32" if device == "cpu" else "bfloat16"))
     text, held_out = (as_tensor(t, device) for t in standard_library())
     run = Run(preset, args.steps or preset.steps, args.seed, device, dtype, text, held_out)
+    if args.twins:
+        return 0 if compare_twins([replace(run, seed=args.seed + i) for i in range(args.twins)]) else 1
     model = LanguageModel(preset.model).to(device)
     where = torch.cuda.get_device_name() if device == "cuda" else "the CPU, in Triton's interpreter"
     print(f"SwitchAll language model, {parameters(model)}, {dtype} on {where}")
@@ -601,9 +505,9 @@ def run(args: argparse.Namespace) -> int:
     agree = report_comparison(run, model)
     if device == "cuda":
         print("\ntraining speed, both sides through torch.compile:", flush=True)
-        rivals = {"SwitchAll": copy.deepcopy(model), "dense twin (SDPA)": DenseLanguageModel(preset.model).to(device)}
-        for name, rival in rivals.items():
-            speed = tokens_per_second(run, rival, torch.compile(rival.losses))
+        twin = LanguageModel(preset.model.dense_twin()).to(device)
+        for name, rival in {"SwitchAll": copy.deepcopy(model), "dense twin (SDPA)": twin}.items():
+            speed = tokens_per_second(run, rival)
             print(f"  {name}, {parameters(rival)}: {speed:,.0f} tokens/s", flush=True)
     show_samples(run, model)
     return 0 if learned and agree else 1

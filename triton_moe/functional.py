@@ -34,7 +34,7 @@ from .kernels.attention import attention_backward, attention_forward
 from .kernels.common import cast, cdiv, input_precision
 from .kernels.gating import MAX_EXPERTS, Plan, gating_backward, gating_forward, routing_plan
 from .kernels.mlp import mlp_backward, mlp_backward_input, mlp_forward
-from .kernels.position import rope_rotate, xl_keys, xl_query
+from .kernels.position import rope_rotate, rope_rotate_, xl_keys, xl_query
 from .kernels.projection import (
     dropout_rows,
     output_backward,
@@ -428,8 +428,8 @@ def _attention_forward(q, k, v, pos, content_bias, position_bias, mask, cu_seqle
 
 
 def _attention_backward(do, dlse, saved, c: _AttentionConfig, joint: bool = False):
-    """-> dq, dk, dv, d pos, d content_bias, d position_bias (None where the input was None); with `joint`, which RoPE excludes,
-    dq and dk side by side and None."""
+    """-> dq, dk, dv, d pos, d content_bias, d position_bias (None where the input was None); with `joint`, dq and dk side by side
+    and None."""
     q, k, v, pos, content_bias, position_bias, mask, cu_seqlens, position_q, q_pos, k_pos, o, lse = saved
     H, P = q.shape[2:]
     offset = k.shape[1] - q.shape[1]
@@ -439,7 +439,8 @@ def _attention_backward(do, dlse, saved, c: _AttentionConfig, joint: bool = Fals
     dq = first[:, :, :H]
     dpos = dcontent = dposition = None
     if c.rotated:
-        first, dk = rope_rotate(dq, c.rotated, c.base, offset, True), rope_rotate(dk, c.rotated, c.base, 0, True)
+        rope_rotate_(dq, c.rotated, c.base, offset, True)
+        rope_rotate_(dk, c.rotated, c.base, 0, True)
     elif c.kind == "xl":
         da = xl_query(dq_pos, pos.shape[-1], offset, True)
         dposition_q = torch.einsum("bthd,hpd->bthp", da, pos.view(H, P, pos.shape[1]))
@@ -731,10 +732,9 @@ class _HeadConfig(NamedTuple):
     keep: bool  # what only a backward pass needs
 
 
-def _attention_config(c: _HeadConfig, joint: bool) -> _AttentionConfig:
-    """`joint`: queries and keys are rotated together, outside."""
-    rotated = 0 if joint else _rotated(c.fraction, c.width)
-    return _AttentionConfig(c.kind, rotated, c.base, c.causal, c.window, c.width**-0.5, c.precision)
+def _attention_config(c: _HeadConfig) -> _AttentionConfig:
+    """Of queries and keys that the layer has rotated itself, in place."""
+    return _AttentionConfig(c.kind, 0, c.base, c.causal, c.window, c.width**-0.5, c.precision)
 
 
 def _stacked(dtype: torch.dtype, axis: int, size: int, *weights: Tensor) -> Tensor:
@@ -808,11 +808,10 @@ def _head_forward(x, k_src, v_src, qk, v, o, sel, pos, mask, cu_seqlens, seed, c
         values, logits_v = v2 @ v.t(), None
     else:
         values, u = value_forward(v2, v, weights_v, experts_v, *plan_v, c.keep, c.precision)
-    joint = _joint(k_src, c)
-    if joint:
+    rotated = _rotated(c.fraction, c.width)
+    if _joint(k_src, c):
         both = (x2 @ qk.t()).view(B, T, 2 * H, P)
-        if rotated := _rotated(c.fraction, c.width):
-            both = rope_rotate(both, rotated, c.base, 0, False)
+        rope_rotate_(both, rotated, c.base, 0, False)
         queries, keys = both.split(H, 2)
     else:
         q, k = qk.chunk(2)
@@ -820,8 +819,10 @@ def _head_forward(x, k_src, v_src, qk, v, o, sel, pos, mask, cu_seqlens, seed, c
         if c.dropout > 0:
             queries = dropout_rows(queries, seed, c.dropout, STREAM_QUERY, P, c.width)
         queries = queries.view(B, T, H, P)
+        rope_rotate_(queries, rotated, c.base, S - T, False)
+        rope_rotate_(keys, rotated, c.base, 0, False)
     a, _, attention_saved = _attention_forward(
-        queries, keys, values.view(B, S, H, P), pos, None, None, mask, cu_seqlens, _attention_config(c, joint)
+        queries, keys, values.view(B, S, H, P), pos, None, None, mask, cu_seqlens, _attention_config(c)
     )
     y = output_forward(a.view(B * T, H, P), _expert_out(o, H), weights_o, experts_o, *plan_o, c.precision)
     y = y.view(B, T, y.shape[1])
@@ -866,18 +867,19 @@ def _head_backward(dy, dlogits_v, dlogits_o, saved, dtypes, c: _HeadConfig):
     da, do, dweights_o = output_backward(dy, a, _expert_out(o, H), weights_o, experts_o, *plan_o, c.precision, dtypes[6], c.width)
     if o.ndim == 2:
         do = do.permute(2, 0, 1).reshape(o.shape[0], H * c.width)
-    joint = _joint(k_src, c)
+    joint, rotated = _joint(k_src, c), _rotated(c.fraction, c.width)
     dqueries, dkeys, dvalues, dpos, _, _ = _attention_backward(
-        da.view(B, T, H, P), None, attention_saved, _attention_config(c, joint), joint
+        da.view(B, T, H, P), None, attention_saved, _attention_config(c), joint
     )
     dvalues = dvalues.view(B * S, H, P)
     if joint:
-        if rotated := _rotated(c.fraction, c.width):
-            dqueries = rope_rotate(dqueries, rotated, c.base, 0, True)
+        rope_rotate_(dqueries, rotated, c.base, 0, True)
         both = dqueries.view(B * T, 2 * H * P)
         dq, dk = (both.t() @ x2).chunk(2)
         dx = both @ qk
     else:
+        rope_rotate_(dqueries, rotated, c.base, S - T, True)
+        rope_rotate_(dkeys, rotated, c.base, 0, True)
         dqueries, dkeys = dqueries.view(B * T, H * P), dkeys.view(B * S, H * P)
         if c.dropout > 0:
             dqueries = dropout_rows(dqueries, seed, c.dropout, STREAM_QUERY, P, c.width)

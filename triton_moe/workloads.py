@@ -109,7 +109,7 @@ def _attention(make, P, H=4, Hkv=None, causal=True, window=0, padding=False, pac
 def _position(make, P, D, H=4, T=1024):
     q, a = make(8, T, H, P), make(8, T, H, D)
     for conjugate in (False, True):
-        position.rope_rotate(q, P // 4 * 2, 10000.0, 0, conjugate)
+        position.rope_rotate_(q, P // 4 * 2, 10000.0, 0, conjugate)
     y = position.xl_query(a, D, T, False)
     position.xl_query(y, D, T, True)
     return {"keys": position.xl_keys(q, 2 * T, D)}

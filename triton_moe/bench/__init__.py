@@ -6,14 +6,16 @@ alone, which the reference computes in no time. A row that fails is not timed. T
 process, and medians are compared. Without a GPU only the checks run, on tiny shapes in Triton's interpreter.
 
 Read row.py (what a row is), correctness.py (the check) and timing.py first. The rows by group are in gating.py, projection.py
-(its rivals in peers.py), mlp.py, attention.py and layers.py; shared.py has what they share, groups.py lists them. preparation.py
-checks and compiles all rows in parallel, report.py prints, and the command is here.
+(its rivals in peers.py), mlp.py, attention.py, layers.py and models.py; shared.py has what they share, groups.py lists them.
+preparation.py checks and compiles all rows in parallel, report.py prints, results.py makes the README's tables of a JSON. The
+command is here.
 """
 
 import argparse
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -22,6 +24,7 @@ from ..demo import positive, write_atomically, write_problem
 from .groups import GROUPS
 from .preparation import prepare, quick_autotuning
 from .report import as_json, header, show
+from .results import render
 from .timing import Result, measure
 
 RIVALS = """Rivals that are no part of torch are used where Python can import them, and named as missing where it cannot:
@@ -36,15 +39,24 @@ RIVALS = """Rivals that are no part of torch are used where Python can import th
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = RIVALS
-    parser.add_argument("--only", metavar="GROUP[,GROUP]", help=f"some of: {', '.join(GROUPS)} (default: all)")
+    parser.add_argument("--only", metavar="GROUP[,GROUP]", help=f"some of: {', '.join(GROUPS)} (default: all but model)")
     parser.add_argument("--full", action="store_true", help="more shapes, lengths, widths and masks, and every rival for each")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write every figure there too")
+    parser.add_argument(
+        "--render",
+        type=Path,
+        nargs=2,
+        metavar=("JSON", "README"),
+        help="measure nothing: put that JSON's tables there, and plot it",
+    )
     parser.add_argument("--repeats", type=positive, default=20, help="samples behind each median (default 20)")
 
 
 def run(args: argparse.Namespace) -> int:
     """0; 1 when a row failed its check; 2 when the arguments are wrong."""
-    names = args.only.split(",") if args.only else list(GROUPS)
+    if args.render:
+        return render(*args.render)
+    names = args.only.split(",") if args.only else [name for name in GROUPS if args.full or name != "model"]
     unknown = [name for name in names if name not in GROUPS]
     if unknown:
         print(f"triton_moe bench: there is no group {unknown[0]!r}; the groups are {', '.join(GROUPS)}", file=sys.stderr)
@@ -62,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
         print("bfloat16, random inputs; ratio = our median time over the rival's, both measured in turns in this run;")
         print("TFLOP/s = useful work alone; floor = FLOPs at 717 TFLOP/s or bytes at 4.27 TB/s (an H200's), whichever takes")
         print("longer; error = the largest relative error of output and gradients against reference/ in float64;")
-        print("peak memory = above the inputs and results, ours and the rival's")
+        print("peak memory = above the inputs and results, ours and the rival's; of a training step, all of it")
         print(f"checking and compiling {len(rows)} rows ...", end=" ", flush=True)
         memory = torch.cuda.get_device_properties(0).total_memory
         processes = min((os.cpu_count() or 1) - 2, memory // (10 << 30))
@@ -78,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
             if key[0] != group:
                 group = key[0]
                 print(f"\n{group}")
-            found = measure(row, args.repeats, device == "cuda", checked.get(key))
+            found = [replace(r, group=group) for r in measure(row, args.repeats, device == "cuda", checked.get(key))]
             show(row.name, found)
             results += found
             if args.json:  # at every row, for whoever interrupts it

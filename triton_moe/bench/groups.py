@@ -6,6 +6,7 @@ from .attention import attention_rows
 from .gating import gating_rows
 from .layers import layer_rows
 from .mlp import mlp_rows
+from .models import model_rows
 from .projection import projection_rows
 from .row import Row
 
@@ -15,4 +16,5 @@ GROUPS: dict[str, Callable[[str, bool], list[Row]]] = {
     "mlp": mlp_rows,
     "attention": attention_rows,
     "layers": layer_rows,
+    "model": model_rows,
 }

@@ -1,13 +1,18 @@
-"""Layers: SwitchHead against dense attention, SwitchAll against a dense block."""
+"""Layers: SwitchHead against dense attention and the public layer, SwitchAll against a dense block; what they cost the host."""
 
 import importlib
+from dataclasses import replace
 
 import torch
 
-from ..demo import DenseAttention, DenseBlock, switchall_weights
-from .row import BOTH, FORWARD, Rival, Row, Target, Task
+from ..demo import switchall_weights
+from ..model import Block, DenseAttention, DenseMLP
+from .mlp import mlp_row
+from .row import BOTH, FORWARD, HOST, Inputs, Rival, Row, Target, Task
 from .shared import (
     PUBLIC_HEAD,
+    PUBLIC_XL,
+    Shape,
     attention_flops,
     head_inputs,
     head_weights,
@@ -18,130 +23,171 @@ from .shared import (
 )
 
 
-def switchhead_row(D, H, E, TOP_K, P, B, T, device, *, dense: Target | None = None, public: Target | None = None) -> Row:
+def layer_rows(device: str, full: bool) -> list[Row]:
+    if device == "cpu":
+        tiny = Shape(2, 3, 2, 20, 48, 2, 24)
+        rows = [switchhead_row(tiny, device), switchall_row(tiny, 6, 16, 2, device)]
+        return [*rows, switchhead_row(tiny, device, fraction=None)] if full else rows
+    p100, p128, xl = Target(1 / 14, 1 / 20), Target(1 / 5, 1 / 8), Target(1 / 10, 1 / 20)
+    dense = {1024: Target(0.75, 0.5), 4096: Target(0.55, 0.4), 16384: Target(0.5, 0.4)}
+    lengths = (512, 1024, 2048, 4096, 8192, 16384) if full else (1024, 4096, 16384)
+    narrow, wide = Shape(4, 4, 2, 100), Shape(4, 4, 2, 128)
+    small = Shape(2, 5, 3, 76, D=412, B=16)
+    return [
+        *(switchhead_row(narrow.of_length(T), device, dense=dense.get(T), public=p100) for T in lengths),
+        *(switchhead_row(wide.of_length(T), device, public=p128) for T in (1024, 4096)),
+        switchhead_row(narrow, device, fraction=None, public=xl),
+        switchhead_row(small, device, heads=(10, 42), dense=Target(0.8, 0.55)),
+        switchall_row(narrow, 32, 128, 4, device),
+        *host_rows(narrow._replace(B=1, T=256), 32, 128, 4, device),
+    ]
+
+
+def position(package, fraction: float | None):
+    """RoPE of that fraction of the channels, or Transformer-XL's."""
+    return package.XL() if fraction is None else package.RoPE(fraction=fraction)
+
+
+def dense_rivals(name: str, module, **targets) -> tuple[Rival, Rival]:
+    """The same layer compiled and eager. module(): makes it."""
+
+    def build(p: Inputs, compiling: bool) -> Task:
+        def output(result):
+            return result if isinstance(result, torch.Tensor) else result[0]
+
+        return module_task(module(), p, compiling=compiling, take=output)
+
+    compiled = Rival(f"{name}, torch.compile", lambda p: build(p, True), compiled=True, **targets)
+    return compiled, Rival(f"{name}, eager", lambda p: build(p, False), graph=False)
+
+
+def switchhead_row(
+    s: Shape,
+    device: str,
+    *,
+    fraction: float | None = 1.0,
+    heads: tuple[int, int] | None = None,
+    dense: Target | None = None,
+    public: Target | None = None,
+) -> Row:
+    """fraction: None for Transformer-XL's positions. heads: of the dense rival, their number and width."""
+    n_heads, d_head = heads or (s.D // 64, 64)
+    tops = {"top_k": s.TOP_K}
+
     def inputs():
-        return {"x": randn(B, T, D, device=device), **head_inputs(D, H, E, P, device)}
+        made = {"x": randn(s.B, s.T, s.D, device=device), **head_inputs(s.D, s.H, s.E, s.P, device)}
+        if fraction is None:
+            made["attention.pos_to_pk"] = randn(s.H * s.P, s.D, std=s.D**-0.5, device=device)
+        return made
 
     def ours(p):
         from .. import functional as F
 
-        return F.switchhead(p["x"], head_weights(p), top_k=TOP_K, position=F.RoPE(fraction=1.0))
+        return F.switchhead(p["x"], head_weights(p), position=position(F, fraction), **tops)
 
     def experts(p):
         from ..functional import gating
 
         sides = (p["attention.sel_v"], p["attention.sel_o"])
-        return tuple(gating(p["x"], sel, n_heads=H, top_k=TOP_K).experts for sel in sides)
+        return tuple(gating(p["x"], sel, n_heads=s.H, **tops).experts for sel in sides)
 
     def truth(p, experts):
         from .. import reference
 
-        position = reference.RoPE(fraction=1.0)
-        return reference.switchhead(p["x"], head_weights(p), top_k=TOP_K, position=position, experts=experts)
-
-    def dense_attention(p):
-        return module_task(DenseAttention(D, D // 64), p, compiling=True)
+        return reference.switchhead(p["x"], head_weights(p), position=position(reference, fraction), experts=experts, **tops)
 
     def public_switchhead(p):
         package = importlib.import_module("switchhead")
-        layer = package.SwitchHeadRope(D, n_heads=H, n_experts=E, d_head=P, moe_k=TOP_K, rotate_fraction=1.0)
+        widths = {"n_heads": s.H, "n_experts": s.E, "d_head": s.P, "moe_k": s.TOP_K}
+        if fraction is None:
+            layer = package.SwitchHeadXL(s.D, **widths)
+            torch.nn.init.normal_(layer.pos_to_pk, std=s.D**-0.5)  # it leaves this one as the memory was
+        else:
+            layer = package.SwitchHeadRope(s.D, **widths, rotate_fraction=fraction)
         layer, x = layer.to(device), p["x"]
         return Task(lambda: layer(x, x, x, None)[0], [x, *layer.parameters()])
 
-    projections, attention = layer_projection_flops(B * T, D, H, TOP_K, P), attention_flops(B * T, T, H, P)
+    rivals = []
+    if fraction is not None:
+        name, targets = f"dense attention {n_heads} x {d_head}", {BOTH: dense} if dense else {}
+        attention = dense_rivals(name, lambda: DenseAttention(s.D, n_heads, d_head), targets=targets, memory=Target(0.7, 0.5))
+        rivals += attention
+    if public:
+        known = PUBLIC_XL if fraction is None else PUBLIC_HEAD
+        rivals.append(Rival(known, public_switchhead, {BOTH: public}, graph=False, compiles=True))
+    projections, pairs = layer_projection_flops(s.N, s.D, s.H, s.TOP_K, s.P), attention_flops(s.N, s.T, s.H, s.P)
     return Row(
-        f"SwitchHead H {H} E {E} TOP_K {TOP_K} P {P}, T {T}",
+        f"SwitchHead{' XL' if fraction is None else ''} {s}, T {s.T}",
         inputs,
         ours,
         truth,
         batched=("x",),
-        flops={FORWARD: projections + attention, BOTH: 3 * projections + 3.5 * attention},
-        rivals=(
-            Rival(
-                f"dense attention {D // 64} x 64, torch.compile and SDPA",
-                dense_attention,
-                {BOTH: dense} if dense else {},
-                memory=Target(0.7, 0.5),
-                compiled=True,
-            ),
-            Rival(PUBLIC_HEAD, public_switchhead, {BOTH: public} if public else {}, graph=False, compiles=True),
-        ),
+        flops={FORWARD: projections + pairs, BOTH: 3 * projections + 3.5 * pairs},
+        rivals=tuple(rivals),
         autocast=device == "cuda",
-        kernels=f"P {P}",
+        kernels=f"P {s.P}",
         experts=experts,
     )
 
 
-def switchall_row(D, H, E, TOP_K, P, MOE_E, G, MOE_TOP_K, B, T, device) -> Row:
-    tops = {"top_k": TOP_K, "moe_top_k": MOE_TOP_K}
+def switchall_row(s: Shape, MOE_E: int, G: int, MOE_TOP_K: int, device: str, *, fraction: float = 1.0) -> Row:
+    tops = {"top_k": s.TOP_K, "moe_top_k": MOE_TOP_K}
 
     def inputs():
         norms = {}
         for name in ("norm1", "norm2"):
-            norms[f"{name}.weight"] = torch.ones(D, device=device, requires_grad=True)
-            norms[f"{name}.bias"] = torch.zeros(D, device=device, requires_grad=True)
-        parameters = {**norms, **head_inputs(D, H, E, P, device), **moe_inputs(D, MOE_E, G, device)}
-        return {"x": randn(B, T, D, device=device), **parameters}
+            norms[f"{name}.weight"] = torch.ones(s.D, device=device, requires_grad=True)
+            norms[f"{name}.bias"] = torch.zeros(s.D, device=device, requires_grad=True)
+        parameters = {**norms, **head_inputs(s.D, s.H, s.E, s.P, device), **moe_inputs(s.D, MOE_E, G, device)}
+        return {"x": randn(s.B, s.T, s.D, device=device), **parameters}
 
     def ours(p):
         from .. import functional as F
 
-        return F.switchall(p["x"], switchall_weights(p), **tops, position=F.RoPE(fraction=1.0))[0]
+        return F.switchall(p["x"], switchall_weights(p), position=position(F, fraction), **tops)[0]
 
     def experts(p):
         from .. import functional as F
 
         def norm(x, name):
-            return torch.nn.functional.layer_norm(x, (D,), p[f"{name}.weight"], p[f"{name}.bias"])
+            return torch.nn.functional.layer_norm(x, (s.D,), p[f"{name}.weight"], p[f"{name}.bias"])
 
         h = norm(p["x"], "norm1")
-        value, output = (F.gating(h, p[f"attention.{s}"], n_heads=H, top_k=TOP_K).experts for s in ("sel_v", "sel_o"))
-        attended = F.switchhead(h, head_weights(p), top_k=TOP_K, position=F.RoPE(fraction=1.0))
+        value, output = (F.gating(h, p[f"attention.{side}"], n_heads=s.H, top_k=s.TOP_K).experts for side in ("sel_v", "sel_o"))
+        attended = F.switchhead(h, head_weights(p), top_k=s.TOP_K, position=position(F, fraction))
         h = norm(p["x"] + attended, "norm2")
         return value, output, F.gating(h, p["moe.expert_sel"], top_k=MOE_TOP_K).experts
 
     def truth(p, experts):
         from .. import reference
 
-        position = reference.RoPE(fraction=1.0)
-        return reference.switchall(p["x"], switchall_weights(p), **tops, position=position, experts=experts)[0]
+        weights, turned = switchall_weights(p), position(reference, fraction)
+        return reference.switchall(p["x"], weights, position=turned, experts=experts, **tops)[0]
 
-    def dense_block(p):
-        return module_task(DenseBlock(D, D // 64, MOE_E * G), p, compiling=True, take=lambda result: result[0])
+    def dense_block():
+        return Block(s.D, DenseAttention(s.D, s.D // 64, 64), MOE_E * G)
 
-    dense = layer_projection_flops(B * T, D, H, TOP_K, P) + 4.0 * B * T * D * G * MOE_TOP_K
-    attention = attention_flops(B * T, T, H, P)
+    dense = layer_projection_flops(s.N, s.D, s.H, s.TOP_K, s.P) + 4.0 * s.N * s.D * G * MOE_TOP_K
+    attention = attention_flops(s.N, s.T, s.H, s.P)
+    name = f"dense block, attention {s.D // 64} x 64 and MLP {MOE_E * G}"
     return Row(
-        f"SwitchAll H {H} E {E} TOP_K {TOP_K} P {P}, MLP E {MOE_E} G {G} TOP_K {MOE_TOP_K}, T {T}",
+        f"SwitchAll {s}, MLP E {MOE_E} G {G} TOP_K {MOE_TOP_K}, T {s.T}",
         inputs,
         ours,
         truth,
         batched=("x",),
         flops={FORWARD: dense + attention, BOTH: 3 * dense + 3.5 * attention},
-        rivals=(
-            Rival(
-                f"dense block, attention {D // 64} x 64 and MLP {MOE_E * G}, torch.compile",
-                dense_block,
-                {BOTH: Target(0.6, 0.4)},
-                compiled=True,
-            ),
-        ),
+        rivals=dense_rivals(name, dense_block, targets={BOTH: Target(0.6, 0.4)}),
         autocast=device == "cuda",
         experts=experts,
     )
 
 
-def layer_rows(device: str, full: bool) -> list[Row]:
-    if device == "cpu":
-        return [
-            switchhead_row(48, 2, 3, 2, 20, B=2, T=24, device=device),
-            switchall_row(48, 2, 3, 2, 20, 6, 16, 2, B=2, T=24, device=device),
-        ]
-    p100, p128 = Target(1 / 14, 1 / 20), Target(1 / 5, 1 / 8)
-    return [
-        switchhead_row(1024, 4, 4, 2, 100, 32, 1024, device, dense=Target(0.75, 0.5), public=p100),
-        switchhead_row(1024, 4, 4, 2, 100, 8, 4096, device, dense=Target(0.55, 0.4), public=p100),
-        switchhead_row(1024, 4, 4, 2, 128, 32, 1024, device, public=p128),
-        switchhead_row(1024, 4, 4, 2, 128, 8, 4096, device, public=p128),
-        switchall_row(1024, 4, 4, 2, 100, 32, 128, 4, 32, 1024, device),
-    ]
+def host_rows(s: Shape, MOE_E: int, G: int, MOE_TOP_K: int, device: str) -> list[Row]:
+    """How long the host takes to start a forward pass of so few tokens that the GPU waits for it."""
+    mlp = mlp_row(MOE_E, MOE_TOP_K, s.D, "relu", device, G=G, B=s.B, T=s.T)
+    dense = Rival(f"dense MLP {s.D}-{MOE_E * G}-{s.D}, eager", lambda p: module_task(DenseMLP(s.D, MOE_E * G), p))
+    layers = [switchhead_row(s, device), replace(mlp, rivals=(dense,))]
+    bounds = {HOST: Target(0.3, 0.1)}
+    rows = [replace(row, milliseconds=bounds) for row in layers] + [switchall_row(s, MOE_E, G, MOE_TOP_K, device)]
+    return [replace(row, name=f"{row.name}, {s.N} tokens", flops={HOST: 0.0}, rivals=row.rivals[-1:]) for row in rows]

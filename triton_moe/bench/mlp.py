@@ -5,7 +5,7 @@ import sys
 
 import torch
 
-from ..demo import DenseMLP
+from ..model import DenseMLP
 from .row import BOTH, FORWARD, Rival, Row, Target, Task
 from .shared import PUBLIC_MOE, module_task, moe_inputs, moe_weights, randn
 

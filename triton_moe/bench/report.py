@@ -35,11 +35,13 @@ def line(result: Result) -> str:
 
 def timing_parts(r: Result) -> list[str]:
     ratio = f"ratio {r.ratio:.3f}" + (f": {r.target.verdict(r.ratio)}" if r.target else "")
-    rate = f"{r.flops / r.ours_ms / 1e9:.0f} TFLOP/s"
-    parts = [f"{r.work}: ours {r.ours_ms:.3f} ms, {rate}", f"{r.rival} {r.rival_ms:.3f} ms", ratio]
+    rate = f", {r.flops / r.ours_ms / 1e9:.0f} TFLOP/s" if r.flops else ""
+    rate += f", {r.tokens / r.ours_ms * 1e3:,.0f} tokens/s" if r.tokens else ""
+    parts = [f"{r.work}: ours {r.ours_ms:.3f} ms{rate}", f"{r.rival} {r.rival_ms:.3f} ms", ratio]
     if r.milliseconds:
         parts.append(f"ours in ms: {r.milliseconds.verdict(r.ours_ms)}")
-    parts.append(f"floor {r.floor_ms:.3f} ms, {100 * r.floor_ms / r.ours_ms:.0f} % of it reached")
+    if r.floor_ms:
+        parts.append(f"floor {r.floor_ms:.3f} ms, {100 * r.floor_ms / r.ours_ms:.0f} % of it reached")
     if r.ours_mib is not None:
         share = r.ours_mib / r.rival_mib if r.rival_mib else math.nan
         verdict = f", ratio {share:.2f}: {r.memory.verdict(share)}" if r.memory else ""

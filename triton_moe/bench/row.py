@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-FORWARD, BOTH, BACKWARD = "forward", "forward+backward", "backward"  # the backward is the difference of the other two
+# What is timed. The backward is the difference of the two before it; the host's time is that of starting a forward pass.
+FORWARD, BOTH, BACKWARD, HOST, TRAINING = "forward", "forward+backward", "backward", "host time", "training step"
 
 Inputs = dict[str, Any]
 
@@ -19,6 +20,7 @@ class Task:
     call: Callable[[], torch.Tensor]
     leaves: list[torch.Tensor]
     context: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext  # around both directions
+    held: Callable[[], list[torch.Tensor]] = list  # of a training step: what stays in memory between two
 
 
 Mix = list[tuple[float, Task]]  # a rival's time may be put together from several, each with its share
@@ -40,7 +42,7 @@ class Target:
 class Rival:
     name: str
     build: Callable[[Inputs], Task | Mix]  # ImportError where it is not installed
-    targets: dict[str, Target] = field(default_factory=dict)  # by FORWARD, BOTH or BACKWARD
+    targets: dict[str, Target] = field(default_factory=dict)  # by what is timed
     memory: Target | None = None
     compiled: bool = False  # by torch.compile; then ours is too
     graph: bool = True  # False: it synchronises with the host, so nothing captures it
@@ -56,11 +58,13 @@ class Row:
     ours: Callable[[Inputs], torch.Tensor]  # [B, ...]
     reference: Callable[[Inputs, Any], torch.Tensor]  # [1, ...], following that choice
     batched: tuple[str, ...]
-    flops: dict[str, float]  # useful ones, by what is timed: FORWARD, BOTH, and BACKWARD after the two
+    flops: dict[str, float]  # useful ones, by what is timed; BACKWARD after FORWARD and BOTH
     rivals: tuple[Rival, ...]
     autocast: bool = False  # bfloat16 over float32 inputs
     experts: Callable[[Inputs], Any] = lambda inputs: None  # what ours chooses, given the inputs cut to their last sequence
-    milliseconds: Target | None = None  # bounds on our forward's time itself
+    milliseconds: dict[str, Target] = field(default_factory=dict)  # bounds on our time itself
+    step: Callable[[Inputs], Task] | None = None  # our training step of a whole model; `ours` is then one layer, to be checked
+    tokens: int = 0  # in such a step
     best: dict[str, Target] = field(default_factory=dict)  # bounds over the fastest rival
     packed: int | None = None  # the batch is one row of packed sequences, the last of this length
     kernels: str = ""  # rows with the same name here share kernels, and so the process that compiles them

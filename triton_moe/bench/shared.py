@@ -21,6 +21,10 @@ class Shape(NamedTuple):
     def __str__(self):
         return f"H {self.H} E {self.E} TOP_K {self.TOP_K} P {self.P}" + (f" D {self.D}" if self.D != 1024 else "")
 
+    def of_length(self, T: int) -> "Shape":
+        """As many tokens, in sequences of T."""
+        return self._replace(B=self.N // T, T=T)
+
     @property
     def N(self) -> int:
         return self.B * self.T
@@ -76,8 +80,8 @@ def head_inputs(D: int, H: int, E: int, P: int, device: str) -> Inputs:
 def head_weights(p: Inputs):
     from ..functional import SwitchHeadWeights
 
-    names = ("q.weight", "k.weight", "v", "o", "sel_v", "sel_o")
-    return SwitchHeadWeights(*(p[f"attention.{name}"] for name in names))
+    names = ("q.weight", "k.weight", "v", "o", "sel_v", "sel_o", "pos_to_pk")
+    return SwitchHeadWeights(*(p.get(f"attention.{name}") for name in names))
 
 
 def moe_inputs(D: int, E: int, G: int, device: str, width: int | None = None) -> Inputs:
@@ -117,5 +121,5 @@ def attention_flops(N: int, T: int, H: int, P: int, window: int | None = None) -
 
 ALL, GROUPED, CVMM, SCATTER = "cuBLAS over all experts, then the gates", "torch grouped_mm", "public cvmm", "ScatterMoE"
 PEERS = (ALL, GROUPED, CVMM, SCATTER)
-PUBLIC_HEAD, PUBLIC_MOE = "public SwitchHead", "public sigma-MoE (moe_layer)"
-SYNCHRONISING, AUTOTUNED = (CVMM, SCATTER), (CVMM, PUBLIC_HEAD, PUBLIC_MOE)
+PUBLIC_HEAD, PUBLIC_XL, PUBLIC_MOE = "public SwitchHead", "public SwitchHeadXL", "public sigma-MoE (moe_layer)"
+SYNCHRONISING, AUTOTUNED = (CVMM, SCATTER), (CVMM, PUBLIC_HEAD, PUBLIC_XL, PUBLIC_MOE)

@@ -3,21 +3,31 @@
 import gc
 import math
 import statistics
+import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from .correctness import autocast, check
-from .row import BACKWARD, BOTH, FORWARD, Inputs, Mix, Rival, Row, Target, Task, compiled, task
+from .row import BACKWARD, BOTH, FORWARD, HOST, TRAINING, Inputs, Mix, Rival, Row, Target, Task, compiled, task
 
 # What one H200 reaches on large bfloat16 matrix products and copies: the two ceilings behind every "floor".
 FLOPS_PER_SECOND, BYTES_PER_SECOND = 717e12, 4.27e12
 
 
 def runnable(row: Row, task: Task, work: str) -> Callable[[], Any]:
+    if work == TRAINING:
+        return task.call
+    if work == HOST:
+
+        def start():
+            with autocast(row, "cuda"):
+                return task.call()
+
+        return start
     if work == FORWARD:
 
         def forward():
@@ -76,6 +86,17 @@ def alternate(runs: list[Callable[[], Any]], repeats: int) -> list[float]:
     return [statistics.median(seen) for seen in samples]
 
 
+def host_milliseconds(run: Callable[[], Any], repeats: int) -> float:
+    """The median wall time of a call that does not wait for its kernels, and finds no others before it."""
+    samples = []
+    for _ in range(5 * repeats):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        run()
+        samples.append(time.perf_counter() - began)
+    return 1e3 * statistics.median(samples)
+
+
 def peak_memory(run: Callable[[], Any]) -> float:
     """MiB above what was there before and the results that remain (the output, or the gradients)."""
     torch.cuda.synchronize()
@@ -84,8 +105,11 @@ def peak_memory(run: Callable[[], Any]) -> float:
     results = run()
     torch.cuda.synchronize()
     results = [results] if isinstance(results, torch.Tensor) else results
-    kept = sum(t.numel() * t.element_size() for t in results)
-    return max(0.0, (torch.cuda.max_memory_allocated() - before - kept) / 2**20)
+    return max(0.0, (torch.cuda.max_memory_allocated() - before) / 2**20 - mebibytes(results))
+
+
+def mebibytes(tensors: Iterable[torch.Tensor]) -> float:
+    return sum(t.numel() * t.element_size() for t in tensors) / 2**20
 
 
 @dataclass
@@ -108,14 +132,20 @@ class Result:
     rival_mib: float | None = None
     memory: Target | None = None
     graph: bool = False
+    tokens: int = 0
+    group: str = ""
 
     @property
     def ratio(self) -> float:
         return self.ours_ms / self.rival_ms if self.ours_ms and self.rival_ms else math.nan
 
 
-def floor_ms(row: Row, task: Task, output: torch.Tensor, work: str) -> float:
-    """Each input read and each output written once; with the backward, their gradients too."""
+def floor_ms(row: Row, task: Task, work: str) -> float:
+    """Each input read and each output written once; with the backward, their gradients too. Of a model, its FLOPs alone."""
+    if work in (HOST, TRAINING):
+        return row.flops[work] / FLOPS_PER_SECOND * 1e3
+    with torch.no_grad(), autocast(row, "cuda"):
+        output = task.call()
     moved = sum(t.numel() * t.element_size() for t in [*task.leaves, output]) * (1 if work == FORWARD else 2)
     return max(row.flops[work] / FLOPS_PER_SECOND, moved / BYTES_PER_SECOND) * 1e3
 
@@ -124,7 +154,8 @@ def sides(row: Row, inputs: Inputs, rival: Rival) -> tuple[Task, Mix]:
     """Ours and the rival's; ours compiled where the rival is."""
     theirs = rival.build(inputs)
     function = compiled(row.ours) if rival.compiled else row.ours
-    return task(row, inputs, function), theirs if isinstance(theirs, list) else [(1.0, theirs)]
+    ours = row.step(inputs) if row.step else task(row, inputs, function)
+    return ours, theirs if isinstance(theirs, list) else [(1.0, theirs)]
 
 
 def compare(row: Row, inputs: Inputs, rival: Rival, error: float, repeats: int) -> list[Result]:
@@ -133,26 +164,33 @@ def compare(row: Row, inputs: Inputs, rival: Rival, error: float, repeats: int) 
         ours, theirs = sides(row, inputs, rival)
     except ImportError as missing:
         return [Result(row.name, rival=rival.name, problem=f"not installed ({missing})", error=error)]
-    with torch.no_grad(), autocast(row, "cuda"):
-        output = ours.call()
+    tasks = [ours, *(t for _, t in theirs)]
+
+    def total(parts):  # of the rival, from those of its parts
+        return sum(share * part for (share, _), part in zip(theirs, parts, strict=True))
 
     results = {}
     for work, flops in row.flops.items():
         if work == BACKWARD:
             results[work] = difference(results[FORWARD], results[BOTH], flops, rival.targets.get(work))
             continue
-        runs = [runnable(row, t, work) for t in (ours, *(t for _, t in theirs))]
-        result = Result(row.name, work, rival.name, error=error, flops=flops, target=rival.targets.get(work))
-        result.floor_ms = floor_ms(row, ours, output, work)
-        if work == FORWARD:
-            result.milliseconds = row.milliseconds
-        else:
-            result.memory = rival.memory
+        runs = [runnable(row, t, work) for t in tasks]
+        result = Result(row.name, work, rival.name, error=error, flops=flops, tokens=row.tokens)
+        result.target, result.milliseconds = rival.targets.get(work), row.milliseconds.get(work)
+        result.floor_ms = floor_ms(row, ours, work)
+        before = [run() for run in runs]  # compiles
         for run in runs:
-            for _ in range(2):  # compiles
-                run()
-        result.ours_mib, *parts = (peak_memory(run) for run in runs)
-        result.rival_mib = sum(share * part for (share, _), part in zip(theirs, parts, strict=True))
+            run()
+        results[work] = result
+        if work == HOST:
+            result.ours_ms, *parts = (host_milliseconds(run, repeats) for run in runs)
+            result.rival_ms = total(parts)
+            continue
+        steps = runs
+        result.ours_mib, *parts = (peak_memory(run) + mebibytes(t.held()) for run, t in zip(runs, tasks, strict=True))
+        result.rival_mib = total(parts)
+        if work != FORWARD:
+            result.memory = rival.memory
         if rival.graph:
             try:
                 runs = [captured(run) for run in runs]
@@ -160,9 +198,17 @@ def compare(row: Row, inputs: Inputs, rival: Rival, error: float, repeats: int) 
             except RuntimeError:  # the report says that no graph was used
                 torch.cuda.synchronize()
         result.ours_ms, *parts = alternate(runs, repeats)
-        result.rival_ms = sum(share * part for (share, _), part in zip(theirs, parts, strict=True))
-        results[work] = result
+        result.rival_ms = total(parts)
+        if work == TRAINING:
+            check_learning(before, [step() for step in steps])
     return list(results.values())
+
+
+def check_learning(before: list[torch.Tensor], after: list[torch.Tensor]) -> None:
+    """On a batch that is always the same, every loss falls."""
+    for side, first, last in zip(("ours", "the rival"), before, after, strict=True):
+        if not last < first:
+            raise AssertionError(f"{side}: training took the loss from {first:.3f} to {last:.3f}")
 
 
 def difference(forward: Result, both: Result, flops: float, target: Target | None) -> Result:

@@ -16,7 +16,11 @@ NOTE [Intervals]
     the least lower end of its rows to the greatest upper end, so windows and packed sequences cost what they cover.
 
     Most tiles lie inside the intervals of all their rows and need no mask: they have a loop of their own, after the others, whose
-    bounds are then no longer needed. With key padding every tile is masked. The longest tiles of all heads start first.
+    bounds are then no longer needed. With key padding every tile is masked.
+
+NOTE [Order]
+    Programs of as many heads as the second-level cache holds the rows of run side by side, in sections, one after the other; in a
+    section the longest tiles of a causal mask start first.
 
 NOTE [Float32]
     What rounds float32 most is not the products but the differences. So without tf32 (EXACT) scores and lse stay in natural
@@ -115,6 +119,9 @@ SPACE = {  # what may be tuned; see tuning.py
 }
 
 
+SECTION_BYTES = 16 << 20  # NOTE [Order]
+
+
 @triton.jit
 def _exp(x):
     """exp(x) for x <= 0, within about one ulp where `tl.exp`, which rounds x * log2(e), is four wrong at best: exp(x) =
@@ -124,6 +131,16 @@ def _exp(x):
     r = tl.fma(n, n * 0.0 + 2.12194440e-4, r)
     p = r * (0.5 + r * (1.0 / 6.0 + r * (1.0 / 24.0 + r * (1.0 / 120.0 + r * (1.0 / 720.0 + r * (1.0 / 5040.0))))))
     return tl.where(n <= -150.0, 0.0, tl.exp2(n) * (1.0 + (r + r * p)))  # NaN stays
+
+
+@triton.jit
+def _place(tiles, section):
+    """The tile, in order of launch, and the head of this program. See NOTE [Order]."""
+    pid = tl.program_id(0)
+    first = pid // (tiles * section) * section
+    width = tl.minimum(section, tl.num_programs(0) // tiles - first)
+    pid -= first * tiles
+    return pid // width, first + pid % width
 
 
 @triton.jit
@@ -343,10 +360,10 @@ def _sequence_bounds_kernel(cu_seqlens_ptr, bounds_ptr, n, T, steps, BLOCK: tl.c
     tl.store(bounds_ptr + T + offs_t, tl.where(found, end, 0).to(tl.int32), mask=mask_t)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["section"])
 def _attention_fwd_kernel(
     q_ptr, k_ptr, v_ptr, q_pos_ptr, k_pos_ptr, padding_ptr, bounds_ptr, o_ptr, lse_ptr,
-    T, S, H: tl.constexpr, F: tl.constexpr, window,
+    T, S, H: tl.constexpr, F: tl.constexpr, window, section,
     stride_qb, stride_qt: tl.constexpr, stride_qh: tl.constexpr,
     stride_kb, stride_kt: tl.constexpr, stride_kh: tl.constexpr,
     stride_vb, stride_vt: tl.constexpr, stride_vh: tl.constexpr,
@@ -357,13 +374,12 @@ def _attention_fwd_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(T, BLOCK_M)
-    pid = tl.program_id(0)
-    heads = tl.num_programs(0) // tiles
-    b = pid % heads // H
-    h = pid % heads % H
+    tile, head = _place(tiles, section)
+    b = head // H
+    h = head % H
     hk = h // GROUP
-    row = (b.to(tl.int64) * H + h) * T  # of lse
-    first = (tiles - 1 - pid // heads) * BLOCK_M  # the longest rows of a causal mask first, of all heads
+    row = head.to(tl.int64) * T  # of lse
+    first = (tiles - 1 - tile) * BLOCK_M  # the longest rows of a causal mask first
     offs_t = first + tl.arange(0, BLOCK_M)
     mask_t = offs_t < T
     low, high = _key_range(offs_t, T, S, bounds_ptr, window, IS_CAUSAL, HAS_WINDOW)
@@ -447,10 +463,10 @@ def _probability(s, lse, norm, visible, scale, EXACT: tl.constexpr, MASKED: tl.c
     return p
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["section"])
 def _attention_bwd_dkdv_kernel(
     do_ptr, q_ptr, k_ptr, v_ptr, q_pos_ptr, k_pos_ptr, padding_ptr, bounds_ptr, stats_ptr, dk_ptr, dv_ptr,
-    T, S, H: tl.constexpr, F: tl.constexpr, window,
+    T, S, H: tl.constexpr, F: tl.constexpr, window, section,
     stride_dob, stride_dot: tl.constexpr, stride_doh: tl.constexpr,
     stride_qb, stride_qt: tl.constexpr, stride_qh: tl.constexpr,
     stride_kb, stride_kt: tl.constexpr, stride_kh: tl.constexpr,
@@ -463,11 +479,11 @@ def _attention_bwd_dkdv_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
     h_kv: tl.constexpr = H // GROUP
-    pid = tl.program_id(0)
-    heads = tl.num_programs(0) // tl.cdiv(S, BLOCK_N)
-    b = pid % heads // h_kv
-    hk = pid % heads % h_kv
-    first = pid // heads * BLOCK_N  # the keys that most queries of a causal mask see first, of all heads
+    tiles = tl.cdiv(S, BLOCK_N)
+    tile, head = _place(tiles, section)
+    b = head // h_kv
+    hk = head % h_kv
+    first = tile * BLOCK_N  # the keys that most queries of a causal mask see first
     offs_n = first + tl.arange(0, BLOCK_N)
     if padding_ptr is not None:
         padding_ptr += b.to(tl.int64) * S
@@ -479,7 +495,7 @@ def _attention_bwd_dkdv_kernel(
 
     unit = scale if EXACT else scale * 1.4426950408889634  # log2(e)
     HIGH: tl.constexpr = HAS_WINDOW or bounds_ptr is not None
-    plane = heads * GROUP  # rows of the statistics: B * H
+    plane = tl.num_programs(0) // tiles * GROUP  # rows of the statistics: B * H
     dk = _zero_chunks(BLOCK_N, CHUNKS_P)
     dv = _zero_chunks(BLOCK_N, CHUNKS_PV)
     start, count, begin, end = _tiles(low, high, BLOCK_M, padding_ptr is not None)
@@ -522,11 +538,11 @@ def _attention_bwd_dkdv_kernel(
     _store_rows(dv_ptr, dv, b, hk, first, stride_dvb, stride_dvt, stride_dvh, mask_n, PV, CHUNKS_PV, BLOCK_N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["section"])
 def _attention_bwd_dq_kernel(
     do_ptr, q_ptr, k_ptr, v_ptr, q_pos_ptr, k_pos_ptr, padding_ptr, bounds_ptr,
     o_ptr, lse_ptr, dlse_ptr, stats_ptr, out_ptr,
-    T, S, H: tl.constexpr, F: tl.constexpr, window,
+    T, S, H: tl.constexpr, F: tl.constexpr, window, section,
     stride_dob, stride_dot: tl.constexpr, stride_doh: tl.constexpr,
     stride_qb, stride_qt: tl.constexpr, stride_qh: tl.constexpr,
     stride_kb, stride_kt: tl.constexpr, stride_kh: tl.constexpr,
@@ -542,13 +558,12 @@ def _attention_bwd_dq_kernel(
     """OUT "dq"; "dq_pos", BLOCK_FO channels of it a program; or "delta", which is launched for EXACT and first. The first
     kernel writes the statistics that the others load."""
     tiles = tl.cdiv(T, BLOCK_M)
-    pid = tl.program_id(0)
-    heads = tl.num_programs(0) // tiles
-    b = pid % heads // H
-    h = pid % heads % H
+    tile, head = _place(tiles, section)
+    b = head // H
+    h = head % H
     hk = h // GROUP
-    row = (b.to(tl.int64) * H + h) * T  # of lse
-    first = (tiles - 1 - pid // heads) * BLOCK_M
+    row = head.to(tl.int64) * T  # of lse
+    first = (tiles - 1 - tile) * BLOCK_M
     offs_t = first + tl.arange(0, BLOCK_M)
     mask_t = offs_t < T
     low, high = _key_range(offs_t, T, S, bounds_ptr, window, IS_CAUSAL, HAS_WINDOW)
@@ -562,7 +577,7 @@ def _attention_bwd_dq_kernel(
 
     unit = scale if EXACT else scale * 1.4426950408889634  # log2(e)
     rows = row + offs_t
-    plane = heads.to(tl.int64) * T
+    plane = (tl.num_programs(0) // tiles).to(tl.int64) * T
     stats_ptr += rows
     dlse = tl.zeros((BLOCK_M,), tl.float32)
     norm = dlse + 1.0
@@ -660,6 +675,12 @@ def _exact(dtype: torch.dtype, precision: str) -> bool:
     return dtype == torch.float32 and precision == "ieee"
 
 
+def _section(x: Tensor, y: Tensor, heads: int) -> int:
+    """See NOTE [Order]: how many of all `heads` at a time, whose programs read the rows of x and y, [B, S, H, P]."""
+    rows_of_head = (x.numel() + y.numel()) * x.element_size() // max(1, heads)
+    return max(1, min(heads, SECTION_BYTES // max(1, rows_of_head)))
+
+
 def _aligned(x: Tensor) -> bool:
     return x.data_ptr() % 16 == 0 and all(stride > 0 and stride * x.element_size() % 16 == 0 for stride in x.stride()[:3])
 
@@ -753,7 +774,7 @@ def attention_forward(
     launch(
         _attention_fwd_kernel, (cdiv(T, config["BLOCK_M"]) * B * H,),
         q, k, v, q_pos, k_pos, _padding(key_padding_mask), _sequence_bounds(cu_seqlens, T), o, lse,
-        T, S, H, 0 if q_pos is None else q_pos.shape[-1], min(window, T + S),
+        T, S, H, 0 if q_pos is None else q_pos.shape[-1], min(window, T + S), _section(k, v, B * H),
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *o.stride()[:3], scale,
         LOAD_P=min(q.shape[-1], k.shape[-1]), LOAD_PV=v.shape[-1], PV=PV, GROUP=H // Hkv, IS_CAUSAL=causal,
         HAS_WINDOW=window > 0, PRECISION=precision, EXACT=_exact(q.dtype, precision),
@@ -807,8 +828,8 @@ def attention_backward(
 
     masks = (_padding(key_padding_mask), _sequence_bounds(cu_seqlens, T))
     masked = key_padding_mask is not None or cu_seqlens is not None
-    strides = (*do.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
-    scalars = (T, S, H, 0 if q_pos is None else q_pos.shape[-1], min(window, T + S), *strides)
+    inputs = (*do.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
+    sizes = (T, S, H, 0 if q_pos is None else q_pos.shape[-1], min(window, T + S))
     flags = dict(
         P=P, PV=PV, LOAD_P=min(q.shape[-1], k.shape[-1]), LOAD_PV=min(do.shape[-1], v.shape[-1]), GROUP=H // Hkv,
         IS_CAUSAL=causal, HAS_WINDOW=window > 0, PRECISION=precision, EXACT=exact,
@@ -821,7 +842,8 @@ def attention_backward(
             config = _tuned(_attention_bwd_dq_kernel, config, q, k, v, q_pos, causal, window, masked)
         grid = (cdiv(T, config["BLOCK_M"]) * B * H, cdiv(out.shape[-1], config["BLOCK_FO"]) if name == "dq_pos" else 1)
         arguments = (do, q, k, v, q_pos, k_pos, *masks, o, lse, dlse, stats, out)
-        strides = (*o.stride()[:3], *out.stride()[:3])
+        strides = (*inputs, *o.stride()[:3], *out.stride()[:3])
+        scalars = (*sizes, _section(k, v, B * H))
         launch(_attention_bwd_dq_kernel, grid, *arguments, *scalars, *strides, scale, **flags, **config, OUT=name)
 
     if exact:
@@ -831,8 +853,9 @@ def attention_backward(
     config = _config("attention_dkdv", q, k, v, q_pos, "hopper_spare" if spare else "hopper")
     config = _tuned(_attention_bwd_dkdv_kernel, config, q, k, v, q_pos, causal, window, masked)
     arguments = (do, q, k, v, q_pos, k_pos, *masks, stats, dk, dv)
-    strides = (*dk.stride()[:3], *dv.stride()[:3])
+    strides = (*inputs, *dk.stride()[:3], *dv.stride()[:3])
     grid = (cdiv(S, config["BLOCK_N"]) * B * Hkv,)
+    scalars = (*sizes, _section(q, do, B * Hkv))
     launch(_attention_bwd_dkdv_kernel, grid, *arguments, *scalars, *strides, scale, **flags, **config)
     if q_pos is not None:
         launch_dq(dq_pos, "dq_pos")

@@ -119,15 +119,16 @@ def _interpret(kernel, grid, args, meta) -> None:
             a.copy_(copy)
 
 
-def opaque(fake: Callable) -> Callable:
+def opaque(fake: Callable, mutates: tuple[str, ...] = ()) -> Callable:
     """Make a launcher one opaque operator under torch.compile, and leave it a plain function call in eager mode.
 
     Dynamo can trace neither the interpreter nor a config lookup. `fake` returns empty outputs of the right shape and dtype. The
-    launcher takes and returns tensors (or None), ints, floats, bools and strings, annotated; it returns fresh tensors only.
+    launcher takes and returns tensors (or None), ints, floats, bools and strings, annotated; it returns fresh tensors only, and
+    writes to no argument but those it `mutates`.
     """
 
     def decorate(function: Callable) -> Callable:
-        op = torch.library.custom_op(f"triton_moe::{function.__name__}", function, mutates_args=())
+        op = torch.library.custom_op(f"triton_moe::{function.__name__}", function, mutates_args=mutates)
         op.register_fake(fake)
 
         @functools.wraps(function)

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import INTERPRET, cdiv, launch, next_power_of_2, opaque, rows
+from .common import INTERPRET, cdiv, launch, next_power_of_2, opaque
 
 XL_BASE = 10000.0
 
@@ -47,32 +47,30 @@ def _angles(position, c, N: tl.constexpr, LOG2_BASE: tl.constexpr):
 
 @triton.jit
 def _rope_rotate_kernel(
-    x_ptr, y_ptr, T, H, offset, stride_b, stride_t: tl.constexpr, stride_h: tl.constexpr,
-    N: tl.constexpr, P: tl.constexpr, LOG2_BASE: tl.constexpr, CONJUGATE: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_REST: tl.constexpr,
+    x_ptr, T, H, offset, stride_b, stride_t: tl.constexpr, stride_h: tl.constexpr,
+    N: tl.constexpr, LOG2_BASE: tl.constexpr, CONJUGATE: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
+    """In place: a program owns the first N channels of BLOCK_T rows, of all heads."""
     tiles = tl.cdiv(T, BLOCK_T)
     pid = tl.program_id(0)
     b = (pid // tiles).to(tl.int64)
     offs_t = (pid % tiles * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
-    mask_t = offs_t < T
     c = tl.arange(0, BLOCK_C)
-    mask = mask_t[:, None] & (c < N // 2)[None, :]
     cos, sin = _angles(offset + offs_t, c, N, LOG2_BASE)
     if CONJUGATE:
         sin = -sin
-    rest = N + tl.arange(0, BLOCK_REST)
-    mask_rest = mask_t[:, None] & (rest < P)[None, :]
-    for h in range(H):
-        x_rows = x_ptr + b * stride_b + offs_t[:, None] * stride_t + (tl.zeros((), tl.int64) + h) * stride_h
-        y_rows = y_ptr + ((b * T + offs_t) * H + h)[:, None] * P
-        x1 = tl.load(x_rows + c[None, :], mask=mask, other=0.0).to(tl.float32)
-        x2 = tl.load(x_rows + (c + N // 2)[None, :], mask=mask, other=0.0).to(tl.float32)
-        tl.store(y_rows + c[None, :], (x1 * cos - x2 * sin), mask=mask)
-        tl.store(y_rows + (c + N // 2)[None, :], (x2 * cos + x1 * sin), mask=mask)
-        if N < P:
-            x = tl.load(x_rows + rest[None, :], mask=mask_rest, other=0.0)
-            tl.store(y_rows + rest[None, :], x, mask=mask_rest)
+    cos, sin = cos[:, None, :], sin[:, None, :]
+    x_ptrs = x_ptr + b * stride_b + (offs_t * stride_t)[:, None, None] + c[None, None, :]
+    mask = (offs_t < T)[:, None, None] & (c < N // 2)[None, None, :]
+    for start in range(0, H, BLOCK_H):
+        h = (start + tl.arange(0, BLOCK_H)).to(tl.int64)
+        mask_h = mask & (h < H)[None, :, None]
+        ptrs = x_ptrs + (h * stride_h)[None, :, None]
+        x1 = tl.load(ptrs, mask=mask_h, other=0.0).to(tl.float32)
+        x2 = tl.load(ptrs + N // 2, mask=mask_h, other=0.0).to(tl.float32)
+        tl.store(ptrs, x1 * cos - x2 * sin, mask=mask_h)
+        tl.store(ptrs + N // 2, x2 * cos + x1 * sin, mask=mask_h)
 
 
 @triton.jit
@@ -122,21 +120,25 @@ def _tiles(T: int, channels: int) -> dict[str, int]:
     return dict(BLOCK_T=min(block_t, next_power_of_2(T)), BLOCK_C=block_c, num_warps=4)
 
 
-@opaque(lambda x, n, base, offset, conjugate: x.new_empty(x.shape))
-def rope_rotate(x: Tensor, n: int, base: float, offset: int, conjugate: bool) -> Tensor:
-    """x [B, T, H, P] with its first n (even) channels rotated by position offset + t, or back when conjugate."""
+@opaque(lambda x, n, base, offset, conjugate: None, mutates=("x",))
+def rope_rotate_(x: Tensor, n: int, base: float, offset: int, conjugate: bool) -> None:
+    """Rotate the first n (even) channels of x [B, T, H, P], rows contiguous, by position offset + t, or back when conjugate."""
     if n == 0:
-        return x.clone(memory_format=torch.contiguous_format)
-    x = rows(x)
-    B, T, H, P = x.shape
-    y = x.new_empty(x.shape)
+        return
+    B, T, H, _ = x.shape
     block_c = next_power_of_2(n // 2)
-    block_t = min(256 if INTERPRET else 1024 // block_c, next_power_of_2(T))
+    block_h = min(8, next_power_of_2(H, 1))
+    block_t = min(256 if INTERPRET else max(1, 2048 // (block_c * block_h)), next_power_of_2(T, 1))
     launch(
-        _rope_rotate_kernel, (B * cdiv(T, block_t),), x, y, T, H, offset, *x.stride()[:3],
-        N=n, P=P, LOG2_BASE=math.log2(base), CONJUGATE=conjugate,
-        BLOCK_T=block_t, BLOCK_C=block_c, BLOCK_REST=next_power_of_2(P - n), num_warps=4,
+        _rope_rotate_kernel, (B * cdiv(T, block_t),), x, T, H, offset, *x.stride()[:3],
+        N=n, LOG2_BASE=math.log2(base), CONJUGATE=conjugate, BLOCK_T=block_t, BLOCK_H=block_h, BLOCK_C=block_c, num_warps=4,
     )  # fmt: skip
+
+
+def rope_rotate(x: Tensor, n: int, base: float, offset: int, conjugate: bool) -> Tensor:
+    """A rotated copy, contiguous."""
+    y = x.clone(memory_format=torch.contiguous_format)
+    rope_rotate_(y, n, base, offset, conjugate)
     return y
 
 
