@@ -10,9 +10,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from triton.runtime.errors import OutOfResources
 
 from triton_moe import tuning
-from triton_moe.kernels import attention, gating, sets
+from triton_moe.kernels import attention, common, gating, sets
 from triton_moe.tuning import ConfigError, Device, Entry, Key
 
 HERE = Device("Test GPU 9000 (rev. 2)", "sm_90", 232448)
@@ -93,6 +94,30 @@ def test_lookup_asks_the_files_once(folder, monkeypatch):
 def test_the_interpreter_and_meta_tensors_keep_the_default():
     for device in ("cpu", "meta"):
         assert tuning.lookup(sets._gather_kernel, DEFAULT, torch.empty(1, device=device), (4096,), **WIDTHS) is DEFAULT
+
+
+def test_a_default_that_needs_too_much_shared_memory_runs_with_fewer_stages():
+    class Kernel:
+        __name__ = "_kernel"
+
+        def __init__(self, name):
+            self.name, self.tried = name, []
+
+        def __getitem__(self, grid):
+            def run(*args, num_stages, **meta):
+                self.tried.append((grid, args, num_stages, meta))
+                if num_stages > 2:
+                    raise OutOfResources(147456, 101376, self.name)
+
+            return run
+
+    kernel = Kernel("shared memory")
+    with pytest.warns(UserWarning, match="autotune"):
+        common.start(kernel, (3,), ("x",), {"num_stages": 4, "BLOCK_M": 64})
+    assert kernel.tried == [((3,), ("x",), stages, {"BLOCK_M": 64}) for stages in (4, 3, 2)]
+    common.start(kernel, (3,), (), {"num_stages": 4})  # said once
+    with pytest.raises(OutOfResources):
+        common.start(Kernel("threads"), (3,), (), {"num_stages": 4})
 
 
 def test_digest_tells_what_may_be_chosen(folder):
