@@ -1147,15 +1147,15 @@ def _block_forward(x, w1, b1, head, w2, b2, moe, mask, cu_seqlens, seed, dtype, 
     def residual(branch, stream):
         if c.dropout > 0:
             branch = dropout_rows(branch.reshape(B * T, D), seed, c.dropout, stream).view(B, T, D)
-        return branch
+        return branch if x.dtype == torch.float32 else branch.to(x.dtype)  # float32 is what the sum has anyway
 
     h, mean1, rstd1 = _norm_forward(x, w1, b1, c.eps)
     tensors = _head_inputs(dtype, c.head, h, None, None, *head)
     attended, _, _, head_saved = _head_forward(*tensors, mask, cu_seqlens, seed, c.head)
-    x1 = (x + residual(attended, STREAM_RESIDUAL_ATTENTION)).to(x.dtype)
+    x1 = x + residual(attended, STREAM_RESIDUAL_ATTENTION)
     h, mean2, rstd2 = _norm_forward(x1, w2, b2, c.eps)
     y, logits, moe_saved = _moe_forward(h.view(B * T, D), None, *moe, seed, dtype, c.moe)
-    y = (x1 + residual(y.view(B, T, D), STREAM_RESIDUAL_MOE)).to(x.dtype)
+    y = x1 + residual(y.view(B, T, D), STREAM_RESIDUAL_MOE)
     own = (x, w1, b1, mean1, rstd1, x1, w2, b2, mean2, rstd2, seed)
     return y, logits.view(B, T, logits.shape[1]), (*own, *head_saved, *moe_saved)
 
