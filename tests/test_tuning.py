@@ -84,7 +84,7 @@ def test_an_entry_of_another_source_is_stale(folder):
 def test_lookup_asks_the_files_once(folder, monkeypatch):
     tuning.save(folder, "sets", HERE, [entry()])
     monkeypatch.setattr(tuning, "this_device", lambda device: HERE)
-    x = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.bfloat16, is_meta=False)
+    x = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.bfloat16)
     args = sets._gather_kernel, DEFAULT | {"PARTS": 2}, x, (4096,)
     assert tuning.lookup(*args, **WIDTHS) == TUNED | {"PARTS": 2}
     monkeypatch.setattr(tuning, "resolve", None)

@@ -91,17 +91,18 @@ _resolved: dict[tuple, dict[str, int] | None] = {}
 
 def lookup(kernel, default: dict[str, int], x: torch.Tensor, sizes: tuple[int, ...] = (), **widths: int) -> dict[str, int]:
     """`default`, or with the values tuned for `kernel` on x's device. Not to be changed by the caller."""
-    if x.device.type == "cpu":  # the interpreter
+    device = x.device
+    if device.type == "cpu":  # the interpreter
         return default
     if override is not None:
         return override(kernel, _key(kernel, x, sizes, widths), default)
-    if x.is_meta:
+    if device.type == "meta":
         return default
-    at = (kernel, x.dtype, x.device, *[n.bit_length() for n in sizes], *widths.values())
+    at = (kernel.fn, x.dtype, device, *[n.bit_length() for n in sizes], *widths.values())
     try:
         config = _resolved[at]
     except KeyError:
-        config = _resolved[at] = resolve(kernel, _key(kernel, x, sizes, widths), this_device(x.device)).config
+        config = _resolved[at] = resolve(kernel, _key(kernel, x, sizes, widths), this_device(device)).config
     return default if config is None else default | config
 
 
