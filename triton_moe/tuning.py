@@ -91,14 +91,12 @@ _resolved: dict[tuple, dict[str, int] | None] = {}
 
 def lookup(kernel, default: dict[str, int], x: torch.Tensor, sizes: tuple[int, ...] = (), **widths: int) -> dict[str, int]:
     """`default`, or with the values tuned for `kernel` on x's device. Not to be changed by the caller."""
-    device = x.device
-    if device.type == "cpu":  # the interpreter
-        return default
     if override is not None:
         return override(kernel, _key(kernel, x, sizes, widths), default)
-    if device.type == "meta":
+    device = x.device
+    if device.index is None:  # of a CPU, for the interpreter, or meta
         return default
-    at = (kernel.fn, x.dtype, device, *[n.bit_length() for n in sizes], *widths.values())
+    at = (kernel.fn, x.dtype, device.index, *[n.bit_length() for n in sizes], *widths.values())
     try:
         config = _resolved[at]
     except KeyError:
