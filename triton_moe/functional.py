@@ -31,7 +31,8 @@ from torch.autograd.function import once_differentiable
 
 from . import _check
 from .kernels.attention import attention_backward, attention_forward
-from .kernels.common import cast, cdiv, input_precision
+from .kernels.cast import assemble, cast
+from .kernels.common import cdiv, input_precision
 from .kernels.gating import MAX_EXPERTS, Plan, gating_backward, gating_forward, routing_plan
 from .kernels.mlp import mlp_backward, mlp_backward_input, mlp_forward
 from .kernels.position import rope_rotate, rope_rotate_, xl_keys, xl_query
@@ -584,8 +585,12 @@ class _MoEConfig(NamedTuple):
 
 def _moe_forward(x, gate_input, keys, values, expert_sel, bias, o_bias, seed, dtype: torch.dtype, c: _MoEConfig):
     """x [N, D], gate_input [N, D] or None -> y [N, D_out] in dtype, logits [N, E], and the tensors `_moe_backward` takes."""
-    x, gate_input, keys, values, expert_sel, bias, o_bias = (
-        t if t is None else cast(t, dtype) for t in (x, gate_input, keys, values, expert_sel, bias, o_bias)
+    x, gate_input = cast(x, dtype), gate_input if gate_input is None else cast(gate_input, dtype)
+    given = [w for w in (keys, values, expert_sel, bias, o_bias) if w is not None]
+    blocks = [w.view(1, *w.shape) if w.ndim == 2 else w.view(1, 1, -1) if w.ndim == 1 else w for w in given]
+    made = iter(assemble(dtype, *(((w,), tuple(w.shape[1:])) for w in blocks)))
+    keys, values, expert_sel, bias, o_bias = (
+        None if w is None else next(made).view(w.shape) for w in (keys, values, expert_sel, bias, o_bias)
     )
     gate_x = x if gate_input is None else gate_input
     weights, experts, logits = gating_forward(gate_x, expert_sel, seed, 1, 1, c.top_k, c.mode, c.expert_dropout, STREAM_GATE)
@@ -737,30 +742,24 @@ def _attention_config(c: _HeadConfig) -> _AttentionConfig:
     return _AttentionConfig(c.kind, 0, c.base, c.causal, c.window, c.width**-0.5, c.precision)
 
 
-def _stacked(dtype: torch.dtype, axis: int, size: int, *weights: Tensor) -> Tensor:
-    """The weights one after another along a new first axis, in dtype, filled up with zeros to `size` along their own `axis`."""
-    first = weights[0]
-    if len(weights) == 1 and first.shape[axis] == size:
-        return cast(first, dtype)[None]
-    shape = (len(weights), *first.shape[:axis], size, *first.shape[axis + 1 :])
-    stacked = first.new_zeros(shape, dtype=dtype)
-    for i, w in enumerate(weights):
-        stacked[i].narrow(axis, 0, w.shape[axis]).copy_(w)
-    return stacked
-
-
 def _head_inputs(dtype: torch.dtype, c: _HeadConfig, x, k_src, v_src, q, k, v, o, sel_v, sel_o, pos):
     """What `switchhead` was given, as the kernels take it: in dtype, heads padded (NOTE [Head widths]), the weights of queries
     and keys in one tensor, and those of both gates -> x, k_src, v_src, qk [2*H*P, D], v, o, sel [2*H*E or H*E, D], pos."""
     H, P, D = c.n_heads, c.width, x.shape[2]
     wide = P if dtype == torch.float32 else cdiv(P, 32) * 32
     x, k_src, v_src = (t if t is None else cast(t, dtype) for t in (x, k_src, v_src))
-    qk = _stacked(dtype, 1, wide, q.reshape(H, P, D), k.reshape(H, P, D)).view(2 * H * wide, D)
-    v = _stacked(dtype, 2, wide, v)[0] if v.ndim == 3 else _stacked(dtype, 1, wide, v.reshape(H, P, D)).view(H * wide, D)
-    o = _stacked(dtype, 1, wide, o)[0] if o.ndim == 3 else _stacked(dtype, 2, wide, o.reshape(-1, H, P))[0].flatten(1)
-    sel = _stacked(dtype, 0, len(sel_o), *((sel_o,) if sel_v is None else (sel_v, sel_o))).flatten(0, 1)
-    pos = None if pos is None else _stacked(dtype, 1, wide, pos.reshape(H, P, -1)).view(H * wide, -1)
-    return x, k_src, v_src, qk, v, o, sel, pos
+    rows = (wide, D)
+    groups: list[tuple[tuple[Tensor, ...], tuple[int, int]]] = [((q.reshape(H, P, D), k.reshape(H, P, D)), rows)]
+    groups.append(((v,), (D, wide)) if v.ndim == 3 else ((v.reshape(H, P, D),), rows))
+    groups.append(((o,), (wide, o.shape[2])) if o.ndim == 3 else ((o.reshape(-1, H, P),), (H, wide)))
+    groups.append((tuple(s[None] for s in (sel_v, sel_o) if s is not None), tuple(sel_o.shape)))
+    if pos is not None:
+        groups.append(((pos.reshape(H, P, -1),), (wide, pos.shape[1])))
+    qk, new_v, new_o, sel, *new_pos = assemble(dtype, *groups)
+    return (
+        x, k_src, v_src, qk.flatten(0, 1), new_v if v.ndim == 3 else new_v.flatten(0, 1),
+        new_o if o.ndim == 3 else new_o.flatten(1), sel.flatten(0, 1), new_pos[0].flatten(0, 1) if new_pos else None,
+    )  # fmt: skip
 
 
 def _sel_sides(sel: Tensor, v: Tensor) -> tuple[Tensor | None, Tensor]:

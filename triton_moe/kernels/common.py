@@ -49,13 +49,6 @@ def find_tile(offsets_ptr, pid, GROUPS, BLOCK_M: tl.constexpr, BLOCK_G: tl.const
     return group, first, tl.sum(tl.where(here, end, 0), 0)
 
 
-@triton.jit
-def _cast_kernel(x_ptr, y_ptr, SIZE, BLOCK: tl.constexpr):
-    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    x = tl.load(x_ptr + offs, mask=offs < SIZE, other=0.0)
-    tl.store(y_ptr + offs, x.to(y_ptr.dtype.element_ty), mask=offs < SIZE)
-
-
 # Both Triton's own functions and ours were decorated for the interpreter: TRITON_INTERPRET was set in time.
 INTERPRET = not any(isinstance(f, triton.runtime.JITFunction) for f in (uniform, tl.cdiv))
 
@@ -152,15 +145,6 @@ def input_precision(dtype: torch.dtype) -> str:
     if hasattr(matmul, "fp32_precision"):  # torch >= 2.9; get_float32_matmul_precision() raises once this has been set
         return "tf32" if matmul.fp32_precision == "tf32" else "ieee"
     return "tf32" if matmul.allow_tf32 else "ieee"
-
-
-def cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """x in another floating dtype. torch's own kernel takes twice the time for large tensors on an H200; a compiler fuses it."""
-    if x.dtype == dtype or x.numel() < 1 << 20 or not x.is_contiguous() or INTERPRET or torch.compiler.is_compiling():
-        return x.to(dtype)
-    y = torch.empty_like(x, dtype=dtype)
-    launch(_cast_kernel, (cdiv(x.numel(), 4096),), x, y, x.numel(), BLOCK=4096, num_warps=8)
-    return y
 
 
 def next_power_of_2(n: int, least: int = 16) -> int:

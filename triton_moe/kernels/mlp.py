@@ -30,7 +30,8 @@ import triton
 import triton.language as tl
 
 from .. import tuning
-from .common import INTERPRET, cast, cdiv, default_config, find_tile, launch, next_power_of_2, opaque, rows, uniform
+from .cast import cast
+from .common import INTERPRET, cdiv, default_config, find_tile, launch, next_power_of_2, opaque, rows, uniform
 from .projection import _combine, _grouped_dw, product
 
 CONFIGS = {

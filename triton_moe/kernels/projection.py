@@ -36,7 +36,8 @@ import triton.language as tl
 
 from .. import tuning
 from . import sets
-from .common import INTERPRET, cast, cdiv, default_config, find_tile, launch, next_power_of_2, opaque, rows, uniform
+from .cast import cast
+from .common import INTERPRET, cdiv, default_config, find_tile, launch, next_power_of_2, opaque, rows, uniform
 
 CONFIGS = {
     "grouped_gemm": {
