@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 import reference
 from triton_moe import functional as F
 from triton_moe import testing
+from triton_moe.kernels.position import rope_rotate, rope_rotate_
 
 
 def padding(B, S, device, kind):
@@ -158,6 +159,26 @@ def test_heads_before_tokens_in_memory_at_size(dtype, device):
     check(F.attention, reference.attention, x, at_size=True)
 
 
+@pytest.mark.gpu
+def test_more_elements_than_32_bits_count(device):
+    """The end of the last head, 2**31 elements on, is bitwise the attention of those tokens alone."""
+    T, H, P, window, end = 131072, 130, 128, 96, 1024
+    if torch.cuda.get_device_properties(device).total_memory < 60 << 30:
+        pytest.skip("needs 60 GiB")
+    q, k, v = (torch.randn(1, T, H, P, device=device, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    do = torch.randn_like(q)
+    last = [x.detach()[:, -end:, -1:].contiguous().requires_grad_() for x in (q, k, v)]
+    o, o_last = F.attention(q, k, v, window=window), F.attention(*last, window=window)
+    assert torch.equal(o[:, window - end :, -1:], o_last[:, window:])
+    gradients, expected = torch.autograd.grad(o, [q, k, v], do), torch.autograd.grad(o_last, last, do[:, -end:, -1:])
+    for d, e in zip(gradients, expected, strict=True):
+        assert torch.equal(d[:, window - end :, -1:], e[:, window:])
+
+    rotated = q.detach()
+    rope_rotate_(rotated, 64, 10000.0, 0, False)
+    assert torch.equal(rotated[:, -end:, -1:], rope_rotate(last[0].detach(), 64, 10000.0, T - end, False))
+
+
 @given(data=st.data(), T=st.integers(1, 24), P=st.integers(1, 20), causal=st.booleans())
 def test_causality_and_linearity(data, T, P, causal, device):
     x = {n: data.draw(testing.tensors((1, T, 2, P), device=device)) for n in ("q", "k", "v")}
@@ -216,8 +237,9 @@ def test_nan_reaches_those_who_see_it_and_nobody_else(device):
         assert torch.equal(o2[:, ~hit], o[:, ~hit]) and torch.equal(lse2[..., ~hit], lse[..., ~hit])
 
 
-def test_large_scores_give_no_nan(device):
-    x = inputs(1, 20, 20, 1, 1, 16, 16, torch.float32, device)
+@pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
+def test_large_scores_give_no_nan(dtype, device):
+    x = inputs(1, 20, 20, 1, 1, 16, 16, dtype, device)
     o, lse = F.attention(1e4 * x["q"], x["k"], x["v"], return_lse=True)
     o.sum().backward()
     assert o.isfinite().all() and lse.isfinite().all() and x["v"].grad.isfinite().all() and x["q"].grad.isfinite().all()

@@ -92,7 +92,7 @@ def test_every_other_row_passes_its_check(group):
 @interpreted
 def test_a_packed_sequence_that_reaches_into_another_is_found(monkeypatch):
     right = functional.attention
-    monkeypatch.setattr(functional, "attention", lambda q, k, v, cu_seqlens: right(q, k, v))
+    monkeypatch.setattr(functional, "attention", lambda q, k, v, scale, cu_seqlens: right(q, k, v, scale=scale))
     (result,) = timing.measure(attention.packed_row(2, 20, [5, 24], "cpu"), 1, timed=False)
     assert result.failed and "AssertionError" in result.problem
 
@@ -153,7 +153,9 @@ def clock(monkeypatch):
 
 
 def plain_attention(p):
-    return attention.rival_attention(p, lambda *qkv: torch.nn.functional.scaled_dot_product_attention(*qkv[:3], is_causal=True))
+    return attention.rival_attention(
+        p, p["q"].shape[-1], lambda *qkv: torch.nn.functional.scaled_dot_product_attention(*qkv[:3], is_causal=True)
+    )
 
 
 @interpreted
@@ -325,7 +327,7 @@ def test_rivals_of_attention_compute_the_same(P):
         assert q.shape[-1] == 24
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
 
-    task = attention.rival_attention(p, attend)
+    task = attention.rival_attention(p, P, attend)
     for _ in range(2):
         result = task.call()
         torch.testing.assert_close(result, truth)

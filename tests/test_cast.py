@@ -25,7 +25,9 @@ def test_weights_side_by_side(dtype, device):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float16, torch.float32)])
+@pytest.mark.parametrize(
+    "dtypes", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float16, torch.float32)]
+)
 def test_a_large_tensor(dtypes):
     x = randn(1031, 1031, device="cuda", dtype=dtypes[0])
     assert torch.equal(cast.cast(x, dtypes[1]), x.to(dtypes[1]))

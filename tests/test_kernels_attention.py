@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from triton_moe.kernels import attention
 from triton_moe.kernels.attention import CONFIGS, attention_backward, attention_forward
 from triton_moe.kernels.common import input_precision
 from triton_moe.kernels.position import rope_rotate, xl_keys, xl_query
@@ -141,6 +142,11 @@ def check(
 )
 def test_attention(device, dtype, case):
     check(device, dtype, **case)
+
+
+def test_position_scores_some_tiles_at_a_time(device, monkeypatch):
+    monkeypatch.setattr(attention, "POSITION_BYTES", 1)
+    check(device, torch.float32, T=300, S=320, H=1, P=8, F=10, with_dlse=False)
 
 
 @pytest.mark.smoke

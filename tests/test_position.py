@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from triton_moe import functional as F
 from triton_moe import testing
-from triton_moe.kernels.position import rope_rotate, xl_keys, xl_query
+from triton_moe.kernels.position import rope_rotate, rope_rotate_, xl_keys, xl_query
 
 
 @given(data=st.data(), P=st.integers(1, 24), offset=st.integers(0, 10**6))
@@ -18,6 +18,28 @@ def test_a_rotation_keeps_lengths_and_turns_back(data, P, offset, device):
     torch.testing.assert_close(y.norm(dim=-1), x.norm(dim=-1))
     assert torch.equal(y[..., n:], x[..., n:])
     torch.testing.assert_close(rope_rotate(y, n, 10000.0, offset, True), x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_in_place_leaves_all_else_alone(dtype, device):
+    """A view of some of the heads: the others, and the channels that do not rotate, keep their bits."""
+    whole = torch.randn(2, 7, 5, 12, device=device).to(dtype)
+    before, part = whole.clone(), whole[:, :, 1:4]
+    rope_rotate_(part, 6, 100.0, 3, True)
+    assert torch.equal(part, rope_rotate(before[:, :, 1:4], 6, 100.0, 3, True))
+    assert not torch.equal(part[..., :6], before[:, :, 1:4][..., :6])
+    part.copy_(before[:, :, 1:4])
+    assert torch.equal(whole, before)
+
+
+def test_in_place_under_dynamo(device):
+    def rotated(x):
+        y = x * 2
+        rope_rotate_(y[:, :, :2], 4, 100.0, 1, False)
+        return y + 1
+
+    x = torch.randn(1, 5, 3, 8, device=device)
+    assert torch.equal(torch.compile(rotated, fullgraph=True, backend="aot_eager")(x), rotated(x))
 
 
 @given(data=st.data(), offset=st.integers(1, 10**5))

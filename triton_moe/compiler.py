@@ -242,6 +242,7 @@ CASES = {  # op: shapes of its workload, published ones and what lies at the edg
         {"P": 76, "H": 2, "Hkv": 2, "xl": 412},
     ],
     "position": [{"P": 82, "D": 412}],
+    "cast": [{"H": 4, "E": 4, "P": 100, "D": 1024}],
 }
 
 

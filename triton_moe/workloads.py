@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .kernels import attention, common, gating, mlp, position, projection, sets
+from .kernels import attention, cast, common, gating, mlp, position, projection, sets
 
 
 class Inputs:
@@ -115,12 +115,21 @@ def _position(make, P, D, H=4, T=1024):
     return {"keys": position.xl_keys(q, 2 * T, D)}
 
 
+def _cast(make, H, E, P, D, N=4096):
+    """From float32, as under autocast, with heads of P channels filled up to a multiple of 32."""
+    wide = common.cdiv(P, 32) * 32
+    q, v, sel, x = (make(*shape, dtype=torch.float32) for shape in ((H, P, D), (H * E, D, P), (1, H * E, D), (N, D)))
+    groups = ((q, q), (wide, D)), ((v,), (D, wide)), ((sel, sel), (H * E, D))
+    return dict(zip(("qk", "v", "sel", "x"), (*cast.assemble(make.dtype, *groups), cast.cast(x, make.dtype)), strict=True))
+
+
 WORKLOADS: dict[str, Callable[..., dict[str, Tensor]]] = {
     "gating": _gating,
     "projection": _projection,
     "mlp": _mlp,
     "attention": _attention,
     "position": _position,
+    "cast": _cast,
 }
 
 

@@ -35,10 +35,14 @@ def attention_rows(device: str, full: bool) -> list[Row]:
 PACKED = [1024, 4608, 1536, 5120, 8192, 5632, 4608, 2048]  # lengths of sequences packed into one row, 32768 in all
 
 
+def stored_width(P: int, device: str) -> int:
+    """The channels of a head as a layer stores it: functional.py, NOTE [Head widths]."""
+    return P if op_dtype(device) == torch.float32 else -(-P // 32) * 32
+
+
 def stored(B: int, T: int, H: int, P: int, device: str) -> torch.Tensor:
-    """[B, T, H, P] as a layer stores it: rows start at multiples of 16 bytes."""
-    pitch = -(-P // 8) * 8
-    return torch.randn(B, T, H, pitch, device=device).to(op_dtype(device))[..., :P].requires_grad_()
+    x = torch.randn(B, T, H, P, device=device).to(op_dtype(device))
+    return torch.nn.functional.pad(x, (0, stored_width(P, device) - P)).requires_grad_()
 
 
 def attention_case(
@@ -54,16 +58,17 @@ def attention_case(
     **more,
 ) -> Row:
     """shape: B, T, H, P; options: the keywords of `attention` in this package (functional or reference) for these inputs."""
+    scale = shape[3] ** -0.5
 
     def ours(p):
         from .. import functional
 
-        return functional.attention(p["q"], p["k"], p["v"], **options(functional, p))
+        return functional.attention(p["q"], p["k"], p["v"], scale=scale, **options(functional, p))
 
     def truth(p, _):
         from .. import reference
 
-        return reference.attention(p["q"], p["k"], p["v"], **(reference_options or options)(reference, p))
+        return reference.attention(p["q"], p["k"], p["v"], scale=scale, **(reference_options or options)(reference, p))
 
     return Row(
         f"attention, causal, {name}H {shape[2]} P {shape[3]}, T {shape[1]}",
@@ -80,7 +85,7 @@ def attention_case(
 
 def attention_row(H: int, P: int, T: int, device: str, *, B: int | None = None, window: int | None = None) -> Row:
     B = B or 32768 // T
-    cudnn, flash, flex = sdpa(CUDNN), sdpa(FLASH), flex_attention(T, window)
+    cudnn, flash, flex = sdpa(CUDNN, P), sdpa(FLASH, P), flex_attention(T, P, window)
     flops = attention_flops(B * T, T, H, P, window)
     if window:
         rivals = [Rival(f"{FLEX}, padded" if P % 8 else FLEX, flex, compiles=True)]
@@ -98,7 +103,7 @@ def attention_row(H: int, P: int, T: int, device: str, *, B: int | None = None, 
     bounds = {FORWARD: Target(1 / 0.85, 1.0), BACKWARD: Target(1 / 0.7, 1 / 0.85)}
     rivals = [Rival(CUDNN, cudnn, bounds if P in (64, 128) and T == 4096 else {})]
     if T == 4096:
-        rivals.append(Rival(f"{CUDNN}, deterministic", sdpa(CUDNN, deterministic_algorithms)))
+        rivals.append(Rival(f"{CUDNN}, deterministic", sdpa(CUDNN, P, deterministic_algorithms)))
     if P > 128:
         rivals += [Rival(FLASH, flash), Rival(FLEX, flex, compiles=True)]
     return attention_case("", (B, T, H, P), device, flops, rivals)
@@ -112,7 +117,7 @@ def packed_row(H: int, P: int, lengths: list[int], device: str) -> Row:
         (1, N, H, P),
         device,
         sum(attention_flops(n, n, H, P) for n in lengths),
-        [Rival(FLEX, flex_attention(N, ends=ends), compiles=True)],
+        [Rival(FLEX, flex_attention(N, P, ends=ends), compiles=True)],
         options=lambda package, p: {"cu_seqlens": p["cu_seqlens"]},
         reference_options=lambda package, p: {},  # it is given the last sequence alone
         extra=lambda: {"cu_seqlens": torch.tensor([0, *ends], dtype=torch.int32, device=device)},
@@ -122,7 +127,7 @@ def packed_row(H: int, P: int, lengths: list[int], device: str) -> Row:
 
 def xl_row(H: int, P: int, D: int, T: int, device: str, *, B: int = 32) -> Row:
     """Transformer-XL positions, against none."""
-    without = attention_row(H, P, T, device, B=B)
+    without, wide = attention_row(H, P, T, device, B=B), stored_width(P, device)
     plain = Rival(
         "our plain attention", lambda p: Task(lambda: without.ours(p), [p["q"], p["k"], p["v"]]), {FORWARD: Target(3.0, 2.0)}
     )
@@ -133,7 +138,7 @@ def xl_row(H: int, P: int, D: int, T: int, device: str, *, B: int = 32) -> Row:
         attention_flops(B * T, T, H, P),
         [plain],
         options=lambda package, p: {"position": package.XL(p["weight"])},
-        extra=lambda: {"weight": randn(H * P, D, std=D**-0.5, device=device, dtype=op_dtype(device))},
+        extra=lambda: {"weight": randn(H * wide, D, std=D**-0.5, device=device, dtype=op_dtype(device))},
     )
 
 
@@ -155,10 +160,10 @@ class Widen(torch.autograd.Function):
         return d[..., : ctx.width], None
 
 
-def rival_attention(p: Inputs, attend: Callable, context=contextlib.nullcontext) -> Task:
+def rival_attention(p: Inputs, P: int, attend: Callable, context=contextlib.nullcontext) -> Task:
     """attend(q, k, v, scale) on [B, H, T, P], the width padded to a multiple of 8 where it is none; the padding is timed."""
-    q, k, v = inputs = [p[name].detach().transpose(1, 2).contiguous().requires_grad_() for name in ("q", "k", "v")]
-    P = q.shape[-1]
+    inputs = [p[name].detach()[..., :P].transpose(1, 2).contiguous().requires_grad_() for name in ("q", "k", "v")]
+    q, k, v = inputs
     if P % 8 == 0:
         return Task(lambda: attend(q, k, v, P**-0.5), inputs, context)
     wide = [torch.zeros(*t.shape[:-1], P + -P % 8, device=t.device, dtype=t.dtype) for t in inputs]
@@ -170,7 +175,7 @@ def rival_attention(p: Inputs, attend: Callable, context=contextlib.nullcontext)
     return Task(padded, inputs, context)
 
 
-def sdpa(name: str, also: Callable = contextlib.nullcontext) -> Callable[[Inputs], Task]:
+def sdpa(name: str, P: int, also: Callable = contextlib.nullcontext) -> Callable[[Inputs], Task]:
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     backend = {CUDNN: SDPBackend.CUDNN_ATTENTION, FLASH: SDPBackend.FLASH_ATTENTION}[name]
@@ -183,7 +188,7 @@ def sdpa(name: str, also: Callable = contextlib.nullcontext) -> Callable[[Inputs
         with sdpa_kernel(backend), also():
             yield
 
-    return lambda p: rival_attention(p, attend, context)
+    return lambda p: rival_attention(p, P, attend, context)
 
 
 @contextlib.contextmanager
@@ -198,7 +203,7 @@ def deterministic_algorithms():
         torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
-def flex_attention(T: int, window: int | None = None, ends: list[int] | None = None) -> Callable[[Inputs], Task]:
+def flex_attention(T: int, P: int, window: int | None = None, ends: list[int] | None = None) -> Callable[[Inputs], Task]:
     """ends: where packed sequences end."""
 
     def build(p):
@@ -220,6 +225,6 @@ def flex_attention(T: int, window: int | None = None, ends: list[int] | None = N
         mask = flex.create_block_mask(sees, None, None, T, T, device=device)
 
         function = compiled(flex.flex_attention)  # uncompiled it writes all scores
-        return rival_attention(p, lambda q, k, v, scale: function(q, k, v, block_mask=mask, scale=scale))
+        return rival_attention(p, P, lambda q, k, v, scale: function(q, k, v, block_mask=mask, scale=scale))
 
     return build

@@ -19,8 +19,14 @@ NOTE [Intervals]
     bounds are then no longer needed. With key padding every tile is masked.
 
 NOTE [Order]
-    Programs of as many heads as the second-level cache holds the rows of run side by side, in sections, one after the other; in a
-    section the longest tiles of a causal mask start first.
+    The heads go in equal sections, one after the other, of as many as SECTION_BYTES hold the rows of, so that the second-level
+    cache keeps what their programs share; in a section the longest tiles of a causal mask start first. At T 1024 (NOTE [Hopper])
+    that takes the forward pass from 112 to 105 us, dq from 151 to 133 and dk with dv from 212 to 197.
+
+NOTE [Position scores]
+    q_pos . k_pos is one matrix product over all queries and heads, which torch does best: the kernels add its rows to their
+    scores, and torch makes dq_pos of their gradient. To stay linear in T this goes by as many tiles at a time as POSITION_BYTES
+    hold, at least one.
 
 NOTE [Float32]
     What rounds float32 most is not the products but the differences. So without tf32 (EXACT) scores and lse stay in natural
@@ -33,10 +39,20 @@ NOTE [Head widths]
     A tile spans a head in one or two powers of two, 80 = 64 + 16, and 16-bit rows start on 16 bytes, if need be in a padded copy:
     on an H200 (bfloat16, causal, N = 32768, T 4096, H 4) 80 channels take 229 us forward in two parts and 311 us as 128.
 
-NOTE [Copy engine]
-    Rows are loaded through pointers. Tensor descriptors for Hopper's copy engine saved the kernel of dk and dv registers for
-    addresses (176 us instead of 195 on the H200, T 1024, P 128) and gained nothing elsewhere, but one shape (16-bit rows of 100
-    channels, copied to 104; T 777, S 1500, grouped heads) died with an illegal instruction.
+NOTE [Hopper]
+    Measured on an H200, bfloat16, causal, N = 32768, H 4, P 128, in us at T 1024 and 4096: forward 105 and 281, dq 133 and
+    360, dk with dv 177 and 499. At T 4096 the tensor cores work 51 to 58 % of the cycles. Triton waits for a product before it
+    goes on, so in a block products and exponentials take turns, and only the other block of a multiprocessor fills in; a third
+    finds no registers. The rest is spent at the barriers of the loop and waiting for copies: with two stages, all that fit
+    beside two blocks, a tile's copy starts when the tile before it ends. What was tried, forward / dq / dk with dv at T 4096,
+    against 284 / 385 / 578 before sections:
+    * one loop for all tiles, with the mask in a branch: 324 / 423 / 647, as then all loads are masked;
+    * tiles of 32 for three blocks a multiprocessor, or four stages: 330 / 405 / 606;
+    * 8 warps on 128 rows: 328 / 354 / 672, and slower at T 1024;
+    * the next tile's scores, or its do.v, in flight during this one's exponentials: 358 / 516, and with Triton 3.6 mostly wrong;
+    * the statistics in the layout of the tile, each thread fetching them number by number: 569 instead of 509 for dk with dv;
+    * RoPE on load: forward 734 instead of 305, and 222 instead of 109 at T 1024, as rotated keys cannot be copied ahead;
+    * tensor descriptors: 176 for dk with dv at T 1024, no faster than pointers now; one shape died with an illegal instruction.
 """
 
 import torch
@@ -54,7 +70,7 @@ def _tile(BLOCK_M: int, BLOCK_N: int, num_warps: int, num_stages: int, **others:
 
 
 # "hopper" lists the widest head and its tiles; elsewhere heads of more than 128 channels are "half_wide". Position channels make
-# it "half_xl": BLOCK_F of them at a time, and attention_dq_pos accumulates BLOCK_FO.
+# it "half_xl".
 CONFIGS = {
     "attention_forward": {
         "hopper": (
@@ -68,13 +84,14 @@ CONFIGS = {
         ),
         "half": _tile(64, 32, 4, 2),
         "half_wide": _tile(64, 32, 8, 1),
-        "half_xl": _tile(128, 64, 8, 2, BLOCK_F=32),
-        "float32": _tile(32, 32, 8, 1, BLOCK_F=32),
-        "interpret": _tile(256, 256, 1, 1, BLOCK_F=256),
+        "half_xl": _tile(64, 64, 4, 2),
+        "float32": _tile(32, 32, 8, 1),
+        "interpret": _tile(256, 256, 1, 1),
     },
     "attention_dkdv": {
         "hopper": (
             (64, _tile(128, 64, 4, 2)),
+            (96, _tile(64, 64, 4, 3)),
             (128, _tile(64, 64, 4, 2)),
             (160, _tile(32, 64, 4, 2)),
             (256, _tile(32, 32, 4, 2)),
@@ -87,9 +104,9 @@ CONFIGS = {
         ),
         "half": _tile(32, 32, 4, 2),
         "half_wide": _tile(16, 32, 4, 1),
-        "half_xl": _tile(32, 64, 8, 2, BLOCK_F=32),
-        "float32": _tile(16, 32, 8, 1, BLOCK_F=32),
-        "interpret": _tile(256, 256, 1, 1, BLOCK_F=256),
+        "half_xl": _tile(32, 64, 4, 2),
+        "float32": _tile(16, 32, 8, 1),
+        "interpret": _tile(256, 256, 1, 1),
     },
     "attention_dq": {
         "hopper": (
@@ -102,14 +119,9 @@ CONFIGS = {
         ),
         "half": _tile(64, 32, 4, 2),
         "half_wide": _tile(32, 32, 4, 1),
-        "half_xl": _tile(64, 64, 8, 2, BLOCK_F=32),
-        "float32": _tile(16, 16, 8, 1, BLOCK_F=32),
-        "interpret": _tile(256, 256, 1, 1, BLOCK_F=256),
-    },
-    "attention_dq_pos": {
-        "half_xl": _tile(64, 32, 8, 1, BLOCK_F=32, BLOCK_FO=256),
-        "float32": _tile(16, 16, 8, 1, BLOCK_F=32, BLOCK_FO=128),
-        "interpret": _tile(256, 256, 1, 1, BLOCK_F=256, BLOCK_FO=512),
+        "half_xl": _tile(64, 32, 4, 2),
+        "float32": _tile(16, 16, 8, 1),
+        "interpret": _tile(256, 256, 1, 1),
     },
 }
 SPACE = {  # what may be tuned; see tuning.py
@@ -119,7 +131,8 @@ SPACE = {  # what may be tuned; see tuning.py
 }
 
 
-SECTION_BYTES = 16 << 20  # NOTE [Order]
+SECTION_BYTES = 8 << 20  # NOTE [Order]
+POSITION_BYTES = 64 << 20  # NOTE [Position scores]
 
 
 @triton.jit
@@ -318,24 +331,10 @@ def _times(x, factor, CHUNKS: tl.constexpr):
 
 
 @triton.jit
-def _add_position(
-    s, a_ptr, stride_a, rows_a, mask_a, b_ptr, stride_b, rows_b, mask_b, F,
-    BLOCK_F: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """s + A B^T over the F position channels of the given rows. Each chunk of channels is summed on its own first: one long
-    sum in the accumulator would lose float32 digits."""
-    a_ptrs = a_ptr + rows_a.to(tl.int64)[:, None] * stride_a
-    b_ptrs = b_ptr + rows_b.to(tl.int64)[None, :] * stride_b
-    for f in range(0, F, 2 * BLOCK_F):
-        part = tl.zeros_like(s)
-        for i in tl.static_range(2):
-            offs_f = f + i * BLOCK_F + tl.arange(0, BLOCK_F)
-            mask_f = offs_f < F
-            a = tl.load(a_ptrs + offs_f[None, :], mask=mask_a[:, None] & mask_f[None, :], other=0.0)
-            b = tl.load(b_ptrs + offs_f[:, None], mask=mask_f[:, None] & mask_b[None, :], other=0.0)
-            part = tl.dot(a, b, part, input_precision=PRECISION)
-        s += part
-    return s
+def _position_row(b, h, first, T, S, H: tl.constexpr, tile_0, tiles, BLOCK_M: tl.constexpr):
+    """Where the row of query `first` starts in [B, rows, H, S], the rows of the `tiles` tiles from tile_0 on."""
+    count = tl.minimum(tiles * BLOCK_M, T - tile_0 * BLOCK_M)
+    return ((b.to(tl.int64) * count + first - tile_0 * BLOCK_M) * H + h) * S
 
 
 @triton.jit
@@ -360,10 +359,10 @@ def _sequence_bounds_kernel(cu_seqlens_ptr, bounds_ptr, n, T, steps, BLOCK: tl.c
     tl.store(bounds_ptr + T + offs_t, tl.where(found, end, 0).to(tl.int32), mask=mask_t)
 
 
-@triton.jit(do_not_specialize=["section"])
+@triton.jit(do_not_specialize=["section", "tile_0", "tiles"])
 def _attention_fwd_kernel(
-    q_ptr, k_ptr, v_ptr, q_pos_ptr, k_pos_ptr, padding_ptr, bounds_ptr, o_ptr, lse_ptr,
-    T, S, H: tl.constexpr, F: tl.constexpr, window, section,
+    q_ptr, k_ptr, v_ptr, position_ptr, padding_ptr, bounds_ptr, o_ptr, lse_ptr,
+    T, S, H: tl.constexpr, window, section, tile_0, tiles,
     stride_qb, stride_qt: tl.constexpr, stride_qh: tl.constexpr,
     stride_kb, stride_kt: tl.constexpr, stride_kh: tl.constexpr,
     stride_vb, stride_vt: tl.constexpr, stride_vh: tl.constexpr,
@@ -371,22 +370,22 @@ def _attention_fwd_kernel(
     PV: tl.constexpr, LOAD_P: tl.constexpr, LOAD_PV: tl.constexpr, GROUP: tl.constexpr, IS_CAUSAL: tl.constexpr,
     HAS_WINDOW: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
     CHUNKS_P: tl.constexpr, CHUNKS_PV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    tiles = tl.cdiv(T, BLOCK_M)
     tile, head = _place(tiles, section)
     b = head // H
     h = head % H
     hk = h // GROUP
     row = head.to(tl.int64) * T  # of lse
-    first = (tiles - 1 - tile) * BLOCK_M  # the longest rows of a causal mask first
+    first = (tile_0 + tiles - 1 - tile) * BLOCK_M  # the longest rows of a causal mask first
     offs_t = first + tl.arange(0, BLOCK_M)
     mask_t = offs_t < T
     low, high = _key_range(offs_t, T, S, bounds_ptr, window, IS_CAUSAL, HAS_WINDOW)
     LOW: tl.constexpr = HAS_WINDOW or bounds_ptr is not None
     q = _load_rows(q_ptr, b, h, first, stride_qb, stride_qt, stride_qh, mask_t, LOAD_P, CHUNKS_P, BLOCK_M)
-    if q_pos_ptr is not None:
-        q_pos_ptr += (b.to(tl.int64) * T * H + h) * F
+    if position_ptr is not None:
+        position_ptr += _position_row(b, h, first, T, S, H, tile_0, tiles, BLOCK_M)
+        offs_position = (tl.arange(0, BLOCK_M) * (H * S))[:, None] + tl.arange(0, BLOCK_N)[None, :]
     if padding_ptr is not None:
         padding_ptr += b.to(tl.int64) * S
 
@@ -402,10 +401,9 @@ def _attention_fwd_kernel(
             keep = _kept_keys(padding_ptr, offs_n, S) if MASKED else None
             k = _load_rows(k_ptr, b, hk, n, stride_kb, stride_kt, stride_kh, keep, LOAD_P, CHUNKS_P, BLOCK_N)
             s = _dot_rows(q, k, CHUNKS_P, PRECISION)  # [BLOCK_M, BLOCK_N]
-            if q_pos_ptr is not None:
-                s = _add_position(
-                    s, q_pos_ptr, H * F, offs_t, mask_t, k_pos_ptr, F, offs_n, offs_n < S, F, BLOCK_F, PRECISION
-                )  # fmt: skip
+            if position_ptr is not None:
+                mask_position = mask_t[:, None] & (offs_n < S)[None, :]
+                s += tl.load(position_ptr + n + offs_position, mask=mask_position, other=0.0)
             if MASKED:
                 s = tl.where(_visible_keys(n, low, high, keep, padding_ptr, LOW, BLOCK_N), s, float("-inf"))
             if EXACT:
@@ -439,13 +437,15 @@ def _attention_fwd_kernel(
 
 @triton.jit
 def _load_stats(stats_ptr, row, t, T, other: tl.constexpr, BLOCK_M: tl.constexpr, MASKED: tl.constexpr):
-    """BLOCK_M numbers of a row of the statistics, from query t on."""
-    offs_t = t + tl.arange(0, BLOCK_M)
+    """BLOCK_M numbers of a row of the statistics, from query t on. Each is loaded twice: to load fewer numbers than there are
+    threads Triton takes the layout of the tile, in which a thread fetches a whole row of it, one by one."""
+    offs_t = (t + tl.arange(0, BLOCK_M))[:, None] + tl.arange(0, 2)[None, :] * 0
     ptrs = stats_ptr + row.to(tl.int64) * T + offs_t
     if MASKED:
-        return tl.load(ptrs, mask=offs_t < T, other=other)
+        x, _ = tl.split(tl.load(ptrs, mask=offs_t < T, other=other))
     else:
-        return tl.load(ptrs)
+        x, _ = tl.split(tl.load(ptrs))
+    return x
 
 
 @triton.jit
@@ -463,10 +463,10 @@ def _probability(s, lse, norm, visible, scale, EXACT: tl.constexpr, MASKED: tl.c
     return p
 
 
-@triton.jit(do_not_specialize=["section"])
+@triton.jit(do_not_specialize=["section", "tile_0", "tiles"])
 def _attention_bwd_dkdv_kernel(
-    do_ptr, q_ptr, k_ptr, v_ptr, q_pos_ptr, k_pos_ptr, padding_ptr, bounds_ptr, stats_ptr, dk_ptr, dv_ptr,
-    T, S, H: tl.constexpr, F: tl.constexpr, window, section,
+    do_ptr, q_ptr, k_ptr, v_ptr, position_ptr, padding_ptr, bounds_ptr, stats_ptr, dk_ptr, dv_ptr,
+    T, S, H: tl.constexpr, window, section, tile_0, tiles,
     stride_dob, stride_dot: tl.constexpr, stride_doh: tl.constexpr,
     stride_qb, stride_qt: tl.constexpr, stride_qh: tl.constexpr,
     stride_kb, stride_kt: tl.constexpr, stride_kh: tl.constexpr,
@@ -476,14 +476,13 @@ def _attention_bwd_dkdv_kernel(
     P: tl.constexpr, PV: tl.constexpr, LOAD_P: tl.constexpr, LOAD_PV: tl.constexpr, GROUP: tl.constexpr, IS_CAUSAL: tl.constexpr,
     HAS_WINDOW: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
     CHUNKS_P: tl.constexpr, CHUNKS_PV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     h_kv: tl.constexpr = H // GROUP
-    tiles = tl.cdiv(S, BLOCK_N)
     tile, head = _place(tiles, section)
     b = head // h_kv
     hk = head % h_kv
-    first = tile * BLOCK_N  # the keys that most queries of a causal mask see first
+    first = (tile_0 + tile) * BLOCK_N  # the keys that most queries of a causal mask see first
     offs_n = first + tl.arange(0, BLOCK_N)
     if padding_ptr is not None:
         padding_ptr += b.to(tl.int64) * S
@@ -509,11 +508,16 @@ def _attention_bwd_dkdv_kernel(
                 mask_t = offs_t < T if MASKED else None
                 q = _load_rows(q_ptr, b, h, t, stride_qb, stride_qt, stride_qh, mask_t, LOAD_P, CHUNKS_P, BLOCK_M)
                 s = _dot_rows(k, q, CHUNKS_P, PRECISION)  # [BLOCK_N, BLOCK_M]
-                if q_pos_ptr is not None:
-                    q_pos = q_pos_ptr + (b.to(tl.int64) * T * H + h) * F
-                    s = _add_position(
-                        s, k_pos_ptr, F, offs_n, mask_n, q_pos, H * F, offs_t, offs_t < T, F, BLOCK_F, PRECISION
-                    )  # fmt: skip
+                if position_ptr is not None:
+                    width = tl.minimum(tiles * BLOCK_N, S - tile_0 * BLOCK_N)
+                    position = position_ptr + ((b.to(tl.int64) * T + t) * H + h) * width + (first - tile_0 * BLOCK_N)
+                    offs_position = (tl.arange(0, BLOCK_M) * (H * width))[None, :] + tl.arange(0, BLOCK_N)[:, None]
+                    mask_position = mask_n[:, None] & (offs_t < T)[None, :]
+                    s += tl.load(position + offs_position, mask=mask_position, other=0.0)
+                do = _load_rows(do_ptr, b, h, t, stride_dob, stride_dot, stride_doh, mask_t, LOAD_PV, CHUNKS_PV, BLOCK_M)
+                dp = _dot_rows(
+                    v, do, CHUNKS_PV, PRECISION
+                )  # before p: Triton waits here for what it multiplies, later it need not
                 visible = None
                 if MASKED:
                     low_t, high_t = (low - t)[:, None], (high - t)[:, None]
@@ -525,9 +529,7 @@ def _attention_bwd_dkdv_kernel(
                 if EXACT:
                     norm = _load_stats(stats_ptr, row + 2 * plane, t, T, 0.0, BLOCK_M, MASKED)[None, :]
                 p = _probability(s, lse[None, :], norm, visible, unit, EXACT, MASKED)
-                do = _load_rows(do_ptr, b, h, t, stride_dob, stride_dot, stride_doh, mask_t, LOAD_PV, CHUNKS_PV, BLOCK_M)
                 dv = _add_dots(dv, p.to(do[0].dtype), do, CHUNKS_PV, PRECISION)
-                dp = _dot_rows(v, do, CHUNKS_PV, PRECISION)
                 ds = dp - _load_stats(stats_ptr, row + plane, t, T, 0.0, BLOCK_M, MASKED)[None, :]
                 if EXACT:
                     ds += _load_stats(stats_ptr, row + 3 * plane, t, T, 0.0, BLOCK_M, MASKED)[None, :]
@@ -538,11 +540,11 @@ def _attention_bwd_dkdv_kernel(
     _store_rows(dv_ptr, dv, b, hk, first, stride_dvb, stride_dvt, stride_dvh, mask_n, PV, CHUNKS_PV, BLOCK_N)
 
 
-@triton.jit(do_not_specialize=["section"])
+@triton.jit(do_not_specialize=["section", "tile_0", "tiles"])
 def _attention_bwd_dq_kernel(
-    do_ptr, q_ptr, k_ptr, v_ptr, q_pos_ptr, k_pos_ptr, padding_ptr, bounds_ptr,
-    o_ptr, lse_ptr, dlse_ptr, stats_ptr, out_ptr,
-    T, S, H: tl.constexpr, F: tl.constexpr, window, section,
+    do_ptr, q_ptr, k_ptr, v_ptr, position_ptr, padding_ptr, bounds_ptr,
+    o_ptr, lse_ptr, dlse_ptr, stats_ptr, ds_ptr, out_ptr,
+    T, S, H: tl.constexpr, window, section, tile_0, tiles,
     stride_dob, stride_dot: tl.constexpr, stride_doh: tl.constexpr,
     stride_qb, stride_qt: tl.constexpr, stride_qh: tl.constexpr,
     stride_kb, stride_kt: tl.constexpr, stride_kh: tl.constexpr,
@@ -552,26 +554,26 @@ def _attention_bwd_dq_kernel(
     P: tl.constexpr, PV: tl.constexpr, LOAD_P: tl.constexpr, LOAD_PV: tl.constexpr, GROUP: tl.constexpr, IS_CAUSAL: tl.constexpr,
     HAS_WINDOW: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
     CHUNKS_P: tl.constexpr, CHUNKS_PV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_FO: tl.constexpr,
-    OUT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, OUT: tl.constexpr,
 ):  # fmt: skip
-    """OUT "dq"; "dq_pos", BLOCK_FO channels of it a program; or "delta", which is launched for EXACT and first. The first
-    kernel writes the statistics that the others load."""
-    tiles = tl.cdiv(T, BLOCK_M)
+    """OUT "dq", and with position scores their gradient ds; or "delta", which is launched for EXACT and first. The first kernel
+    writes the statistics that the others load."""
     tile, head = _place(tiles, section)
     b = head // H
     h = head % H
     hk = h // GROUP
     row = head.to(tl.int64) * T  # of lse
-    first = (tiles - 1 - tile) * BLOCK_M
+    first = (tile_0 + tiles - 1 - tile) * BLOCK_M
     offs_t = first + tl.arange(0, BLOCK_M)
     mask_t = offs_t < T
     low, high = _key_range(offs_t, T, S, bounds_ptr, window, IS_CAUSAL, HAS_WINDOW)
     LOW: tl.constexpr = HAS_WINDOW or bounds_ptr is not None
     q = _load_rows(q_ptr, b, h, first, stride_qb, stride_qt, stride_qh, mask_t, LOAD_P, CHUNKS_P, BLOCK_M)
     do = _load_rows(do_ptr, b, h, first, stride_dob, stride_dot, stride_doh, mask_t, LOAD_PV, CHUNKS_PV, BLOCK_M)
-    if q_pos_ptr is not None:
-        q_pos_ptr += (b.to(tl.int64) * T * H + h) * F
+    if position_ptr is not None:
+        position_ptr += _position_row(b, h, first, T, S, H, tile_0, tiles, BLOCK_M)
+        ds_ptr += _position_row(b, h, first, T, S, H, tile_0, tiles, BLOCK_M)
+        offs_position = (tl.arange(0, BLOCK_M) * (H * S))[:, None] + tl.arange(0, BLOCK_N)[None, :]
     if padding_ptr is not None:
         padding_ptr += b.to(tl.int64) * S
 
@@ -602,14 +604,11 @@ def _attention_bwd_dq_kernel(
             norm = tl.load(stats_ptr + 2 * plane, mask=mask_t, other=0.0)
             dlse = tl.load(stats_ptr + 3 * plane, mask=mask_t, other=0.0)
 
-    offs_o = tl.program_id(1) * BLOCK_FO + tl.arange(0, BLOCK_FO)
     total = tl.zeros((BLOCK_M,), tl.float32)
     if OUT == "delta":
         acc = (total,)
-    elif OUT == "dq":
-        acc = _zero_chunks(BLOCK_M, CHUNKS_P)
     else:
-        acc = (_zeros(BLOCK_M, BLOCK_FO),)
+        acc = _zero_chunks(BLOCK_M, CHUNKS_P)
     start, count, begin, end = _tiles(low, high, BLOCK_N, padding_ptr is not None)
     for MASKED in tl.static_range(1, -1, -1):
         for i in range(count - (end - begin) if MASKED else end - begin):
@@ -618,10 +617,9 @@ def _attention_bwd_dq_kernel(
             keep = _kept_keys(padding_ptr, offs_n, S) if MASKED else None
             k = _load_rows(k_ptr, b, hk, n, stride_kb, stride_kt, stride_kh, keep, LOAD_P, CHUNKS_P, BLOCK_N)
             s = _dot_rows(q, k, CHUNKS_P, PRECISION)  # [BLOCK_M, BLOCK_N]
-            if q_pos_ptr is not None:
-                s = _add_position(
-                    s, q_pos_ptr, H * F, offs_t, mask_t, k_pos_ptr, F, offs_n, offs_n < S, F, BLOCK_F, PRECISION
-                )  # fmt: skip
+            if position_ptr is not None:
+                mask_position = mask_t[:, None] & (offs_n < S)[None, :]
+                s += tl.load(position_ptr + n + offs_position, mask=mask_position, other=0.0)
             visible = _visible_keys(n, low, high, keep, padding_ptr, LOW, BLOCK_N) if MASKED else None
             p = _probability(s, lse[:, None], norm[:, None], visible, unit, EXACT, MASKED)
             v = _load_rows(v_ptr, b, hk, n, stride_vb, stride_vt, stride_vh, keep, LOAD_PV, CHUNKS_PV, BLOCK_N)
@@ -634,24 +632,18 @@ def _attention_bwd_dq_kernel(
                 if EXACT:
                     ds += dlse[:, None]
                 ds *= p
-                if OUT == "dq":
-                    acc = _add_dots(acc, ds.to(k[0].dtype), k, CHUNKS_P, PRECISION)
-                else:
-                    k_pos_ptrs = k_pos_ptr + offs_n.to(tl.int64)[:, None] * F + offs_o[None, :]
-                    k_pos = tl.load(k_pos_ptrs, mask=(offs_n < S)[:, None] & (offs_o < F)[None, :], other=0.0)
-                    acc = (tl.dot(ds.to(k_pos.dtype), k_pos, acc[0], input_precision=PRECISION),)
+                acc = _add_dots(acc, ds.to(k[0].dtype), k, CHUNKS_P, PRECISION)
+                if position_ptr is not None:
+                    tl.store(ds_ptr + n + offs_position, ds * scale, mask=mask_position)
 
     if OUT == "delta":
         total = tl.where(total == 0.0, 1.0, total)
         tl.store(stats_ptr + plane, acc[0] / total, mask=mask_t)
         tl.store(stats_ptr + 2 * plane, 1.0 / total, mask=mask_t)
         tl.store(stats_ptr + 3 * plane, dlse, mask=mask_t)
-    elif OUT == "dq":
+    else:
         acc = _times(acc, scale, CHUNKS_P)
         _store_rows(out_ptr, acc, b, h, first, stride_outb, stride_outt, stride_outh, mask_t, P, CHUNKS_P, BLOCK_M)
-    else:
-        out_ptrs = out_ptr + ((b.to(tl.int64) * T + offs_t) * H + h)[:, None] * F + offs_o[None, :]
-        tl.store(out_ptrs, acc[0] * scale, mask=mask_t[:, None] & (offs_o < F)[None, :])
 
 
 def _sequence_bounds(cu_seqlens: Tensor | None, T: int) -> Tensor | None:
@@ -677,8 +669,8 @@ def _exact(dtype: torch.dtype, precision: str) -> bool:
 
 def _section(x: Tensor, y: Tensor, heads: int) -> int:
     """See NOTE [Order]: how many of all `heads` at a time, whose programs read the rows of x and y, [B, S, H, P]."""
-    rows_of_head = (x.numel() + y.numel()) * x.element_size() // max(1, heads)
-    return max(1, min(heads, SECTION_BYTES // max(1, rows_of_head)))
+    sections = min(heads, cdiv((x.numel() + y.numel()) * x.element_size(), SECTION_BYTES))
+    return cdiv(heads, max(1, sections))  # all alike: a small one at the end would leave the device idle
 
 
 def _aligned(x: Tensor) -> bool:
@@ -686,12 +678,12 @@ def _aligned(x: Tensor) -> bool:
 
 
 def _rows(x: Tensor) -> Tensor:
-    """As `common.rows`. 16-bit rows that do not start on 16 bytes, like those of width 100, get a copy with zeros to the next
-    multiple of 8 channels: to load them in pieces costs more."""
+    """As `common.rows`. 16-bit rows that do not consist of whole 16 bytes, like those of width 100, get a copy with zeros to the
+    next multiple of 32 channels: to load them in pieces costs more."""
     x = rows(x)
-    if x.element_size() == 4 or _aligned(x):
+    if x.element_size() == 4 or (x.shape[-1] % 8 == 0 and _aligned(x)):
         return x
-    channels = -x.shape[-1] % 8
+    channels = -x.shape[-1] % 32 if x.shape[-1] % 8 else 0
     return torch.nn.functional.pad(x, (0, channels)) if channels else x.clone(memory_format=torch.contiguous_format)
 
 
@@ -701,6 +693,17 @@ def _chunks(width: int, dtype: torch.dtype) -> tuple[int, ...]:
     if dtype != torch.float32 and chunk >= 64 and width <= chunk // 2 + chunk // 4:
         return chunk // 2, next_power_of_2(width - chunk // 2)
     return (chunk,)
+
+
+def _spans(tiles: int, q_pos: Tensor | None, scores_of_tile: int) -> list[tuple[int, int]]:
+    """(first, number) of the tiles of each launch: all at once, or with position scores as many as POSITION_BYTES hold."""
+    step = tiles if q_pos is None else max(1, POSITION_BYTES // max(1, scores_of_tile * q_pos.element_size()))
+    return [(first, min(step, tiles - first)) for first in range(0, tiles, max(1, step))]
+
+
+def _scores_of_queries(q_pos: Tensor | None, k_pos: Tensor | None, first: int, number: int) -> Tensor | None:
+    """q_pos . k_pos of `number` queries from `first` on, [B, rows, H, S]."""
+    return None if q_pos is None else q_pos[:, first : first + number] @ k_pos.t()
 
 
 def _hopper(x: Tensor) -> bool:
@@ -723,9 +726,7 @@ def _config(kernel: str, q: Tensor, k: Tensor, v: Tensor, q_pos: Tensor | None, 
         config = next(tile for widest, tile in configs[rung] if width <= widest)
     else:
         config = configs["half" if width <= 128 else "half_wide"]
-    F = 0 if q_pos is None else q_pos.shape[-1]
-    limits = {"BLOCK_M": q.shape[1], "BLOCK_N": k.shape[1], "BLOCK_F": F, "BLOCK_FO": F}
-    config = {"BLOCK_F": 16} | config
+    limits = {"BLOCK_M": q.shape[1], "BLOCK_N": k.shape[1]}
     return {name: min(value, next_power_of_2(limits[name])) if name in limits else value for name, value in config.items()}
 
 
@@ -766,20 +767,20 @@ def attention_forward(
         sign = -1.0 if scale < 0 else 0.0
         q, q_pos, scale = q * sign, None if q_pos is None else q_pos * sign, abs(scale) or 1.0
     q, k, v = _rows(q), _rows(k), _rows(v)
-    q_pos = None if q_pos is None else q_pos.contiguous()
-    k_pos = None if k_pos is None else k_pos.contiguous()
     masked = key_padding_mask is not None or cu_seqlens is not None
     config = _config("attention_forward", q, k, v, q_pos)
     config = _tuned(_attention_fwd_kernel, config, q, k, v, q_pos, causal, window, masked)
-    launch(
-        _attention_fwd_kernel, (cdiv(T, config["BLOCK_M"]) * B * H,),
-        q, k, v, q_pos, k_pos, _padding(key_padding_mask), _sequence_bounds(cu_seqlens, T), o, lse,
-        T, S, H, 0 if q_pos is None else q_pos.shape[-1], min(window, T + S), _section(k, v, B * H),
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *o.stride()[:3], scale,
-        LOAD_P=min(q.shape[-1], k.shape[-1]), LOAD_PV=v.shape[-1], PV=PV, GROUP=H // Hkv, IS_CAUSAL=causal,
-        HAS_WINDOW=window > 0, PRECISION=precision, EXACT=_exact(q.dtype, precision),
-        CHUNKS_P=_chunks(P, q.dtype), CHUNKS_PV=_chunks(PV, q.dtype), **config,
-    )  # fmt: skip
+    masks, block = (_padding(key_padding_mask), _sequence_bounds(cu_seqlens, T)), config["BLOCK_M"]
+    for first, number in _spans(cdiv(T, block), q_pos, block * B * H * S):
+        launch(
+            _attention_fwd_kernel, (number * B * H,),
+            q, k, v, _scores_of_queries(q_pos, k_pos, first * block, number * block), *masks, o, lse,
+            T, S, H, min(window, T + S), _section(k, v, B * H), first, number,
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *o.stride()[:3], scale,
+            LOAD_P=min(q.shape[-1], k.shape[-1]), LOAD_PV=v.shape[-1], PV=PV, GROUP=H // Hkv, IS_CAUSAL=causal,
+            HAS_WINDOW=window > 0, PRECISION=precision, EXACT=_exact(q.dtype, precision),
+            CHUNKS_P=_chunks(P, q.dtype), CHUNKS_PV=_chunks(PV, q.dtype), **config,
+        )  # fmt: skip
     return o, lse
 
 
@@ -819,8 +820,6 @@ def attention_backward(
     B, T, H, P = q.shape
     S, Hkv, PV = k.shape[1], k.shape[2], v.shape[3]
     do, q, k, v, o, lse = _rows(do), _rows(q), _rows(k), _rows(v), rows(o), lse.contiguous()
-    q_pos = None if q_pos is None else q_pos.contiguous()
-    k_pos = None if k_pos is None else k_pos.contiguous()
     dlse = None if dlse is None else dlse.contiguous()
     exact = _exact(q.dtype, precision)
     # B * H rows each of lse and delta, and for EXACT of norm and dlse
@@ -829,34 +828,35 @@ def attention_backward(
     masks = (_padding(key_padding_mask), _sequence_bounds(cu_seqlens, T))
     masked = key_padding_mask is not None or cu_seqlens is not None
     inputs = (*do.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
-    sizes = (T, S, H, 0 if q_pos is None else q_pos.shape[-1], min(window, T + S))
+    sizes = (T, S, H, min(window, T + S))
     flags = dict(
         P=P, PV=PV, LOAD_P=min(q.shape[-1], k.shape[-1]), LOAD_PV=min(do.shape[-1], v.shape[-1]), GROUP=H // Hkv,
         IS_CAUSAL=causal, HAS_WINDOW=window > 0, PRECISION=precision, EXACT=exact,
         CHUNKS_P=_chunks(P, q.dtype), CHUNKS_PV=_chunks(PV, q.dtype),
     )  # fmt: skip
 
-    def launch_dq(out: Tensor, name: str) -> None:
-        config = {"BLOCK_FO": 16} | _config("attention_dq_pos" if name == "dq_pos" else "attention_dq", q, k, v, q_pos)
-        if name == "dq":
-            config = _tuned(_attention_bwd_dq_kernel, config, q, k, v, q_pos, causal, window, masked)
-        grid = (cdiv(T, config["BLOCK_M"]) * B * H, cdiv(out.shape[-1], config["BLOCK_FO"]) if name == "dq_pos" else 1)
-        arguments = (do, q, k, v, q_pos, k_pos, *masks, o, lse, dlse, stats, out)
-        strides = (*inputs, *o.stride()[:3], *out.stride()[:3])
-        scalars = (*sizes, _section(k, v, B * H))
-        launch(_attention_bwd_dq_kernel, grid, *arguments, *scalars, *strides, scale, **flags, **config, OUT=name)
+    config = _config("attention_dq", q, k, v, q_pos)
+    config = _tuned(_attention_bwd_dq_kernel, config, q, k, v, q_pos, causal, window, masked)
+    block, strides = config["BLOCK_M"], (*inputs, *o.stride()[:3], *dq.stride()[:3])
+    for tile, number in _spans(cdiv(T, block), q_pos, block * B * H * S):
+        position = _scores_of_queries(q_pos, k_pos, tile * block, number * block)
+        ds = None if position is None else torch.zeros_like(position)
+        arguments = (do, q, k, v, position, *masks, o, lse, dlse, stats, ds, dq)
+        scalars = (*sizes, _section(k, v, B * H), tile, number)
+        for out in ("delta", "dq") if exact else ("dq",):
+            launch(
+                _attention_bwd_dq_kernel, (number * B * H,), *arguments, *scalars, *strides, scale, **flags, **config, OUT=out
+            )  # fmt: skip
+        if ds is not None:
+            dq_pos[:, tile * block : (tile + number) * block] = ds @ k_pos
 
-    if exact:
-        launch_dq(dq, "delta")
-    launch_dq(dq, "dq")
     spare = key_padding_mask is not None or Hkv < H
     config = _config("attention_dkdv", q, k, v, q_pos, "hopper_spare" if spare else "hopper")
     config = _tuned(_attention_bwd_dkdv_kernel, config, q, k, v, q_pos, causal, window, masked)
-    arguments = (do, q, k, v, q_pos, k_pos, *masks, stats, dk, dv)
-    strides = (*inputs, *dk.stride()[:3], *dv.stride()[:3])
-    grid = (cdiv(S, config["BLOCK_N"]) * B * Hkv,)
-    scalars = (*sizes, _section(q, do, B * Hkv))
-    launch(_attention_bwd_dkdv_kernel, grid, *arguments, *scalars, *strides, scale, **flags, **config)
-    if q_pos is not None:
-        launch_dq(dq_pos, "dq_pos")
+    block, strides = config["BLOCK_N"], (*inputs, *dk.stride()[:3], *dv.stride()[:3])
+    for tile, number in _spans(cdiv(S, block), q_pos, block * B * H * T):
+        position = None if q_pos is None else q_pos @ k_pos[tile * block : (tile + number) * block].t()  # [B, T, H, keys]
+        arguments = (do, q, k, v, position, *masks, stats, dk, dv)
+        scalars = (*sizes, _section(q, do, B * Hkv), tile, number)
+        launch(_attention_bwd_dkdv_kernel, (number * B * Hkv,), *arguments, *scalars, *strides, scale, **flags, **config)
     return first, second, dv, dq_pos

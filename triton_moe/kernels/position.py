@@ -48,29 +48,40 @@ def _angles(position, c, N: tl.constexpr, LOG2_BASE: tl.constexpr):
 @triton.jit
 def _rope_rotate_kernel(
     x_ptr, T, H, offset, stride_b, stride_t: tl.constexpr, stride_h: tl.constexpr,
-    N: tl.constexpr, LOG2_BASE: tl.constexpr, CONJUGATE: tl.constexpr,
+    P: tl.constexpr, N: tl.constexpr, LOG2_BASE: tl.constexpr, CONJUGATE: tl.constexpr, PERMUTE: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """In place: a program owns the first N channels of BLOCK_T rows, of all heads."""
+    """In place: a program owns the first N channels of BLOCK_T rows, of all heads. Halves that do not start on 16 bytes would be
+    read number by number; with PERMUTE both come at once, in whole words, and change places in the tile. On an H200, 8 heads of
+    128 channels, N = 32768: 50 rotated channels take 26 us, and 52 in halves; 64 take 14 us in halves, and 22 otherwise."""
     tiles = tl.cdiv(T, BLOCK_T)
     pid = tl.program_id(0)
     b = (pid // tiles).to(tl.int64)
     offs_t = (pid % tiles * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
     c = tl.arange(0, BLOCK_C)
-    cos, sin = _angles(offset + offs_t, c, N, LOG2_BASE)
+    HALF: tl.constexpr = N // 2
+    cos, sin = _angles(offset + offs_t, c % HALF if PERMUTE else c, N, LOG2_BASE)
     if CONJUGATE:
         sin = -sin
+    if PERMUTE:
+        sin = tl.where((c < HALF)[None, :], -sin, sin)
     cos, sin = cos[:, None, :], sin[:, None, :]
     x_ptrs = x_ptr + b * stride_b + (offs_t * stride_t)[:, None, None] + c[None, None, :]
-    mask = (offs_t < T)[:, None, None] & (c < N // 2)[None, None, :]
+    mask = (offs_t < T)[:, None, None] & (c < (P if PERMUTE else HALF))[None, None, :]
     for start in range(0, H, BLOCK_H):
         h = (start + tl.arange(0, BLOCK_H)).to(tl.int64)
         mask_h = mask & (h < H)[None, :, None]
         ptrs = x_ptrs + (h * stride_h)[None, :, None]
-        x1 = tl.load(ptrs, mask=mask_h, other=0.0).to(tl.float32)
-        x2 = tl.load(ptrs + N // 2, mask=mask_h, other=0.0).to(tl.float32)
-        tl.store(ptrs, x1 * cos - x2 * sin, mask=mask_h)
-        tl.store(ptrs + N // 2, x2 * cos + x1 * sin, mask=mask_h)
+        x = tl.load(ptrs, mask=mask_h, other=0.0)
+        if PERMUTE:
+            partner = tl.where(c < HALF, c + HALF, tl.where(c < N, c - HALF, c))
+            other = tl.gather(x, tl.broadcast_to(partner[None, None, :], x.shape), 2)
+            y = x.to(tl.float32) * cos + other.to(tl.float32) * sin
+            tl.store(ptrs, tl.where((c < N)[None, None, :], y, x.to(tl.float32)), mask=mask_h)
+        else:
+            x1, x2 = x.to(tl.float32), tl.load(ptrs + HALF, mask=mask_h, other=0.0).to(tl.float32)
+            tl.store(ptrs, x1 * cos - x2 * sin, mask=mask_h)
+            tl.store(ptrs + HALF, x2 * cos + x1 * sin, mask=mask_h)
 
 
 @triton.jit
@@ -125,13 +136,15 @@ def rope_rotate_(x: Tensor, n: int, base: float, offset: int, conjugate: bool) -
     """Rotate the first n (even) channels of x [B, T, H, P], rows contiguous, by position offset + t, or back when conjugate."""
     if n == 0:
         return
-    B, T, H, _ = x.shape
-    block_c = next_power_of_2(n // 2)
+    B, T, H, P = x.shape
+    permute = n * x.element_size() % 32 != 0
+    block_c = next_power_of_2(n if permute else n // 2)
     block_h = min(8, next_power_of_2(H, 1))
-    block_t = min(256 if INTERPRET else max(1, 2048 // (block_c * block_h)), next_power_of_2(T, 1))
+    block_t = min(256 if INTERPRET else max(1, 4096 // (block_c * block_h)), next_power_of_2(T, 1))
     launch(
         _rope_rotate_kernel, (B * cdiv(T, block_t),), x, T, H, offset, *x.stride()[:3],
-        N=n, LOG2_BASE=math.log2(base), CONJUGATE=conjugate, BLOCK_T=block_t, BLOCK_H=block_h, BLOCK_C=block_c, num_warps=4,
+        P=P, N=n, LOG2_BASE=math.log2(base), CONJUGATE=conjugate, PERMUTE=permute,
+        BLOCK_T=block_t, BLOCK_H=block_h, BLOCK_C=block_c, num_warps=4,
     )  # fmt: skip
 
 

@@ -46,7 +46,7 @@ CONFIGS = {
         "interpret": {"BLOCK_M": 256, "BLOCK_N": 256, "BLOCK_K": 256, "PARTS": 1, "num_warps": 1, "num_stages": 1},
     },
     "grouped_dw": {
-        "half": {"BLOCK_I": 128, "BLOCK_J": 128, "BLOCK_R": 64, "PARTS": 1, "num_warps": 8, "num_stages": 3},
+        "half": {"BLOCK_I": 128, "BLOCK_J": 128, "BLOCK_R": 64, "PARTS": 1, "num_warps": 4, "num_stages": 3},
         "float32": {"BLOCK_I": 32, "BLOCK_J": 64, "BLOCK_R": 16, "PARTS": 4, "num_warps": 4, "num_stages": 1},
         "interpret": {"BLOCK_I": 256, "BLOCK_J": 256, "BLOCK_R": 256, "PARTS": 1, "num_warps": 1, "num_stages": 1},
     },
@@ -194,12 +194,14 @@ def _route_dot_kernel(
 def _grouped_dw_kernel(
     a_ptr, b_ptr, dw_ptr, parts_ptr, order_ptr, order_b_ptr, offsets_ptr, GROUPS, CHUNK,
     I: tl.constexpr, J: tl.constexpr, WIDTH_A: tl.constexpr, WIDTH_B: tl.constexpr, DIV_A: tl.constexpr, DIV_B: tl.constexpr,
-    stride_am: tl.constexpr, stride_bm: tl.constexpr, PRECISION: tl.constexpr, BLOCK_G: tl.constexpr,
-    BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_R: tl.constexpr, PARTS: tl.constexpr,
+    stride_am: tl.constexpr, stride_bm: tl.constexpr, stride_i: tl.constexpr, stride_j: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_G: tl.constexpr,
+    BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_R: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """dw of a group with one chunk, the float32 part of one chunk of another."""
+    """dw of a group with one chunk, the float32 part of one chunk of another. With BLOCK_Q, the columns of the only tile are
+    BLOCK_J and that many more."""
     tiles_i: tl.constexpr = (I + BLOCK_I - 1) // BLOCK_I
-    tiles_j: tl.constexpr = (J + BLOCK_J - 1) // BLOCK_J
+    tiles_j: tl.constexpr = 1 if BLOCK_Q > 0 else (J + BLOCK_J - 1) // BLOCK_J
     pid = tl.program_id(0)
     place = pid // (tiles_i * tiles_j)
     offs_g = tl.arange(0, BLOCK_G)
@@ -229,11 +231,16 @@ def _grouped_dw_kernel(
     offs_r = tl.arange(0, BLOCK_R)
     a_ptrs, b_ptrs = a_ptr + offs_i[:, None], b_ptr + offs_j[None, :]
     acc = tl.zeros((BLOCK_I, BLOCK_J), tl.float32)
+    if BLOCK_Q > 0:
+        offs_q = BLOCK_J + tl.arange(0, BLOCK_Q)
+        rest = tl.zeros((BLOCK_I, BLOCK_Q), tl.float32)
     route = tl.load(order_ptr + first + offs_r, mask=first + offs_r < end, other=0)
     if order_b_ptr is not None:
         next_b = tl.load(order_b_ptr + first + offs_r, mask=first + offs_r < end, other=0)
     for row in range(first, end, PARTS * BLOCK_R):
         sub = acc if PARTS == 1 else tl.zeros((BLOCK_I, BLOCK_J), tl.float32)
+        if BLOCK_Q > 0:
+            sub_q = rest if PARTS == 1 else tl.zeros((BLOCK_I, BLOCK_Q), tl.float32)
         for i in tl.static_range(PARTS):
             offs = row + i * BLOCK_R + offs_r
             mask_r = offs < end
@@ -250,14 +257,29 @@ def _grouped_dw_kernel(
             a = tl.load(a_ptrs + row_a.to(tl.int64)[None, :] * stride_am, mask=mask_a, other=0.0)
             b = tl.load(b_ptrs + row_b.to(tl.int64)[:, None] * stride_bm, mask=mask_b, other=0.0)
             sub = tl.dot(a, b, sub, input_precision=PRECISION)
+            if BLOCK_Q > 0:
+                q_ptrs = b_ptr + row_b.to(tl.int64)[:, None] * stride_bm + offs_q[None, :]
+                q = tl.load(q_ptrs, mask=mask_r[:, None] & (offs_q < WIDTH_B)[None, :], other=0.0)
+                sub_q = tl.dot(a, q, sub_q, input_precision=PRECISION)
         acc = sub if PARTS == 1 else acc + sub
+        if BLOCK_Q > 0:
+            rest = sub_q if PARTS == 1 else rest + sub_q
 
-    offs = offs_i[:, None] * J + offs_j[None, :]
+    dw_ptr += group.to(tl.int64) * I * J
+    parts_ptr += part.to(tl.int64) * I * J
+    offs = offs_i[:, None] * stride_i + offs_j[None, :] * stride_j
     mask = (offs_i < I)[:, None] & (offs_j < J)[None, :]
     if own == 1:
-        tl.store(dw_ptr + group.to(tl.int64) * I * J + offs, acc.to(dw_ptr.dtype.element_ty), mask=mask)
+        tl.store(dw_ptr + offs, acc.to(dw_ptr.dtype.element_ty), mask=mask)
     else:
-        tl.store(parts_ptr + part.to(tl.int64) * I * J + offs, acc, mask=mask)
+        tl.store(parts_ptr + offs, acc, mask=mask)
+    if BLOCK_Q > 0:
+        offs = offs_i[:, None] * stride_i + offs_q[None, :] * stride_j
+        mask = (offs_i < I)[:, None] & (offs_q < J)[None, :]
+        if own == 1:
+            tl.store(dw_ptr + offs, rest.to(dw_ptr.dtype.element_ty), mask=mask)
+        else:
+            tl.store(parts_ptr + offs, rest, mask=mask)
 
 
 @triton.jit
@@ -374,12 +396,12 @@ def _route_dot(b, a, div):
     return dot
 
 
-def _grouped_dw(a, b, order, offsets, div_a, div_b, precision, size=None, order_b=None, dtype=None):
+def _grouped_dw(a, b, order, offsets, div_a, div_b, precision, size=None, order_b=None, dtype=None, turned=False):
     """a [R // div_a, I], b [R // div_b, J] -> dw [groups, I, J], the sum of a[r // div_a]^T b[r // div_b] over a group's routes,
     in a's dtype or `dtype`.
 
     With div 0 a row is that of the route's place in `order`, and with order_b [R] it is the one that this names for that place.
-    size = (I, J) where a or b are padded with further columns.
+    size = (I, J) where a or b are padded with further columns. turned: dw is [groups, J, I].
 
     NOTE [Chunks]
         Few groups make few programs, and skewed routing makes one of them long. So the routes of a group with more than `chunk`
@@ -387,15 +409,17 @@ def _grouped_dw(a, b, order, offsets, div_a, div_b, precision, size=None, order_
         time. A group at most a quarter larger than the mean is not cut: writing and adding parts takes time too.
     """
     groups, (I, J), R = offsets.shape[0] - 1, size or (a.shape[1], b.shape[1]), order.shape[0]
-    dw = a.new_empty(groups, I, J, dtype=dtype)
+    dw = a.new_empty(groups, *((J, I) if turned else (I, J)), dtype=dtype)
     config = default_config(CONFIGS["grouped_dw"], a.dtype)
     config["BLOCK_I"] = min(config["BLOCK_I"], next_power_of_2(I))
-    config["BLOCK_J"] = min(config["BLOCK_J"], next_power_of_2(J))
+    whole, rest = sets.columns(J)
+    config["BLOCK_J"] = min(config["BLOCK_J"], whole)
     if INTERPRET:
         config["BLOCK_R"] = min(config["BLOCK_R"], next_power_of_2(R))
     padded = {"I": cdiv(I, 32) * 32, "J": cdiv(J, 32) * 32}  # as heads are: nothing to tune again for their real width
     config = tuning.lookup(_grouped_dw_kernel, config, a, (R,), **padded, groups=groups, DIV_A=div_a, DIV_B=div_b)
-    tiles = cdiv(I, config["BLOCK_I"]) * cdiv(J, config["BLOCK_J"])
+    BLOCK_Q = rest if config["BLOCK_J"] == whole else 0
+    tiles = cdiv(I, config["BLOCK_I"]) * cdiv(J - BLOCK_Q, config["BLOCK_J"])
     chunk = max(cdiv(5 * R, 4 * groups * max(1, PROGRAMS // (groups * tiles))), cdiv(R, 64), LEAST_CHUNK)
     chunk = cdiv(chunk, 16) * 16  # Triton compiles integers anew that are no multiples of 16
     parts = a.new_empty(2 * (R // chunk), I, J, dtype=torch.float32)
@@ -404,7 +428,7 @@ def _grouped_dw(a, b, order, offsets, div_a, div_b, precision, size=None, order_
         _grouped_dw_kernel, ((groups + R // chunk) * tiles,),
         a, b, dw, parts, order, order_b, offsets, groups, chunk,
         I=I, J=J, WIDTH_A=a.shape[1], WIDTH_B=b.shape[1], DIV_A=div_a, DIV_B=div_b, stride_am=a.stride(0), stride_bm=b.stride(0),
-        PRECISION=precision, BLOCK_G=BLOCK_G, **config,
+        stride_i=1 if turned else J, stride_j=I if turned else 1, PRECISION=precision, BLOCK_G=BLOCK_G, BLOCK_Q=BLOCK_Q, **config,
     )  # fmt: skip
     if parts.shape[0]:
         block = min(next_power_of_2(I * J), 1024)
@@ -542,8 +566,8 @@ def output_backward(
     else:
         b = _grouped_gemm(dy, w.transpose(1, 2), order, offsets, H * TOP_K, precision)
         da, dweights = _combine(b, s, TOP_K).view(a.shape), _route_dot(b, a_rows, TOP_K)
-    size = (a.shape[2] if width is None else width, dy.shape[1])
-    dw = _grouped_dw(_gate_rows(a_rows, s), dy, order, offsets, 1, H * TOP_K, precision, size, dtype=dw_dtype)
+    size = (dy.shape[1], a.shape[2] if width is None else width)
+    dw = _grouped_dw(dy, _gate_rows(a_rows, s), order, offsets, H * TOP_K, 1, precision, size, dtype=dw_dtype, turned=True)
     return da, dw, dweights.view(N, H, TOP_K)
 
 

@@ -48,7 +48,7 @@ CONFIGS = {
         "interpret": {"BLOCK_M": 128, "BLOCK_K": 128, "num_warps": 1, "num_stages": 1},
     },
     "spread": {
-        "half": {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
+        "half": {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3},
         "half_small": {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2},
         "interpret": {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 256, "num_warps": 1, "num_stages": 1},
     },
@@ -125,6 +125,12 @@ def _lowest(bits):
     """The place of the lowest bit of an int64: the exponent of that bit as a float."""
     low = (bits & -bits).to(tl.float32)
     return ((low.to(tl.int32, bitcast=True) >> 23) & 255) - 127
+
+
+@triton.jit
+def _row(item, i, H: tl.constexpr, DIV: tl.constexpr):
+    """The row n*H + h of what an order lists: tokens, of each the i-th head (DIV 1), or rows themselves (DIV H, i 0)."""
+    return (item // DIV).to(tl.int64) * H + item % DIV + i
 
 
 # ---- kernels
@@ -240,16 +246,17 @@ def _gather_kernel(
 @triton.jit
 def _visited_kernel(
     experts_ptr, order_ptr, visited_ptr, N,
-    H: tl.constexpr, E: tl.constexpr, TOP_K: tl.constexpr, BLOCK_HE: tl.constexpr, TILE: tl.constexpr,
+    H: tl.constexpr, HEADS: tl.constexpr, E: tl.constexpr, TOP_K: tl.constexpr, DIV: tl.constexpr, BLOCK_HE: tl.constexpr,
+    TILE: tl.constexpr,
 ):  # fmt: skip
-    """Of each tile of `spread`: bit h*E + e where any of its tokens chose expert e for head h."""
+    """Of each tile of `spread`: bit i*E + e where any of its tokens chose expert e for the i-th head of the pass."""
     offs_m = tl.program_id(0) * TILE + tl.arange(0, TILE)
     mask_m = offs_m < N
-    n = tl.load(order_ptr + offs_m, mask=mask_m, other=0).to(tl.int64)
+    item = tl.load(order_ptr + offs_m, mask=mask_m, other=0)
     offs_he = tl.arange(0, BLOCK_HE)
     used = tl.zeros((BLOCK_HE,), tl.int32)
-    for s in tl.static_range(H * TOP_K):
-        e = tl.load(experts_ptr + n * (H * TOP_K) + s, mask=mask_m, other=-1)
+    for s in tl.static_range(HEADS * TOP_K):
+        e = tl.load(experts_ptr + _row(item, s // TOP_K, H, DIV) * TOP_K + s % TOP_K, mask=mask_m, other=-1)
         he = tl.where(mask_m, s // TOP_K * E + e, -1)
         used |= tl.max((he[:, None] == offs_he[None, :]).to(tl.int32), 0)
     tl.store(visited_ptr + tl.program_id(0), tl.sum(used.to(tl.int64) << offs_he.to(tl.int64), 0))
@@ -258,22 +265,22 @@ def _visited_kernel(
 @triton.jit
 def _pack_kernel(
     a_ptr, s_ptr, experts_ptr, order_ptr, visited_ptr, packed_ptr, place_ptr, N,
-    H: tl.constexpr, E: tl.constexpr, TOP_K: tl.constexpr, P: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr,
+    H: tl.constexpr, HEADS: tl.constexpr, E: tl.constexpr, TOP_K: tl.constexpr, DIV: tl.constexpr, P: tl.constexpr,
+    WIDTH: tl.constexpr, TILE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """packed[tile, i, m] = the gate of the tile's i-th expert times row m's a, or 0; place[route] = its row in packed."""
     pid = tl.program_id(0)
-    h = pid % H
-    tile = pid // H // (TILE // BLOCK_M)
-    offs_m = pid // H % (TILE // BLOCK_M) * BLOCK_M + tl.arange(0, BLOCK_M)
+    h = pid % HEADS
+    tile = pid // HEADS // (TILE // BLOCK_M)
+    offs_m = pid // HEADS % (TILE // BLOCK_M) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_m = tile * TILE + offs_m < N
-    row = tl.load(order_ptr + tile * TILE + offs_m, mask=mask_m, other=0).to(tl.int64) * H + h
+    row = _row(tl.load(order_ptr + tile * TILE + offs_m, mask=mask_m, other=0), h, H, DIV)
     offs_p = tl.arange(0, BLOCK_P)
     mask = mask_m[:, None] & (offs_p < P)[None, :]
     a = tl.load(a_ptr + row[:, None] * P + offs_p[None, :], mask=mask, other=0.0).to(tl.float32)
     bits = tl.load(visited_ptr + tile)
-    earlier = _count(bits & ((1 << (h * E).to(tl.int64)) - 1), H * E)
-    place = (tile.to(tl.int64) * (H * E) + earlier) * TILE + offs_m
+    earlier = _count(bits & ((1 << (h * E).to(tl.int64)) - 1), HEADS * E)
+    place = (tile.to(tl.int64) * (HEADS * E) + earlier) * TILE + offs_m
     for e in tl.static_range(E):
         visited = (bits >> (h * E + e).to(tl.int64)) & 1 != 0
         s = tl.zeros((BLOCK_M,), tl.float32)
@@ -282,7 +289,8 @@ def _pack_kernel(
             here = mask_m & (tl.load(experts_ptr + row * TOP_K + j, mask=mask_m, other=-1) == e)
             s = tl.where(here, tl.load(s_ptr + row * TOP_K + j, mask=mask_m, other=0.0), s)
             chosen = chosen | here
-            tl.store(place_ptr + row * TOP_K + j, place.to(tl.int32), mask=here)
+            if place_ptr is not None:
+                tl.store(place_ptr + row * TOP_K + j, place.to(tl.int32), mask=here)
         gated = tl.where(chosen[:, None], a * s[:, None], 0.0).to(packed_ptr.dtype.element_ty)
         tl.store(
             packed_ptr + place[:, None] * WIDTH + offs_p[None, :], gated, mask=(offs_p < tl.where(visited, WIDTH, 0))[None, :]
@@ -293,7 +301,8 @@ def _pack_kernel(
 @triton.jit
 def _spread_kernel(
     packed_desc, w_desc, y_ptr, base_ptr, b_ptr, c_ptr, order_ptr, visited_ptr, N,
-    HE: tl.constexpr, P: tl.constexpr, D: tl.constexpr, C: tl.constexpr, TRANSPOSED: tl.constexpr, TILE: tl.constexpr,
+    HE: tl.constexpr, E: tl.constexpr, DIV: tl.constexpr, P: tl.constexpr, D: tl.constexpr, C: tl.constexpr,
+    TRANSPOSED: tl.constexpr, TILE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """y = base + b c + the sparse product, base and b c [N, C] [C, D] where given."""
@@ -306,7 +315,8 @@ def _spread_kernel(
     offs_m = m0 + tl.arange(0, BLOCK_M)
     offs_n = n0 + tl.arange(0, BLOCK_N)
     mask_m, mask_n = offs_m < N, offs_n < D
-    n = tl.load(order_ptr + offs_m, mask=mask_m, other=0).to(tl.int64)
+    n = (tl.load(order_ptr + offs_m, mask=mask_m, other=0) // DIV).to(tl.int64)
+    first = tl.load(order_ptr + m0) % DIV * E  # expert of the pass
     offs = n[:, None] * D + offs_n[None, :]
     mask = mask_m[:, None] & mask_n[None, :]
     bits = tl.load(visited_ptr + tile)
@@ -322,7 +332,7 @@ def _spread_kernel(
     for i in range(_count(bits, HE) * steps):
         k = i % steps * BLOCK_K
         a = packed_desc.load([(tile * HE + i // steps) * TILE + m0 % TILE, k])
-        acc = tl.dot(a, _weights(w_desc, _lowest(bits), k, n0, TRANSPOSED, BLOCK_K, BLOCK_N), acc)
+        acc = tl.dot(a, _weights(w_desc, first + _lowest(bits), k, n0, TRANSPOSED, BLOCK_K, BLOCK_N), acc)
         bits = tl.where(i % steps == steps - 1, bits & (bits - 1), bits)  # to the next expert
     tl.store(y_ptr + offs, acc.to(y_ptr.dtype.element_ty), mask=mask)
 
@@ -370,7 +380,7 @@ def gather(x, w, transposed, s, experts, order, offsets, a=None, keep=True):
     u = x.new_empty(N * H * TOP_K if keep and a is None else 0, P)
     dot = x.new_empty(0 if a is None else N * H * TOP_K, dtype=torch.float32)
     config = _config("gather", x)
-    BLOCK_P, BLOCK_Q = _columns(P)
+    BLOCK_P, BLOCK_Q = columns(P)
     if (BLOCK_P + BLOCK_Q) * TOP_K <= 192 and config["BLOCK_M"] == 128 and not INTERPRET:  # two tiles on one multiprocessor
         config["num_warps"], config["num_stages"] = 4, 3
     if BLOCK_P + BLOCK_Q > 128:  # as much shared memory as there is
@@ -391,7 +401,7 @@ def gather(x, w, transposed, s, experts, order, offsets, a=None, keep=True):
     return v, u if a is None else dot
 
 
-def _columns(P: int) -> tuple[int, int]:
+def columns(P: int) -> tuple[int, int]:
     """P columns as one power of two, or as two where that wastes much less."""
     whole = next_power_of_2(P)
     half = whole // 2
@@ -399,32 +409,34 @@ def _columns(P: int) -> tuple[int, int]:
     return (half, rest) if half >= 64 and 4 * rest <= half and not INTERPRET else (whole, 0)
 
 
-def _pack(a, s, experts, order, E):
-    """a [N, H, P], s and experts [N, H, TOP_K], the tokens in the order of their signatures -> packed [rows, P padded] and the
-    experts that each tile visits, int64 [tiles], both for `_spread`; and each route's row in packed, int32 [N*H*TOP_K]."""
-    a, (N, H, TOP_K), P = a.contiguous(), experts.shape, a.shape[2]
+def _pack(a, s, experts, order, E, heads, place=None):
+    """a [N, H, P], s and experts [N, H, TOP_K]; the tokens in the order of their signatures, or one head's rows in the order of
+    their sets -> packed [rows, P padded] and the experts that each tile visits, int64 [tiles], both for `_spread`; and into
+    `place`, int32 [N*H*TOP_K], each route's row in packed."""
+    (N, H, TOP_K), P = experts.shape, a.shape[2]
     tiles, width = cdiv(N, TILE), P + -P % 32
     visited = experts.new_empty(tiles, dtype=torch.int64)
-    meta = {"H": H, "E": E, "TOP_K": TOP_K, "TILE": TILE}
-    launch(_visited_kernel, (tiles,), experts, order, visited, N, **meta, BLOCK_HE=next_power_of_2(H * E), num_warps=4)
-    packed = a.new_empty(tiles * H * E * TILE, width)
-    place = experts.new_empty(N * H * TOP_K)
-    config = tuning.lookup(_pack_kernel, _config("pack", a), a, (N,), H=H, E=E, TOP_K=TOP_K, P=P)
+    meta = {"H": H, "HEADS": heads, "E": E, "TOP_K": TOP_K, "DIV": H // heads, "TILE": TILE}
+    launch(_visited_kernel, (tiles,), experts, order, visited, N, **meta, BLOCK_HE=next_power_of_2(heads * E), num_warps=4)
+    packed = a.new_empty(tiles * heads * E * TILE, width)
+    config = tuning.lookup(_pack_kernel, _config("pack", a), a, (N,), H=heads, E=E, TOP_K=TOP_K, P=P)
     launch(
-        _pack_kernel, (tiles * (TILE // config["BLOCK_M"]) * H,),
+        _pack_kernel, (tiles * (TILE // config["BLOCK_M"]) * heads,),
         a, s, experts, order, visited, packed, place, N,
         **meta, P=P, WIDTH=width, BLOCK_P=next_power_of_2(width), **config,
     )  # fmt: skip
-    return packed, visited, place
+    return packed, visited
 
 
-def _spread(packed, visited, w, transposed, order, y, base, b, c):
-    """What `_pack` returned, w [H*E, P, D] (or transposed, [H*E, D, P]), the same order of the tokens -> y [N, D], filled in."""
-    HE, (N, D), w = w.shape[0], y.shape, _padded(w, not transposed)
+def _spread(packed, visited, w, transposed, order, heads, y, base, b, c):
+    """What `_pack` returned, padded w [H*E, P, D] (or transposed, [H*E, D, P]), the same order -> y [N, D], filled in."""
+    (N, D), P, C = y.shape, packed.shape[1], 0 if b is None else b.shape[1]
+    HE = packed.shape[0] // (visited.shape[0] * TILE)  # of the pass
     config = _config("spread", packed)
-    P, C = packed.shape[1], 0 if b is None else b.shape[1]
+    if heads == 1 and config["BLOCK_N"] == 256 and not INTERPRET:  # short sums: two tiles on one multiprocessor
+        config |= {"BLOCK_N": 128, "num_warps": 4}
     if P % config["BLOCK_K"]:
-        config["BLOCK_K"], config["num_stages"] = 32, config["num_stages"] + 1
+        config["BLOCK_K"], config["num_stages"] = 32, config["num_stages"] + (3 if config["num_warps"] == 8 else 1)
     config["BLOCK_N"] = min(config["BLOCK_N"], next_power_of_2(D))
     flags = {"C": C, "base": base is not None, "transposed": transposed}
     config = tuning.lookup(_spread_kernel, config, packed, (N,), HE=HE, N=D, K=P, **flags)
@@ -432,7 +444,8 @@ def _spread(packed, visited, w, transposed, order, y, base, b, c):
         _spread_kernel, (visited.shape[0] * (TILE // config["BLOCK_M"]) * cdiv(D, config["BLOCK_N"]),),
         TensorDescriptor.from_tensor(packed, [config["BLOCK_M"], config["BLOCK_K"]]),
         _weight_descriptor(w, transposed, config["BLOCK_K"], config["BLOCK_N"]), y, base, b, c, order, visited, N,
-        HE=HE, P=P, D=D, C=C, TRANSPOSED=transposed, TILE=TILE, BLOCK_C=next_power_of_2(C), **config,
+        HE=HE, E=HE // heads, DIV=w.shape[0] // HE, P=P, D=D, C=C, TRANSPOSED=transposed, TILE=TILE, BLOCK_C=next_power_of_2(C),
+        **config,
     )  # fmt: skip
 
 
@@ -443,16 +456,16 @@ def spread(a, w, transposed, s, experts, set_order, token_order, base=None, b=No
     With base [N, D], or b [N, C] and c [C, D] of few columns C, y = base + b c + the projection in one pass over y.
     """
     N, H, TOP_K = experts.shape
-    E, D = w.shape[0] // H, w.shape[1 if transposed else 2]
+    E, D, w = w.shape[0] // H, w.shape[1 if transposed else 2], _padded(w, not transposed)
     y = a.new_empty(N, D, dtype=dtype)
     base, b, c = (t if t is None else t.contiguous() for t in (base, b, c))
     if joint(E, TOP_K):
-        packed, visited, place = _pack(a, s, experts, token_order, E)
-        _spread(packed, visited, w, transposed, token_order, y, base, b, c)
+        place = experts.new_empty(N * H * TOP_K)
+        packed, visited = _pack(a, s, experts, token_order, E, H, place)
+        _spread(packed, visited, w, transposed, token_order, H, y, base, b, c)
         return y, packed, place
     for h in range(H):  # a head's rows come in the order of its sets
-        one, order = slice(h, h + 1), set_order[h * N : (h + 1) * N] // H
-        packed, visited, _ = _pack(a[:, one], s[:, one].contiguous(), experts[:, one].contiguous(), order, E)
-        _spread(packed, visited, w[h * E : (h + 1) * E], transposed, order, y, base, b, c)
+        order = set_order[h * N : (h + 1) * N]
+        _spread(*_pack(a, s, experts, order, E, 1), w, transposed, order, 1, y, base, b, c)
         base, b, c = y, None, None
     return y, None, None
