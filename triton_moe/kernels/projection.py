@@ -416,8 +416,7 @@ def _grouped_dw(a, b, order, offsets, div_a, div_b, precision, size=None, order_
     config["BLOCK_J"] = min(config["BLOCK_J"], whole)
     if INTERPRET:
         config["BLOCK_R"] = min(config["BLOCK_R"], next_power_of_2(R))
-    padded = {"I": cdiv(I, 32) * 32, "J": cdiv(J, 32) * 32}  # as heads are: nothing to tune again for their real width
-    config = tuning.lookup(_grouped_dw_kernel, config, a, (R,), **padded, groups=groups, DIV_A=div_a, DIV_B=div_b)
+    config = tuning.lookup(_grouped_dw_kernel, config, a, (R,), I=I, J=J, groups=groups, DIV_A=div_a, DIV_B=div_b)
     BLOCK_Q = rest if config["BLOCK_J"] == whole else 0
     tiles = cdiv(I, config["BLOCK_I"]) * cdiv(J - BLOCK_Q, config["BLOCK_J"])
     chunk = max(cdiv(5 * R, 4 * groups * max(1, PROGRAMS // (groups * tiles))), cdiv(R, 64), LEAST_CHUNK)
