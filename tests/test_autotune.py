@@ -325,6 +325,47 @@ def test_a_bench_measures_what_is_right(tmp_path):
     assert sum(row["kind"] == "time" and row["error"] is None for row in rows) >= 4
 
 
+# ---- real lookups
+
+KEYS = """
+import itertools, json
+from triton_moe import autotune, compiler, workloads
+
+shapes = [row for rows in workloads.PRESETS.values() for row in rows]
+shapes += [(op, d, shape) for op in compiler.CASES for shape in compiler.CASES[op] for d in ("float16", "float32")]
+experts = {"E": 32, "TOP_K": 4, "D": 1024}
+shapes += [("mlp", "bfloat16", experts | {"G": g, "activation": a}) for g, a in ((256, "relu"), (128, "swiglu"))]
+shapes += [("attention", "bfloat16", {"P": 128, "B": 1, "T": 1024, m: True}) for m in ("packed", "padding")]
+for target in ("sm_80", "sm_90", "gfx942"):
+    defaults, asked = {}, 0
+
+    def note(kernel, key, default):
+        global asked
+        asked += 1
+        assert defaults.setdefault(key, default) == default, (target, key, default, defaults[key])
+        return default
+
+    for op, dtype, shape in shapes:
+        compiler._on_meta(target, dtype, op, shape, note, None)
+    print(target, asked, len(defaults))
+for preset in workloads.PRESETS.values():
+    found = autotune.problems(preset, "sm_90")
+    assert len(found) == len({p.key for p in found}) > 10
+    assert {p.op for p in found} == {"gating", "projection", "mlp", "attention"}
+    for p in found:
+        assert all(c[name] in values for c in p.configs[1:] for name, values in p.space.items()), p.key
+        assert len(p.configs) > 5 and p.configs[0] not in p.configs[1:]
+"""
+
+
+def test_equal_keys_have_equal_defaults():
+    """An entry that serves a lookup was tuned for a program whose default is the same."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    result = subprocess.run([sys.executable, "-c", KEYS], capture_output=True, text=True, timeout=300, env=env)
+    assert result.returncode == 0, result.stderr
+    assert [line.split()[0] for line in result.stdout.splitlines()] == ["sm_80", "sm_90", "gfx942"]
+
+
 # ---- the command
 
 

@@ -24,8 +24,9 @@ WARM_UP = 0.05  # seconds
 class Bench:
     def __init__(self, op: str, dtype: str, shape: dict):
         self.op, self.dtype, self.shape = op, getattr(torch, dtype), shape
-        self.twin = self.run(self.dtype)
-        exact = self.twin if self.dtype == torch.float32 else self.run(torch.float32)
+        with tuning.overriding(lambda kernel, key, default: default):  # whatever has been tuned before
+            self.twin = self.run(self.dtype)
+            exact = self.twin if self.dtype == torch.float32 else self.run(torch.float32)
         self.truth = {name: value.double() for name, value in exact.items()}
         self.graphs: dict[tuple, tuple[torch.cuda.CUDAGraph, list]] = {}  # and its launches, for they hold its tensors
         self.flush = torch.empty(

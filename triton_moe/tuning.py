@@ -358,6 +358,12 @@ def space(op: str) -> dict[str, dict[str, list[int]]]:
     return importlib.import_module(f"{__package__}.kernels.{op}").SPACE
 
 
+def kernels(op: str) -> dict[str, Any]:
+    """Those that may be tuned."""
+    module = importlib.import_module(f"{__package__}.kernels.{op}")
+    return {name: getattr(module, f"_{name}_kernel") for name in module.SPACE}
+
+
 def file_name(op: str, device: Device) -> str:
     return f"{op}.{re.sub(r'[^A-Za-z0-9]+', '_', device.name).strip('_')}.json"
 
@@ -444,13 +450,16 @@ def explain(op: str, dtype: str = "bfloat16", device: Device | None = None, **sh
 
 
 def digest(device: Device | None = None) -> str:
-    """Of all that lookups on this device could find: equal on two machines exactly when they will choose alike."""
+    """Of this architecture, the kernels, and the entries that lookups on this device could find: where it is equal, two machines
+    with the same version of the package choose alike."""
     device = this_device(torch.device("cuda", torch.cuda.current_device())) if device is None else device
+    sources = {name: source_hash(kernel) for op in OPS for name, kernel in kernels(op).items()}
     rows = [
-        (op, file.device.name == device.name, entry.key, entry.source, sorted(entry.config.items()))
+        (op, file.device.name == device.name, entry.key, sorted(entry.config.items()))
         for op in OPS
         for file in files(op)
         if file.device.arch == device.arch
         for entry in file.entries
+        if entry.source == sources[entry.key.kernel]
     ]
-    return hashlib.sha256(json.dumps([device.arch, rows]).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps([device.arch, sources, rows]).encode()).hexdigest()[:16]
