@@ -427,6 +427,7 @@ def layers(device):
 
     head = head_weights(12, 2, 3, 8, device=device, dtype=torch.float32)
     xl = head_weights(12, 2, 3, 8, device=device, dtype=torch.float32, xl=True)
+    shared = head_weights(12, 2, 3, 8, device=device, dtype=torch.float32, shared=True)
     block = block_weights(12, 2, 3, 8, 4, 8, device=device, dtype=torch.float32)
     moe = moe_weights(12, 4, 8, device=device, dtype=torch.float32)
     routing = F.gating(plain(5, 12).detach(), plain(6, 12).detach(), n_heads=2, top_k=2)
@@ -435,14 +436,30 @@ def layers(device):
         "value_projection": (lambda x, w: F.value_projection(x, w, routing), plain(5, 12), plain(6, 12, 8)),
         "output_projection": (lambda a, w: F.output_projection(a, w, routing), plain(5, 2, 8), plain(6, 8, 12)),
         "attention": (lambda q, k, v: F.attention(q, k, v, position=F.RoPE()), *(plain(1, 5, 2, 8, seed=s) for s in range(3))),
+        "attention, k as v": (lambda q, k: F.attention(q, k, k), plain(1, 5, 2, 8), plain(1, 5, 2, 8, seed=1)),
         "sigma_moe": (lambda x: F.sigma_moe(x, moe, top_k=2), plain(5, 12)),
         "switchhead": (lambda x: F.switchhead(x, head, top_k=2), plain(1, 5, 12)),
+        "switchhead logits": (lambda x: join(F.switchhead(x, head, top_k=2, return_logits=True)), plain(1, 5, 12)),
+        "switchhead shared": (lambda x: join(F.switchhead(x, shared, top_k=2, return_logits=True)), plain(1, 5, 12)),
+        "switchhead memory": (lambda x, m: F.switchhead(x, head, top_k=2, k_src=m), plain(1, 5, 12), plain(1, 7, 12)),
         "switchhead xl": (lambda x: F.switchhead(x, xl, top_k=2, position=F.XL()), plain(1, 5, 12)),
         "switchall": (lambda x: F.switchall(x, block, top_k=2, moe_top_k=2), plain(1, 5, 12)),
+        "switchall tied": (
+            lambda x, w: F.switchall(
+                x, block._replace(norm1=(w, block.norm1[1]), norm2=(w, block.norm2[1])), top_k=2, moe_top_k=2
+            ),
+            *(plain(1, 5, 12), plain(12)),
+        ),
     }
 
 
+def join(result):
+    y, logits = result
+    return y, *logits
+
+
 LAYERS = ["gating", "value_projection", "output_projection", "attention", "sigma_moe", "switchhead", "switchhead xl", "switchall"]
+COMPILED = [*LAYERS, "attention, k as v", "switchhead logits", "switchhead shared", "switchhead memory", "switchall tied"]
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -467,14 +484,14 @@ def test_strides_do_not_matter(name, device):
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", COMPILED)
 def test_compiles_as_one_graph(name, device):
     function, *tensors = layers(device)[name]
     torch._dynamo.reset()
     eager = run(function, tensors)
     compiled = run(torch.compile(function, fullgraph=True, backend="inductor" if device == "cuda" else "aot_eager"), tensors)
     for a, b in zip(eager, compiled, strict=True):
-        if device == "cuda" and name == "switchall":  # Inductor has its own LayerNorm
+        if device == "cuda" and "switchall" in name:  # Inductor has its own LayerNorm
             torch.testing.assert_close(a, b)
         else:
             assert torch.equal(a, b)

@@ -4,7 +4,9 @@ import math
 
 import pytest
 import torch
+from cases import randn, run
 
+from triton_moe import functional as F
 from triton_moe.kernels import attention
 from triton_moe.kernels.attention import CONFIGS, attention_backward, attention_forward
 from triton_moe.kernels.common import input_precision
@@ -334,3 +336,17 @@ def test_xl_half_precision(device):
             xl_query(half.float(), 10, 2, False).to(dtype),
         )
         assert torch.equal(xl_keys(half, 7, 10), xl_keys(a, 7, 10).to(dtype))
+
+
+@pytest.mark.parametrize("heads, kv_heads", [(3, 3), (6, 2)])
+def test_sections_of_heads_change_no_bit(heads, kv_heads, device, monkeypatch):
+    """NOTE [Order]: some heads at a time, also where their number does not divide that of all."""
+    for name, rungs in CONFIGS.items():  # several tiles a head, in the interpreter too
+        small = {key: min(value, 32) if key in ("BLOCK_M", "BLOCK_N") else value for key, value in rungs["interpret"].items()}
+        monkeypatch.setitem(CONFIGS, name, rungs | {"interpret": small})
+    q, k, v = (randn(3, 70, n, 16, device=device, seed=i) for i, n in enumerate((heads, kv_heads, kv_heads)))
+    monkeypatch.setattr(attention, "SECTION_BYTES", 1 << 30)
+    whole = run(lambda *t: F.attention(*t), (q, k, v))
+    monkeypatch.setattr(attention, "SECTION_BYTES", 2 * 2 * 70 * 16 * 4)
+    for a, b in zip(whole, run(lambda *t: F.attention(*t), (q, k, v)), strict=True):
+        assert torch.equal(a, b)

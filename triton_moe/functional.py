@@ -21,6 +21,7 @@ NOTE [Streams]
     Random masks are a function of (seed, token, column, stream); the stream tells the masks of one layer apart.
 """
 
+import contextlib
 import inspect
 import math
 from typing import Any, NamedTuple
@@ -198,6 +199,18 @@ def _dtypes(tensors) -> tuple[torch.dtype | None, ...]:
 def _to(tensors, dtypes) -> tuple[Any, ...]:
     """Each tensor in its dtype; None where either is."""
     return tuple(None if t is None or d is None else cast(t, d) for t, d in zip(tensors, dtypes, strict=True))
+
+
+def _distinct(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """For an autograd.Function under torch.compile, which loses gradients of a tensor that comes twice (2.11) or refuses it."""
+    if not torch.compiler.is_compiling():
+        return tensors
+    return tuple(t if t is None or all(t is not u for u in tensors[:i]) else t.view_as(t) for i, t in enumerate(tensors))
+
+
+def _as_they_are(x: Tensor) -> contextlib.AbstractContextManager:
+    """Products in the dtype of their operands, which the forward pass chose, also where a backward is called under autocast."""
+    return contextlib.nullcontext() if torch.compiler.is_compiling() else torch.autocast(x.device.type, enabled=False)
 
 
 def _saved_config(saved: Saved, layer: str):
@@ -466,7 +479,8 @@ class _Attention(torch.autograd.Function):
     def backward(ctx, do, dlse):
         saved = ctx.saved_tensors
         do = torch.zeros_like(saved[11]) if do is None else do
-        grads = _attention_backward(do, dlse, saved, _AttentionConfig(*ctx.config))
+        with _as_they_are(do):
+            grads = _attention_backward(do, dlse, saved, _AttentionConfig(*ctx.config))
         return *grads, None, None, *[None] * len(ctx.config)
 
 
@@ -523,7 +537,8 @@ def attention(
     dtype = _compute_dtype(q)
     q, k, v, pos, content_bias, position_bias = _cast(dtype, q, k, v, pos, content_bias, position_bias)
     config = _AttentionConfig(kind, _rotated(fraction, P), base, causal, window or 0, scale, input_precision(dtype))
-    o, lse = _Attention.apply(q, k, v, pos, content_bias, position_bias, key_padding_mask, cu_seqlens, *config)
+    inputs = _distinct(q, k, v, pos, content_bias, position_bias)
+    o, lse = _Attention.apply(*inputs, key_padding_mask, cu_seqlens, *config)
     return (o, lse) if return_lse else o
 
 
@@ -637,7 +652,9 @@ class _SigmaMoE(torch.autograd.Function):
     def backward(ctx, dy, dlogits):
         saved = ctx.saved_tensors
         dy = saved[0].new_zeros(ctx.y_shape) if dy is None else dy
-        return *_moe_backward(dy, dlogits, saved, ctx.dtypes, _MoEConfig(*ctx.config)), None, None, *[None] * len(ctx.config)
+        with _as_they_are(dy):
+            grads = _moe_backward(dy, dlogits, saved, ctx.dtypes, _MoEConfig(*ctx.config))
+        return *grads, None, None, *[None] * len(ctx.config)
 
 
 def sigma_moe(
@@ -665,7 +682,7 @@ def sigma_moe(
     N = _tokens(x)
     tensors = x.reshape(N, D), None if gate_input is None else gate_input.reshape(N, D), *weights
     seed = _seed(seed, x.device, config.dropout > 0 or config.expert_dropout > 0)
-    y, logits = _SigmaMoE.apply(*tensors, seed, _compute_dtype(x), *config)
+    y, logits = _SigmaMoE.apply(*_distinct(*tensors), seed, _compute_dtype(x), *config)
     return y.view(*x.shape[:-1], y.shape[1]), logits.view(*x.shape[:-1], logits.shape[1])
 
 
@@ -942,6 +959,8 @@ class _SwitchHead(torch.autograd.Function):
         ctx.save_for_backward(*saved)
         if logits_v is logits_o:
             logits_v = logits_v.clone()
+        elif torch.compiler.is_compiling() and logits_v is not None:  # parts of one tensor, whose gradients 2.11 would lose
+            logits_v, logits_o = logits_v.clone(), logits_o.clone()
         ctx.y_shape = y.shape
         return y, logits_v, logits_o
 
@@ -951,7 +970,8 @@ class _SwitchHead(torch.autograd.Function):
         saved = ctx.saved_tensors
         if dy is None:
             dy = saved[0].new_zeros(ctx.y_shape)
-        grads = _head_backward(dy, dlogits_v, dlogits_o, saved, ctx.dtypes, _HeadConfig(*ctx.config))
+        with _as_they_are(dy):
+            grads = _head_backward(dy, dlogits_v, dlogits_o, saved, ctx.dtypes, _HeadConfig(*ctx.config))
         return *grads, *[None] * (4 + len(ctx.config))
 
 
@@ -1074,7 +1094,9 @@ def switchhead(
     )  # fmt: skip
     seed = _seed(seed, x.device, config.dropout > 0 or config.expert_dropout > 0)
     tensors = x, k_src, v_src, *weights[:6], pos
-    y, logits_v, logits_o = _SwitchHead.apply(*tensors, key_padding_mask, cu_seqlens, seed, _compute_dtype(x), *config)
+    y, logits_v, logits_o = _SwitchHead.apply(
+        *_distinct(*tensors), key_padding_mask, cu_seqlens, seed, _compute_dtype(x), *config
+    )
     return (y, (logits_v, logits_o)) if return_logits else y
 
 
@@ -1108,7 +1130,7 @@ def switchhead_backward(
     _check.gradient("grad_y", _check.tensor("grad_y", grad_y), y)
     for i in (0, 1):
         _check.gradient(f"grad_logits[{i}]", dlogits[i], logits[i])
-    with torch.no_grad():
+    with torch.no_grad(), _as_they_are(y):
         grads = _head_backward(grad_y.to(y.dtype), *dlogits, saved.tensors, dtypes, config)
     return SwitchHeadGradients(*grads[:3], SwitchHeadWeights(*grads[3:]))
 
@@ -1203,7 +1225,9 @@ class _SwitchAll(torch.autograd.Function):
             dy = torch.zeros_like(saved[0])
         eps, dropout, head, moe = ctx.config
         config = _BlockConfig(eps, dropout, _HeadConfig(*head), _MoEConfig(*moe))
-        return *_block_backward(dy, dlogits, saved, ctx.dtypes, config), *[None] * (6 + len(head) + len(moe))
+        with _as_they_are(dy):
+            grads = _block_backward(dy, dlogits, saved, ctx.dtypes, config)
+        return *grads, *[None] * (6 + len(head) + len(moe))
 
 
 def _check_block(
@@ -1283,7 +1307,7 @@ def switchall(
     )  # fmt: skip
     tensors, seed, dtype = _block_arguments(x, weights, pos, config, seed)
     return _SwitchAll.apply(
-        *tensors, key_padding_mask, cu_seqlens, seed, dtype, config.eps, config.dropout, *config.head, *config.moe
+        *_distinct(*tensors), key_padding_mask, cu_seqlens, seed, dtype, config.eps, config.dropout, *config.head, *config.moe
     )
 
 
@@ -1305,7 +1329,7 @@ def switchall_backward(grad_y: Tensor, saved: Saved, grad_logits: Tensor | None 
     config, dtypes, y, (logits,) = _saved_config(saved, "switchall")
     _check.gradient("grad_y", _check.tensor("grad_y", grad_y), y)
     _check.gradient("grad_logits", grad_logits, logits)
-    with torch.no_grad():
+    with torch.no_grad(), _as_they_are(y):
         g = _block_backward(grad_y, grad_logits, saved.tensors, dtypes, config)
     weights = SwitchAllWeights(g[1:3], SwitchHeadWeights(*g[3:10]), g[10:12], SigmaMoEWeights(*g[12:]))
     return SwitchAllGradients(g[0], weights)

@@ -515,9 +515,9 @@ def _attention_bwd_dkdv_kernel(
                     mask_position = mask_n[:, None] & (offs_t < T)[None, :]
                     s += tl.load(position + offs_position, mask=mask_position, other=0.0)
                 do = _load_rows(do_ptr, b, h, t, stride_dob, stride_dot, stride_doh, mask_t, LOAD_PV, CHUNKS_PV, BLOCK_M)
-                dp = _dot_rows(
-                    v, do, CHUNKS_PV, PRECISION
-                )  # before p: Triton waits here for what it multiplies, later it need not
+                EARLY: tl.constexpr = BLOCK_M == 64  # Triton waits for dp; if before p, no longer for dv
+                if EARLY:
+                    dp = _dot_rows(v, do, CHUNKS_PV, PRECISION)
                 visible = None
                 if MASKED:
                     low_t, high_t = (low - t)[:, None], (high - t)[:, None]
@@ -530,6 +530,8 @@ def _attention_bwd_dkdv_kernel(
                     norm = _load_stats(stats_ptr, row + 2 * plane, t, T, 0.0, BLOCK_M, MASKED)[None, :]
                 p = _probability(s, lse[None, :], norm, visible, unit, EXACT, MASKED)
                 dv = _add_dots(dv, p.to(do[0].dtype), do, CHUNKS_PV, PRECISION)
+                if not EARLY:
+                    dp = _dot_rows(v, do, CHUNKS_PV, PRECISION)
                 ds = dp - _load_stats(stats_ptr, row + plane, t, T, 0.0, BLOCK_M, MASKED)[None, :]
                 if EXACT:
                     ds += _load_stats(stats_ptr, row + 3 * plane, t, T, 0.0, BLOCK_M, MASKED)[None, :]

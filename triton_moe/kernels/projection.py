@@ -407,12 +407,15 @@ def _grouped_dw(a, b, order, offsets, div_a, div_b, precision, size=None, order_
         Few groups make few programs, and skewed routing makes one of them long. So the routes of a group with more than `chunk`
         are cut into equal parts, each summed on its own in float32, and the parts are added in their order: the same bits every
         time. A group at most a quarter larger than the mean is not cut: writing and adding parts takes time too.
+
+    On an H200 (H 4, E 4, TOP_K 2, P 128, D 1024, N 32768, bfloat16): 131 us with 4 warps, 139 with 8; 125 to 154 with 256 rows
+    or columns a tile; 164 and more with the gates multiplied in here.
     """
     groups, (I, J), R = offsets.shape[0] - 1, size or (a.shape[1], b.shape[1]), order.shape[0]
     dw = a.new_empty(groups, *((J, I) if turned else (I, J)), dtype=dtype)
     config = default_config(CONFIGS["grouped_dw"], a.dtype)
     config["BLOCK_I"] = min(config["BLOCK_I"], next_power_of_2(I))
-    whole, rest = sets.columns(J)
+    whole, rest = (next_power_of_2(J), 0) if a.dtype == torch.float32 else sets.columns(J)
     config["BLOCK_J"] = min(config["BLOCK_J"], whole)
     if INTERPRET:
         config["BLOCK_R"] = min(config["BLOCK_R"], next_power_of_2(R))

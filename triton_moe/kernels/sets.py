@@ -27,6 +27,11 @@ On an H200, bfloat16, N = 32768, D = 1024, H 4, E 4, TOP_K 2, P 128, cuBLAS of t
 gather 126 us, 146 with u written, 147 with the dots; pack 45 and spread 153 us. Experiments on the way: pointers in place of
 descriptors 129 against 122 us for gather and 154 against 140 for spread; spread gathering its rows itself 211; sets found in
 the kernel instead of a table 131; 64 rows a tile and twice the programs 187; windows of tokens for the cache's sake 142.
+Later, each alone in a graph: spread with tiles of 128 columns 148 us, of 256 columns and 8 warps 144 (P 100 with its pack: 196
+and 180), the same with 64 rows 184, programs that go on to further tiles 140 to 145, two passes of two heads each 169. One head
+at a time sums are short and 128 columns better (H 4, E 10: 369 us, with 256 columns 427). gather with both experts' weights
+side by side 125 against 133 us, but they must first be copied so; a pack of whole tiles 42 against 48 with `visited`, but slower
+for more experts.
 """
 
 import math
@@ -316,7 +321,7 @@ def _spread_kernel(
     offs_n = n0 + tl.arange(0, BLOCK_N)
     mask_m, mask_n = offs_m < N, offs_n < D
     n = (tl.load(order_ptr + offs_m, mask=mask_m, other=0) // DIV).to(tl.int64)
-    first = tl.load(order_ptr + m0) % DIV * E  # expert of the pass
+    first = tl.load(order_ptr + m0) % DIV * E if DIV > 1 else 0  # expert of the pass
     offs = n[:, None] * D + offs_n[None, :]
     mask = mask_m[:, None] & mask_n[None, :]
     bits = tl.load(visited_ptr + tile)
