@@ -63,6 +63,9 @@ class Made:
     def open(self, *workload):
         self.ready.clear()
 
+    def start(self):
+        pass
+
     def close(self):
         pass
 
@@ -211,6 +214,18 @@ def test_without_resume_the_old_journal_is_kept_beside_the_new(whole, tmp_path):
     assert (folder / "journal.Test_GPU.jsonl.old").read_bytes() == old != journal(folder).read_bytes()
 
 
+def test_more_budget_goes_on_where_the_last_one_ended(whole, tmp_path, monkeypatch):
+    folder = tmp_path / "configs"
+    monkeypatch.setattr(autotune, "next_group", lambda p, n, f=autotune.next_group: f(p, n) if len(p.ratios) < 8 else [])
+    assert tune(folder, first := Made()) == 0
+    monkeypatch.undo()
+    monkeypatch.setattr(autotune, "problems", problems)
+    assert tune(folder, second := Made(), resume=True) == 0
+    assert not {a for a in first.asked if a[2] == autotune.ROUNDS} & set(second.asked)
+    best = {e.key: e.config for path in folder.glob("*.json") for e in tuning.read(path).entries}
+    assert best == {e.key: e.config for path in whole[0].glob("*.json") for e in tuning.read(path).entries}
+
+
 def test_noise_is_not_a_gain():
     rng = random.Random(2)
     default = [100_000 + round(rng.gauss(0, 2000)) for _ in range(31)]
@@ -308,6 +323,47 @@ def test_a_bench_measures_what_is_right(tmp_path):
     assert len(tuning.read(written).entries) == 1 and "gating_fwd: 1." in result.stdout
     rows = [json.loads(line) for line in next(tmp_path.glob("journal.*.jsonl")).read_text().splitlines()]
     assert sum(row["kind"] == "time" and row["error"] is None for row in rows) >= 4
+
+
+# ---- real lookups
+
+KEYS = """
+import itertools, json
+from triton_moe import autotune, compiler, workloads
+
+shapes = [row for rows in workloads.PRESETS.values() for row in rows]
+shapes += [(op, d, shape) for op in compiler.CASES for shape in compiler.CASES[op] for d in ("float16", "float32")]
+experts = {"E": 32, "TOP_K": 4, "D": 1024}
+shapes += [("mlp", "bfloat16", experts | {"G": g, "activation": a}) for g, a in ((256, "relu"), (128, "swiglu"))]
+shapes += [("attention", "bfloat16", {"P": 128, "B": 1, "T": 1024, m: True}) for m in ("packed", "padding")]
+for target in ("sm_80", "sm_90", "gfx942"):
+    defaults, asked = {}, 0
+
+    def note(kernel, key, default):
+        global asked
+        asked += 1
+        assert defaults.setdefault(key, default) == default, (target, key, default, defaults[key])
+        return default
+
+    for op, dtype, shape in shapes:
+        compiler._on_meta(target, dtype, op, shape, note, None)
+    print(target, asked, len(defaults))
+for preset in workloads.PRESETS.values():
+    found = autotune.problems(preset, "sm_90")
+    assert len(found) == len({p.key for p in found}) > 10
+    assert {p.op for p in found} == {"gating", "projection", "mlp", "attention"}
+    for p in found:
+        assert all(c[name] in values for c in p.configs[1:] for name, values in p.space.items()), p.key
+        assert len(p.configs) > 5 and p.configs[0] not in p.configs[1:]
+"""
+
+
+def test_equal_keys_have_equal_defaults():
+    """An entry that serves a lookup was tuned for a program whose default is the same."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    result = subprocess.run([sys.executable, "-c", KEYS], capture_output=True, text=True, timeout=300, env=env)
+    assert result.returncode == 0, result.stderr
+    assert [line.split()[0] for line in result.stdout.splitlines()] == ["sm_80", "sm_90", "gfx942"]
 
 
 # ---- the command

@@ -10,9 +10,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from triton.runtime.errors import OutOfResources
 
 from triton_moe import tuning
-from triton_moe.kernels import attention, gating, sets
+from triton_moe.kernels import attention, common, gating, sets
 from triton_moe.tuning import ConfigError, Device, Entry, Key
 
 HERE = Device("Test GPU 9000 (rev. 2)", "sm_90", 232448)
@@ -83,7 +84,7 @@ def test_an_entry_of_another_source_is_stale(folder):
 def test_lookup_asks_the_files_once(folder, monkeypatch):
     tuning.save(folder, "sets", HERE, [entry()])
     monkeypatch.setattr(tuning, "this_device", lambda device: HERE)
-    x = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.bfloat16, is_meta=False)
+    x = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.bfloat16)
     args = sets._gather_kernel, DEFAULT | {"PARTS": 2}, x, (4096,)
     assert tuning.lookup(*args, **WIDTHS) == TUNED | {"PARTS": 2}
     monkeypatch.setattr(tuning, "resolve", None)
@@ -93,6 +94,30 @@ def test_lookup_asks_the_files_once(folder, monkeypatch):
 def test_the_interpreter_and_meta_tensors_keep_the_default():
     for device in ("cpu", "meta"):
         assert tuning.lookup(sets._gather_kernel, DEFAULT, torch.empty(1, device=device), (4096,), **WIDTHS) is DEFAULT
+
+
+def test_a_default_that_needs_too_much_shared_memory_runs_with_fewer_stages():
+    class Kernel:
+        __name__ = "_kernel"
+
+        def __init__(self, name):
+            self.name, self.tried = name, []
+
+        def __getitem__(self, grid):
+            def run(*args, num_stages, **meta):
+                self.tried.append((grid, args, num_stages, meta))
+                if num_stages > 2:
+                    raise OutOfResources(147456, 101376, self.name)
+
+            return run
+
+    kernel = Kernel("shared memory")
+    with pytest.warns(UserWarning, match="autotune"):
+        common.start(kernel, (3,), ("x",), {"num_stages": 4, "BLOCK_M": 64})
+    assert kernel.tried == [((3,), ("x",), stages, {"BLOCK_M": 64}) for stages in (4, 3, 2)]
+    common.start(kernel, (3,), (), {"num_stages": 4})  # said once
+    with pytest.raises(OutOfResources):
+        common.start(Kernel("threads"), (3,), (), {"num_stages": 4})
 
 
 def test_digest_tells_what_may_be_chosen(folder):
@@ -117,13 +142,15 @@ def test_the_source_hash_is_of_the_program():
     assert compiled.stdout.strip() == tuning.source_hash(gating._gating_fwd_kernel), compiled.stderr
 
 
-@pytest.mark.parametrize("path", sorted((Path(__file__).parents[1] / "autotune_configs").glob("*.json")), ids=lambda p: p.name)
-def test_no_shipped_entry_is_invalid_or_stale(path):
-    file = tuning.read(path)
-    module = {"sets": sets, "gating": gating, "attention": attention}.get(op := path.name.split(".")[0])
-    module = module or __import__(f"triton_moe.kernels.{op}", fromlist=[op])
-    for e in file.entries:
-        assert e.source == tuning.source_hash(getattr(module, f"_{e.key.kernel}_kernel")), e.key
+def test_no_shipped_entry_is_invalid_or_stale():
+    root = Path(__file__).parents[1] / "autotune_configs"
+    for path in root.glob("*.*"):
+        assert path.name == "README.md" or path.suffix == ".json"
+    for path in root.glob("*.json"):
+        file = tuning.read(path)
+        assert file.entries
+        kernels = tuning.kernels(path.name.partition(".")[0])
+        assert [e.key for e in file.entries if e.source != tuning.source_hash(kernels[e.key.kernel])] == []
 
 
 def test_every_space_names_a_kernel_and_its_parameters():

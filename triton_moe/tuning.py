@@ -91,17 +91,16 @@ _resolved: dict[tuple, dict[str, int] | None] = {}
 
 def lookup(kernel, default: dict[str, int], x: torch.Tensor, sizes: tuple[int, ...] = (), **widths: int) -> dict[str, int]:
     """`default`, or with the values tuned for `kernel` on x's device. Not to be changed by the caller."""
-    if x.device.type == "cpu":  # the interpreter
-        return default
     if override is not None:
         return override(kernel, _key(kernel, x, sizes, widths), default)
-    if x.is_meta:
+    device = x.device
+    if device.index is None:  # of a CPU, for the interpreter, or meta
         return default
-    at = (kernel, x.dtype, x.device, *[n.bit_length() for n in sizes], *widths.values())
+    at = (kernel.fn, x.dtype, device.index, *[n.bit_length() for n in sizes], *widths.values())
     try:
         config = _resolved[at]
     except KeyError:
-        config = _resolved[at] = resolve(kernel, _key(kernel, x, sizes, widths), this_device(x.device)).config
+        config = _resolved[at] = resolve(kernel, _key(kernel, x, sizes, widths), this_device(device)).config
     return default if config is None else default | config
 
 
@@ -359,6 +358,12 @@ def space(op: str) -> dict[str, dict[str, list[int]]]:
     return importlib.import_module(f"{__package__}.kernels.{op}").SPACE
 
 
+def kernels(op: str) -> dict[str, Any]:
+    """Those that may be tuned."""
+    module = importlib.import_module(f"{__package__}.kernels.{op}")
+    return {name: getattr(module, f"_{name}_kernel") for name in module.SPACE}
+
+
 def file_name(op: str, device: Device) -> str:
     return f"{op}.{re.sub(r'[^A-Za-z0-9]+', '_', device.name).strip('_')}.json"
 
@@ -445,13 +450,16 @@ def explain(op: str, dtype: str = "bfloat16", device: Device | None = None, **sh
 
 
 def digest(device: Device | None = None) -> str:
-    """Of all that lookups on this device could find: equal on two machines exactly when they will choose alike."""
+    """Of this architecture, the kernels, and the entries that lookups on this device could find: where it is equal, two machines
+    with the same version of the package choose alike."""
     device = this_device(torch.device("cuda", torch.cuda.current_device())) if device is None else device
+    sources = {name: source_hash(kernel) for op in OPS for name, kernel in kernels(op).items()}
     rows = [
-        (op, file.device.name == device.name, entry.key, entry.source, sorted(entry.config.items()))
+        (op, file.device.name == device.name, entry.key, sorted(entry.config.items()))
         for op in OPS
         for file in files(op)
         if file.device.arch == device.arch
         for entry in file.entries
+        if entry.source == sources[entry.key.kernel]
     ]
-    return hashlib.sha256(json.dumps([device.arch, rows]).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps([device.arch, sources, rows]).encode()).hexdigest()[:16]

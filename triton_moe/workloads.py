@@ -53,8 +53,10 @@ def _gating(make, sides, H, E, TOP_K, D, mode="sigmoid", dropout=0.0, N=4096):
     return {"weights": weights, "logits": logits}
 
 
-def _projection(make, H, E, TOP_K, P, D, N=4096, alone=True):
-    """`alone`: also the value projection's gradient as it is outside a layer, with nothing else to add to d x."""
+def _projection(make, H, E, TOP_K, P, D, N=4096, width=0, alone=True):
+    """`alone`: also the value projection's gradient as it is outside a layer, with nothing else to add to d x. `width`: of a head
+    without the padding of a layer."""
+    wanted = width or P
     precision = common.input_precision(make.dtype)
     x, w_v, w_o = make(N, D), make(H * E, D, P, fan=D), make(H * E, P, D, fan=H * TOP_K * P)
     dv, dy, base, dlogits, sel = make(N, H, P), make(N, D), make(N, D), make(N, H * E), make(H * E, D, fan=D)
@@ -63,10 +65,10 @@ def _projection(make, H, E, TOP_K, P, D, N=4096, alone=True):
     gates = projection.value_backward_gates(dv, u, TOP_K)
     results = {"v": v, "value dgates": gates}
     for added in ((None, None, None), (base, dlogits, sel))[not alone :]:
-        value = projection.value_backward(dv, x, w_v, routing[0], *routing[1:], *added, precision)
+        value = projection.value_backward(dv, x, w_v, routing[0], *routing[1:], *added, precision, None, None, wanted)
         results |= dict(zip(("value dx", "value dw"), value, strict=True))
     results["y"] = projection.output_forward(v, w_o, *routing, precision)
-    output = projection.output_backward(dy, v, w_o, *routing, precision)
+    output = projection.output_backward(dy, v, w_o, *routing, precision, None, wanted)
     results |= dict(zip(("output da", "output dw", "output dgates"), output, strict=True))
     projection.dropout_rows(dy, make.seed(), 0.1, 0)
     return results
@@ -134,27 +136,28 @@ WORKLOADS: dict[str, Callable[..., dict[str, Tensor]]] = {
 
 
 # Shapes of published models and of what users train, 32768 tokens of bfloat16, the most used first. Heads are as wide as the
-# layers pad them: 100 and 112 channels to 128, 76 and 82 to 96.
+# layers pad them, 100 channels to 128 and 76 to 96; `width` is what gradients of weights keep.
 _PAPER: list[tuple[str, dict]] = [
-    ("projection", {"H": 4, "E": 4, "TOP_K": 2, "P": 128, "D": 1024, "N": 32768, "alone": False}),
+    ("projection", {"H": 4, "E": 4, "TOP_K": 2, "P": 128, "D": 1024, "N": 32768, "width": 100, "alone": False}),
     ("mlp", {"E": 32, "G": 128, "TOP_K": 4, "D": 1024, "N": 32768}),
     ("attention", {"P": 128, "H": 4, "B": 32, "T": 1024}),
     ("gating", {"sides": 2, "H": 4, "E": 4, "TOP_K": 2, "D": 1024, "N": 32768}),
     ("gating", {"sides": 1, "H": 1, "E": 32, "TOP_K": 4, "D": 1024, "N": 32768}),
-    ("projection", {"H": 2, "E": 5, "TOP_K": 3, "P": 96, "D": 412, "N": 32768, "alone": False}),
+    ("projection", {"H": 2, "E": 5, "TOP_K": 3, "P": 96, "D": 412, "N": 32768, "width": 76, "alone": False}),
     ("mlp", {"E": 16, "G": 128, "TOP_K": 4, "D": 412, "N": 32768}),
     ("attention", {"P": 96, "H": 2, "B": 128, "T": 256}),
     ("gating", {"sides": 2, "H": 2, "E": 5, "TOP_K": 3, "D": 412, "N": 32768}),
     ("attention", {"P": 64, "H": 2, "B": 64, "T": 512}),
 ]
 _MOEUT: list[tuple[str, dict]] = [
-    ("projection", {"H": 4, "E": 10, "TOP_K": 2, "P": 96, "D": 412, "N": 32768, "alone": False}),
+    ("projection", {"H": 4, "E": 10, "TOP_K": 2, "P": 96, "D": 412, "N": 32768, "width": 82, "alone": False}),
     ("mlp", {"E": 155, "G": 128, "TOP_K": 12, "D": 412, "N": 32768}),
     ("attention", {"P": 96, "H": 4, "B": 32, "T": 1024}),
     ("mlp", {"E": 387, "G": 128, "TOP_K": 16, "D": 1024, "N": 16384}),
     ("gating", {"sides": 1, "H": 1, "E": 155, "TOP_K": 12, "D": 412, "N": 32768}),
 ]
 _LLM: list[tuple[str, dict]] = [
+    ("projection", {"H": 4, "E": 4, "TOP_K": 2, "P": 128, "D": 1024, "N": 32768, "alone": False}),
     ("projection", {"H": 8, "E": 4, "TOP_K": 2, "P": 128, "D": 2048, "N": 16384, "alone": False}),
     ("mlp", {"E": 128, "G": 128, "TOP_K": 8, "D": 1024, "N": 32768}),
     ("attention", {"P": 128, "H": 4, "B": 8, "T": 4096}),

@@ -732,10 +732,11 @@ def _config(kernel: str, q: Tensor, k: Tensor, v: Tensor, q_pos: Tensor | None, 
     return {name: min(value, next_power_of_2(limits[name])) if name in limits else value for name, value in config.items()}
 
 
-def _tuned(kernel, config, q, k, v, q_pos, causal, window, masked) -> dict[str, int]:
-    sizes, P = (q.shape[0] * q.shape[2], q.shape[1], k.shape[1]), min(q.shape[-1], k.shape[-1])
-    widths = {"P": P, "PV": v.shape[-1], "F": 0 if q_pos is None else q_pos.shape[-1], "GROUP": q.shape[2] // k.shape[2]}
-    return tuning.lookup(kernel, config, q, sizes, **widths, causal=causal, window=window > 0, masked=masked)
+def _tuned(kernel, config, q, k, v, q_pos, key_padding_mask, cu_seqlens, causal, window, precision) -> dict[str, int]:
+    sizes, F = (q.shape[0] * q.shape[2], q.shape[1], k.shape[1]), 0 if q_pos is None else q_pos.shape[-1]
+    widths = {"P": q.shape[-1], "PV": v.shape[-1], "F": F, "GROUP": q.shape[2] // k.shape[2], "tf32": precision == "tf32"}
+    flags = {"padding": key_padding_mask is not None, "packed": cu_seqlens is not None, "window": window > 0, "causal": causal}
+    return tuning.lookup(kernel, config, q, sizes, **widths, **flags)
 
 
 def _attention_forward_fake(q, k, v, q_pos, k_pos, key_padding_mask, cu_seqlens, causal, window, scale, precision):
@@ -769,9 +770,8 @@ def attention_forward(
         sign = -1.0 if scale < 0 else 0.0
         q, q_pos, scale = q * sign, None if q_pos is None else q_pos * sign, abs(scale) or 1.0
     q, k, v = _rows(q), _rows(k), _rows(v)
-    masked = key_padding_mask is not None or cu_seqlens is not None
     config = _config("attention_forward", q, k, v, q_pos)
-    config = _tuned(_attention_fwd_kernel, config, q, k, v, q_pos, causal, window, masked)
+    config = _tuned(_attention_fwd_kernel, config, q, k, v, q_pos, key_padding_mask, cu_seqlens, causal, window, precision)
     masks, block = (_padding(key_padding_mask), _sequence_bounds(cu_seqlens, T)), config["BLOCK_M"]
     for first, number in _spans(cdiv(T, block), q_pos, block * B * H * S):
         launch(
@@ -828,7 +828,6 @@ def attention_backward(
     stats = lse.new_empty((4 if exact else 2) * B * H, T)
 
     masks = (_padding(key_padding_mask), _sequence_bounds(cu_seqlens, T))
-    masked = key_padding_mask is not None or cu_seqlens is not None
     inputs = (*do.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
     sizes = (T, S, H, min(window, T + S))
     flags = dict(
@@ -838,7 +837,7 @@ def attention_backward(
     )  # fmt: skip
 
     config = _config("attention_dq", q, k, v, q_pos)
-    config = _tuned(_attention_bwd_dq_kernel, config, q, k, v, q_pos, causal, window, masked)
+    config = _tuned(_attention_bwd_dq_kernel, config, q, k, v, q_pos, key_padding_mask, cu_seqlens, causal, window, precision)
     block, strides = config["BLOCK_M"], (*inputs, *o.stride()[:3], *dq.stride()[:3])
     for tile, number in _spans(cdiv(T, block), q_pos, block * B * H * S):
         position = _scores_of_queries(q_pos, k_pos, tile * block, number * block)
@@ -854,7 +853,7 @@ def attention_backward(
 
     spare = key_padding_mask is not None or Hkv < H
     config = _config("attention_dkdv", q, k, v, q_pos, "hopper_spare" if spare else "hopper")
-    config = _tuned(_attention_bwd_dkdv_kernel, config, q, k, v, q_pos, causal, window, masked)
+    config = _tuned(_attention_bwd_dkdv_kernel, config, q, k, v, q_pos, key_padding_mask, cu_seqlens, causal, window, precision)
     block, strides = config["BLOCK_N"], (*inputs, *dk.stride()[:3], *dv.stride()[:3])
     for tile, number in _spans(cdiv(S, block), q_pos, block * B * H * T):
         position = None if q_pos is None else q_pos @ k_pos[tile * block : (tile + number) * block].t()  # [B, T, H, keys]

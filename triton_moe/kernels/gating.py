@@ -60,7 +60,7 @@ CONFIGS = {
     },
 }
 SPACE = {  # what may be tuned; see tuning.py
-    "gating_fwd": {"BLOCK_N": [16, 32, 64, 128], "BLOCK_D": [32, 64, 128], "num_warps": [4, 8], "num_stages": [1, 2, 3, 4, 5]},
+    "gating_fwd": {"BLOCK_N": [16, 32, 64, 128], "BLOCK_D": [16, 32, 64, 128], "num_warps": [4, 8], "num_stages": [1, 2, 3, 4]},
 }
 
 

@@ -324,7 +324,8 @@ def _down(a, w, order, offsets, top_k, bias, d_out, precision, dtype=None, b=Non
         config = _config("down", a, R, N, K)
         if config["BLOCK_K"] < K:
             config = _config("down_wide", a, R, N, K)
-        config = tuning.lookup(_down_kernel, config, a, (R,), N=N, K=K, groups=groups, transposed=w.stride(2) != 1)
+        flags = {"transposed": w.stride(2) != 1, "tf32": precision == "tf32"}
+        config = tuning.lookup(_down_kernel, config, a, (R,), N=N, K=K, groups=groups, **flags)
         tiles_n = 1 if config["BLOCK_K"] >= K else cdiv(N, config["BLOCK_N"])
         launch(
             _down_kernel, ((cdiv(R, config["BLOCK_M"]) + groups) * tiles_n if R else 0,),
@@ -368,7 +369,8 @@ def mlp_forward(
     config = _config("up", x, R, G, x.shape[1])
     if keys.shape[2] == 2 * G:  # two tiles of products
         config["BLOCK_N"] = max(16, config["BLOCK_N"] // 2)
-    config = tuning.lookup(_up_kernel, config, x, (R,), N=keys.shape[2], K=x.shape[1], groups=groups, TOP_K=TOP_K)
+    flags = {"gated": keys.shape[2] != G, "dropout": dropout > 0, "tf32": precision == "tf32"}
+    config = tuning.lookup(_up_kernel, config, x, (R,), N=G, K=x.shape[1], groups=groups, TOP_K=TOP_K, **flags)
     launch(
         _up_kernel, ((cdiv(R, config["BLOCK_M"]) + groups) * cdiv(G, config["BLOCK_N"]) if R else 0,),
         x, keys, z if bias is None else bias, weights.contiguous(), order if seed is None else seed, z, u, order, offsets, groups,
@@ -403,7 +405,8 @@ def mlp_backward(
     (groups, G, d_out), D, R, TOP_K = values.shape, x.shape[1], order.shape[0], weights.shape[-1]
     x, dy, w = _padded(rows(x)), _padded(rows(dy)), _padded(values).transpose(1, 2)
     config = _config("up_bwd", x, R, G, dy.shape[1])
-    config = tuning.lookup(_up_bwd_kernel, config, x, (R,), N=z.shape[1], K=dy.shape[1], groups=groups, TOP_K=TOP_K)
+    flags = {"gated": z.shape[1] != G, "dropout": dropout > 0, "tf32": precision == "tf32"}
+    config = tuning.lookup(_up_bwd_kernel, config, x, (R,), N=G, K=dy.shape[1], groups=groups, TOP_K=TOP_K, **flags)
     tiles_n = cdiv(G, config["BLOCK_N"])
     u, dz = z.new_empty(R, G), torch.empty_like(z)
     dweights = torch.empty((tiles_n, *weights.shape), dtype=weights.dtype, device=weights.device)

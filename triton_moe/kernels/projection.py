@@ -352,8 +352,8 @@ def _grouped_gemm(a, w, order, offsets, div, precision):
     config["BLOCK_K"] = min(config["BLOCK_K"], next_power_of_2(K))
     if INTERPRET:
         config["BLOCK_M"] = min(config["BLOCK_M"], next_power_of_2(R))
-    transposed = w.stride(2) != 1
-    config = tuning.lookup(_grouped_gemm_kernel, config, a, (R,), N=N, K=K, groups=groups, DIV=div, transposed=transposed)
+    flags = {"DIV": div, "transposed": w.stride(2) != 1, "tf32": precision == "tf32"}
+    config = tuning.lookup(_grouped_gemm_kernel, config, a, (R,), N=N, K=K, groups=groups, **flags)
     grid = (cdiv(R, config["BLOCK_M"]) + groups) * cdiv(N, config["BLOCK_N"]) if R else 0
     launch(
         _grouped_gemm_kernel, (grid,),
@@ -419,8 +419,8 @@ def _grouped_dw(a, b, order, offsets, div_a, div_b, precision, size=None, order_
     config["BLOCK_J"] = min(config["BLOCK_J"], whole)
     if INTERPRET:
         config["BLOCK_R"] = min(config["BLOCK_R"], next_power_of_2(R))
-    padded = {"I": cdiv(I, 32) * 32, "J": cdiv(J, 32) * 32}  # as heads are: nothing to tune again for their real width
-    config = tuning.lookup(_grouped_dw_kernel, config, a, (R,), **padded, groups=groups, DIV_A=div_a, DIV_B=div_b)
+    flags = {"placed": order_b is not None, "turned": turned, "tf32": precision == "tf32"}
+    config = tuning.lookup(_grouped_dw_kernel, config, a, (R,), I=I, J=J, groups=groups, DIV_A=div_a, DIV_B=div_b, **flags)
     BLOCK_Q = rest if config["BLOCK_J"] == whole else 0
     tiles = cdiv(I, config["BLOCK_I"]) * cdiv(J - BLOCK_Q, config["BLOCK_J"])
     chunk = max(cdiv(5 * R, 4 * groups * max(1, PROGRAMS // (groups * tiles))), cdiv(R, 64), LEAST_CHUNK)

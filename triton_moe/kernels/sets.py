@@ -443,7 +443,7 @@ def _spread(packed, visited, w, transposed, order, heads, y, base, b, c):
     if P % config["BLOCK_K"]:
         config["BLOCK_K"], config["num_stages"] = 32, config["num_stages"] + (3 if config["num_warps"] == 8 else 1)
     config["BLOCK_N"] = min(config["BLOCK_N"], next_power_of_2(D))
-    flags = {"C": C, "base": base is not None, "transposed": transposed}
+    flags = {"heads": heads, "C": C, "base": base is not None, "transposed": transposed}
     config = tuning.lookup(_spread_kernel, config, packed, (N,), HE=HE, N=D, K=P, **flags)
     launch(
         _spread_kernel, (visited.shape[0] * (TILE // config["BLOCK_M"]) * cdiv(D, config["BLOCK_N"]),),
