@@ -325,7 +325,8 @@ def parse(path: Path, data: bytes) -> File:
             fail(f"{at}: kernel", f"must be one of {', '.join(spaces)}, got {_short(kernel)}")
         if dtype not in ("half", "float32"):
             fail(f"{at}: dtype", f"must be half or float32, got {_short(dtype)}")
-        if type(widths) is not dict or len(widths) > 16 or not all(re.fullmatch(r"[A-Za-z_]{1,16}", k) for k in widths):
+        names = widths if type(widths) is dict else [""]
+        if len(names) > 16 or not all(re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,15}", name) for name in names):
             fail(f"{at}: widths", f"must be an object of at most 16 names, got {_short(widths)}")
         if type(sizes) is not list or len(sizes) > 4:
             fail(f"{at}: sizes", f"must be a list of at most 4, got {_short(sizes)}")
