@@ -161,7 +161,7 @@ def test_heads_before_tokens_in_memory_at_size(dtype, device):
 
 @pytest.mark.gpu
 def test_more_elements_than_32_bits_count(device):
-    """The end of the last head, 2**31 elements on, is the attention of those tokens alone: random numbers from anywhere else would
+    """The end of the last head, 2**31 elements on, is the attention of those tokens alone: random numbers from elsewhere would
     differ by more than a unit in the last place, which another compilation (for one head) may."""
     T, H, P, window, end = 131072, 130, 128, 96, 1024
     if torch.cuda.get_device_properties(device).total_memory < 60 << 30:
