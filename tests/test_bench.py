@@ -353,10 +353,10 @@ ROOT = Path(__file__).parent.parent
 
 
 def test_the_readme_shows_the_committed_measurements():
-    measured = json.loads((ROOT / "docs" / "bench.json").read_text(encoding="utf-8"))
+    measured = json.loads((ROOT / "triton_moe" / "bench" / "results.json").read_text(encoding="utf-8"))
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert text == results.with_tables(text, measured)
-    assert (ROOT / "docs" / "bench.svg").read_text(encoding="utf-8") == results.plot(measured)
+    assert (ROOT / "triton_moe" / "bench" / "results.svg").read_text(encoding="utf-8") == results.plot(measured)
 
 
 def lines_of(T: int) -> list[timing.Result]:

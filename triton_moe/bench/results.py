@@ -37,20 +37,20 @@ def table_line(r: dict) -> str:
         ours += f", {r['tokens'] / r['ours_ms'] * 1e3:,.0f} tokens/s"
     time = bounded(r["ratio"], r["target"])
     if r["milliseconds"]:
-        time = f"{bounded(r['ours_ms'], r['milliseconds'])} ms"
+        time = bounded(r["ours_ms"], r["milliseconds"], " ms")
     memory = ""
     if r["work"] != FORWARD and r["rival_mib"]:
         memory = f"{r['ours_mib']:,.0f} / {r['rival_mib']:,.0f} = {bounded(r['ours_mib'] / r['rival_mib'], r['memory'])}"
     return f"| {r['row']}: {r['work']} | {ours} | {rival} | {time} | {memory} |"
 
 
-def bounded(value: float, bounds: dict | None) -> str:
+def bounded(value: float, bounds: dict | None, unit: str = "") -> str:
     """The value, its bound, and what it has reached."""
     if not bounds:
-        return f"{value:.3f}"
+        return f"{value:.3f}{unit}"
     target = Target(**bounds)
     reached = "well reached" if value <= target.aim else "reached" if value <= target.must else "**missed**"
-    return f"{value:.3f}, {target.must:.3g} {reached}"
+    return f"{value:.3f}{unit}, {target.must:.3g}{unit} {reached}"
 
 
 # The plot
