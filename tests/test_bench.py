@@ -386,7 +386,7 @@ def test_a_json_becomes_tables_and_a_plot(tmp_path, capsys):
         "2.000 ms | dense attention 16 x 64, torch.compile: 4.000 ms | 0.500, 0.75 well reached | 30 / 60 = 0.500, 0.3 **missed**"
         in text
     )
-    assert "| eager: 1.000 ms | 2.000, 0.3 **missed** ms |  |" in text and "public" not in text
+    assert "| eager: 1.000 ms | 2.000 ms, 0.3 ms **missed** |  |" in text and "public" not in text
     assert "2.000 ms, 50,000 tokens/s | its twin: 1.000 ms | 2.000 | 30 / 60 = 0.500 |" in text
     assert "Not timed: SwitchHead H 4 E 4 TOP_K 2 P 100, T 1024, not installed: no\n" in text
     assert text.index("| model |") < text.index("| layers |")

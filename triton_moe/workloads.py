@@ -122,7 +122,8 @@ def _cast(make, H, E, P, D, N=4096):
     wide = common.cdiv(P, 32) * 32
     q, v, sel, x = (make(*shape, dtype=torch.float32) for shape in ((H, P, D), (H * E, D, P), (1, H * E, D), (N, D)))
     groups = ((q, q), (wide, D)), ((v,), (D, wide)), ((sel, sel), (H * E, D))
-    return dict(zip(("qk", "v", "sel", "x"), (*cast.assemble(make.dtype, *groups), cast.cast(x, make.dtype)), strict=True))
+    other = torch.float16 if make.dtype == torch.float32 else make.dtype  # there is nothing to cast to float32
+    return dict(zip(("qk", "v", "sel", "x"), (*cast.assemble(make.dtype, *groups), cast.cast(x, other)), strict=True))
 
 
 WORKLOADS: dict[str, Callable[..., dict[str, Tensor]]] = {
