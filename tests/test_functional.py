@@ -497,6 +497,19 @@ def test_compiles_as_one_graph(name, device):
             assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_backward_under_autocast_changes_no_bit(name, device):
+    function, *tensors = layers(device)[name]
+    gradients = []
+    for enabled in (False, True):
+        outputs = function(*tensors)
+        outputs = [o for o in (outputs if isinstance(outputs, tuple) else (outputs,)) if o.is_floating_point()]
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=enabled):
+            gradients.append(torch.autograd.grad(outputs, tensors, [torch.ones_like(o) for o in outputs]))
+    for a, b in zip(*gradients, strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream does not match")
 @pytest.mark.parametrize("name", LAYERS)

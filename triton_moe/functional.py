@@ -266,8 +266,10 @@ class _Gating(torch.autograd.Function):
         x, sel, weights, experts, logits = ctx.saved_tensors
         if dweights is None:
             dweights = torch.zeros_like(weights)
-        dlogits, dsel = gating_backward(dweights, dlogits, x, sel, weights, experts, logits, ctx.mode)
-        return dlogits @ sel, dsel, None, None, None, None, None, None
+        with _as_they_are(x):
+            dlogits, dsel = gating_backward(dweights, dlogits, x, sel, weights, experts, logits, ctx.mode)
+            dx = dlogits @ sel
+        return dx, dsel, None, None, None, None, None, None
 
 
 def gating(

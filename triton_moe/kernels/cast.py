@@ -3,8 +3,8 @@
     cast       y = x in another dtype
     assemble   w [A, R, C] -> [A, R', C'], R' >= R and C' >= C, the rest zeros; those of one group one after another
 
-Both are bound by memory. torch's own float32 to bfloat16 took 100 us for [32768, 1024] on an H200, this cast 47; and a dozen
-launches to cast, pad and join the weights of a layer cost the host more time than anything else in its forward pass.
+Both are bound by memory. torch's own float32 to bfloat16 took 100 us for [32768, 1024] on an H200, this cast 47; and to
+cast, pad and join the weights of SwitchHead one by one cost the host 280 of the 1750 us of a profiled forward pass.
 """
 
 import math
