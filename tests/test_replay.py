@@ -241,9 +241,7 @@ def test_the_fifth_call_is_the_first(device, recordings, autocast):
             y, _ = F.switchall(x, weights, top_k=2, moe_top_k=2)
         return [y, *torch.autograd.grad(y.float().square().sum(), [x, *leaves], allow_unused=True)]
 
-    first = [gradients(x) for x in xs]
-    assert not recordings
-    gradients(xs[0])
+    first = [gradients(x) for x in xs]  # the last of them is written down
     assert len(recordings) == 2  # forward and backward
     for x, expected in zip(xs, first, strict=True):
         for a, b in zip(expected, gradients(x), strict=True):
@@ -278,3 +276,39 @@ def test_threads_share_a_recording(device, recordings):
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_a_check_is_remembered_by_what_it_may_ask(device, monkeypatch):
+    seen = []
+
+    @replay.remembered
+    def check(x, *, scale=1.0, weights=()):
+        seen.append(scale)
+        if scale == 0:
+            raise ValueError("scale")
+        return scale
+
+    x = torch.randn(3, 4, device=device)
+    for _ in range(3):
+        assert check(x, scale=2.0) == 2.0
+    assert len(seen) == 1
+    check(x + 1, scale=2.0)  # values do not count
+    assert len(seen) == 1
+    for other in (x[:2], x.double()):
+        check(other, scale=2.0)
+    check(x, scale=True)
+    check(x, scale=1)
+    check(x, weights=(x,))
+    check(x, weights=(x[:1],))
+    assert len(seen) == 7
+    with torch.no_grad():
+        check(x, scale=2.0)
+    check(x, scale=[2.0])  # no key: asked every time
+    check(x, scale=[2.0])
+    assert len(seen) == 10
+    for _ in range(2):
+        with pytest.raises(ValueError, match="scale"):  # what failed fails again
+            check(x, scale=0)
+    with torch.autocast(device, torch.bfloat16):
+        check(x, scale=2.0)
+    assert len(seen) == 13

@@ -35,7 +35,7 @@ from .kernels.attention import attention_backward, attention_forward
 from .kernels.cast import assemble, cast
 from .kernels.common import cdiv, input_precision
 from .kernels.gating import MAX_EXPERTS, Plan, gating_backward, gating_forward, routing_plan
-from .kernels.mlp import mlp_backward, mlp_backward_input, mlp_forward
+from .kernels.mlp import COLUMNS, mlp_backward, mlp_backward_input, mlp_forward
 from .kernels.position import rope_rotate, rope_rotate_, xl_keys, xl_query
 from .kernels.projection import (
     dropout_rows,
@@ -46,7 +46,7 @@ from .kernels.projection import (
     value_forward,
 )
 from .kernels.sets import fits
-from .replay import replayed
+from .replay import remembered, replayed
 
 __all__ = [
     "XL",
@@ -625,9 +625,8 @@ def _moe_forward(tensors, dtype: torch.dtype, c: _MoEConfig):
     given = [w for w in (keys, values, expert_sel, bias, o_bias) if w is not None]
     blocks = [w.view(1, *w.shape) if w.ndim == 2 else w.view(1, 1, -1) if w.ndim == 1 else w for w in given]
     made = iter(assemble(dtype, *(((w,), tuple(w.shape[1:])) for w in blocks)))
-    keys, values, expert_sel, bias, o_bias = (
-        None if w is None else next(made).view(w.shape) for w in (keys, values, expert_sel, bias, o_bias)
-    )
+    new: Any = [None if w is None else next(made).view(w.shape) for w in (keys, values, expert_sel, bias, o_bias)]
+    keys, values, expert_sel, bias, o_bias = new
     gate_x = x if gate_input is None else gate_input
     weights, experts, logits = gating_forward(gate_x, expert_sel, seed, 1, 1, c.top_k, c.mode, c.expert_dropout, STREAM_GATE)
     order, offsets = (t[0] for t in routing_plan(experts, expert_sel.shape[0], False)[:2])
@@ -646,29 +645,13 @@ def _moe_backward(tensors, dtypes, c: _MoEConfig):
     """dy, dlogits and what the forward kept -> gradients of x, gate_input, keys, values, expert_sel, bias, o_bias in their dtypes
     (None where the input was None)."""
     with _as_they_are(tensors[0]):
-        return _moe_gradients(*tensors, dtypes, c)
+        return _moe_gradients(*tensors, dtypes, c, COLUMNS // 2)
 
 
 def _moe_gradients(
-    dy,
-    dlogits,
-    x,
-    gate_input,
-    keys,
-    values,
-    expert_sel,
-    bias,
-    o_bias,
-    seed,
-    weights,
-    experts,
-    logits,
-    order,
-    offsets,
-    z,
-    dtypes,
-    c,
-):
+    dy, dlogits, x, gate_input, keys, values, expert_sel, bias, o_bias, seed, weights, experts, logits, order, offsets, z,
+    dtypes, c: _MoEConfig, columns: int,
+):  # fmt: skip
     dz, dkeys, dvalues, dbias, dweights = mlp_backward(
         dy, x, keys, values, bias, o_bias, seed, weights[0], experts[0], order, offsets, z,
         c.activation, c.dropout, STREAM_ACTIVATION, c.precision, dtypes[2], dtypes[3],
@@ -677,7 +660,7 @@ def _moe_gradients(
     gate_x = x if gate_input is None else gate_input
     dlogits, dsel = gating_backward(dweights, dlogits, gate_x, expert_sel, weights, experts, logits, c.mode)
     reaching_x, dgate = ((dlogits, expert_sel), None) if gate_input is None else ((None, None), dlogits @ expert_sel)
-    dx = mlp_backward_input(dz, keys, order, offsets, c.top_k, *reaching_x, c.precision, dtypes[0])
+    dx = mlp_backward_input(dz, keys, order, offsets, c.top_k, *reaching_x, c.precision, dtypes[0], columns)
     do_bias = None if o_bias is None else _sum_leading(dy, 1)
     return _to((dx, dgate, dkeys, dvalues, dsel, dbias, do_bias), dtypes)
 
@@ -731,6 +714,7 @@ def sigma_moe(
     return y.view(*x.shape[:-1], y.shape[1]), logits.view(*x.shape[:-1], logits.shape[1])
 
 
+@remembered
 def _check_moe(x, weights, top_k, gate_input, activation, mode, dropout, expert_dropout, training, seed, what="") -> _MoEConfig:
     _check.tensor("x", x, ndim=1)
     _check.instance("weights", weights, SigmaMoEWeights)
@@ -1026,11 +1010,21 @@ class _SwitchHead(torch.autograd.Function):
         return *grads, *[None] * (4 + len(ctx.config))
 
 
+def _head_sources(x, weights, position=None, k_src=None, v_src=None, **_) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """k_src and v_src where they differ from x (and from each other), and the position weight."""
+    k_src = None if k_src is x else k_src
+    v_src = None if v_src is (x if k_src is None else k_src) else v_src
+    pos = None
+    if isinstance(position, XL):
+        pos = weights.pos_to_pk if position.weight is None else position.weight
+    return k_src, v_src, pos
+
+
+@remembered
 def _check_head(
     x, weights, *, top_k, position=RoPE(), k_src=None, v_src=None, causal=True, window=None, key_padding_mask=None,
     cu_seqlens=None, max_seqlen=None, dropout=0.0, expert_dropout=0.0, training=False, seed=None, what="",
-) -> tuple[_HeadConfig, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """-> config, the sources that differ from x (and from each other), and the position weight."""
+) -> _HeadConfig:  # fmt: skip
     _check.tensor("x", x, None, None, None)
     B, T, D = x.shape
     _check.integer("the width of x", D, 1)
@@ -1086,8 +1080,6 @@ def _check_head(
     if kind != "xl" and w.pos_to_pk is not None:
         raise ValueError("weights.pos_to_pk is given but position is not XL()")
 
-    k_src = None if k_src is x else k_src
-    v_src = None if v_src is (x if k_src is None else k_src) else v_src
     if k_src is not None:
         _check.tensor("k_src", k_src, B, None, D)
     S = T if k_src is None else k_src.shape[1]
@@ -1104,11 +1096,10 @@ def _check_head(
     _check.instance("training", training, bool)
     _check.seed(seed, x.device)
     on = float(training)
-    config = _HeadConfig(
+    return _HeadConfig(
         H, w.q.shape[0] // H, top_k, kind, fraction, base, causal, window or 0, on * p, on * delta,
         input_precision(_compute_dtype(x)), torch.is_grad_enabled(),
     )  # fmt: skip
-    return config, k_src, v_src, pos
 
 
 def switchhead(
@@ -1138,12 +1129,13 @@ def switchhead(
     Returns y [B, T, D], no residual and no norm; with return_logits also (logits_v [B*S, H, E] or None with one expert,
     logits_o [B*T, H, E]), float32 and differentiable. Raises ValueError or TypeError for anything that does not fit.
     """
-    config, k_src, v_src, pos = _check_head(
+    config = _check_head(
         x, weights, top_k=top_k, position=position, k_src=k_src, v_src=v_src, causal=causal, window=window,
         key_padding_mask=key_padding_mask, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, dropout=dropout,
         expert_dropout=expert_dropout, training=training, seed=seed,
     )  # fmt: skip
     seed = _seed(seed, x.device, config.dropout > 0 or config.expert_dropout > 0)
+    k_src, v_src, pos = _head_sources(x, weights, position, k_src, v_src)
     tensors = x, k_src, v_src, *weights[:6], pos
     y, logits_v, logits_o = _SwitchHead.apply(
         *_distinct(*tensors), key_padding_mask, cu_seqlens, seed, _compute_dtype(x), *config
@@ -1154,7 +1146,8 @@ def switchhead(
 def switchhead_forward(x: Tensor, weights: SwitchHeadWeights, *, return_logits: bool = False, **options):
     """`switchhead` without autograd, with the same keywords -> (outputs, saved), outputs as `switchhead` returns them."""
     _check.keywords("switchhead_forward", options, HEAD_KEYWORDS)
-    config, k_src, v_src, pos = _check_head(x, weights, **options)
+    config = _check_head(x, weights, **options)
+    k_src, v_src, pos = _head_sources(x, weights, **options)
     needed = config.dropout > 0 or config.expert_dropout > 0
     seed = _seed(options.get("seed"), x.device, needed)
     mask, cu_seqlens = options.get("key_padding_mask"), options.get("cu_seqlens")
@@ -1255,7 +1248,7 @@ def _block_gradients(dy, dlogits, saved, dtypes, c: _BlockConfig):
         return dropout_rows(d, seed, c.dropout, stream) if c.dropout > 0 else d
 
     moe_dtypes = dtype, None, *dtypes[12:17]
-    dh, _, *dmoe = _moe_gradients(residual(dy, STREAM_RESIDUAL_MOE), dlogits, *moe_saved, moe_dtypes, c.moe)
+    dh, _, *dmoe = _moe_gradients(residual(dy, STREAM_RESIDUAL_MOE), dlogits, *moe_saved, moe_dtypes, c.moe, COLUMNS)
     dx1, dw2, db2 = _norm_backward(dh.view(B, T, D), x1, mean2, rstd2, w2, b2)
     dx1 = dx1 + dy
     dattended = residual(dx1, STREAM_RESIDUAL_ATTENTION).view(B, T, D)
@@ -1290,10 +1283,11 @@ class _SwitchAll(torch.autograd.Function):
         return *grads, *[None] * (6 + len(head) + len(moe))
 
 
+@remembered
 def _check_block(
     x, weights, *, top_k, moe_top_k, eps=1e-5, dropout=0.0, attention_dropout=0.0, expert_dropout=0.0,
     activation="relu", mode="sigmoid", moe_dropout=0.0, moe_expert_dropout=0.0, training=False, seed=None, **masks,
-) -> tuple[_BlockConfig, Tensor | None]:  # fmt: skip
+) -> _BlockConfig:  # fmt: skip
     _check.instance("weights", weights, SwitchAllWeights)
     _check.tensor("x", x, None, None, None)
     D = x.shape[-1]
@@ -1306,7 +1300,7 @@ def _check_block(
         raise TypeError(f"eps must be a float, got {type(eps).__name__}")
     if not eps > 0:
         raise ValueError(f"eps must be positive, got {eps}")
-    head, _, _, pos = _check_head(
+    head = _check_head(
         x, weights.attention, top_k=top_k, dropout=attention_dropout, expert_dropout=expert_dropout,
         training=training, seed=seed, what="attention_", **masks,
     )  # fmt: skip
@@ -1319,12 +1313,13 @@ def _check_block(
     norms["norm2 bias"] = weights.norm2[1]
     _check.same(x, {"x": x, **norms}, autocast=_autocast(x))
     p = _check.probability("dropout", dropout)
-    return _BlockConfig(float(eps), float(training) * p, head, moe), pos
+    return _BlockConfig(float(eps), float(training) * p, head, moe)
 
 
-def _block_arguments(x, weights, pos, config, seed):
+def _block_arguments(x, weights, position, config, seed):
     """-> the 17 differentiable inputs, the seed and the compute dtype."""
     head, moe = config.head, config.moe
+    pos = _head_sources(x, weights.attention, position)[2]
     needed = max(config.dropout, head.dropout, head.expert_dropout, moe.dropout, moe.expert_dropout) > 0
     tensors = (x, *weights.norm1, *weights.attention[:6], pos, *weights.norm2, *weights.moe)
     return tensors, _seed(seed, x.device, needed), _compute_dtype(x)
@@ -1359,13 +1354,13 @@ def switchall(
     dropouts on the two selections; all in training only. The other keywords are those of `switchhead` and `sigma_moe`.
     Returns y [B, T, D] in x's dtype and the MLP gate's logits [B, T, E], float32.
     """
-    config, pos = _check_block(
+    config = _check_block(
         x, weights, top_k=top_k, moe_top_k=moe_top_k, eps=eps, dropout=dropout, position=position, causal=causal,
         window=window, key_padding_mask=key_padding_mask, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen,
         attention_dropout=attention_dropout, expert_dropout=expert_dropout, activation=activation, mode=mode,
         moe_dropout=moe_dropout, moe_expert_dropout=moe_expert_dropout, training=training, seed=seed,
     )  # fmt: skip
-    tensors, seed, dtype = _block_arguments(x, weights, pos, config, seed)
+    tensors, seed, dtype = _block_arguments(x, weights, position, config, seed)
     return _SwitchAll.apply(
         *_distinct(*tensors), key_padding_mask, cu_seqlens, seed, dtype, config.eps, config.dropout, *config.head, *config.moe
     )
@@ -1374,11 +1369,11 @@ def switchall(
 def switchall_forward(x: Tensor, weights: SwitchAllWeights, **options) -> tuple[tuple[Tensor, Tensor], Saved]:
     """`switchall` without autograd, with the same keywords -> ((y, logits), saved)."""
     _check.keywords("switchall_forward", options, BLOCK_KEYWORDS)
-    config, pos = _check_block(x, weights, **options)
+    config = _check_block(x, weights, **options)
     config = config._replace(head=config.head._replace(keep=True))
     mask, cu_seqlens = options.get("key_padding_mask"), options.get("cu_seqlens")
     with torch.no_grad():
-        t, seed, dtype = _block_arguments(x, weights, pos, config, options.get("seed"))
+        t, seed, dtype = _block_arguments(x, weights, options.get("position"), config, options.get("seed"))
         y, logits, *saved = _block_forward((*t, mask, cu_seqlens, seed), dtype, config)
     return (y, logits), Saved(tuple(saved), ("switchall", config, _dtypes(t), y, logits))
 

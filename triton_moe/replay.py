@@ -81,6 +81,47 @@ def replayed(function: Callable[..., tuple]) -> Callable[..., tuple]:
     return call
 
 
+def remembered(check: Callable) -> Callable:
+    """A check whose answer follows from the shapes, dtypes and devices of its tensors, its other arguments, and torch's modes:
+    what passed once is answered from memory."""
+    passed: dict[tuple, Any] = {}
+
+    @functools.wraps(check)
+    def call(*args, **named):
+        if torch.compiler.is_compiling():
+            return check(*args, **named)
+        try:
+            key = (facts(args), *named, facts(tuple(named.values())), torch.is_grad_enabled(), *modes())
+            if key in passed:
+                return passed[key]
+        except TypeError:  # something that cannot be a key: the check will say more
+            return check(*args, **named)
+        if len(passed) >= RECORDINGS:
+            passed.clear()
+        passed[key] = answer = check(*args, **named)
+        return answer
+
+    return call
+
+
+def facts(value):
+    """What a check may ask of an argument; that 1 is not True is part of it."""
+    if isinstance(value, Tensor):
+        if type(value) is not Tensor and type(value) is not torch.nn.Parameter:
+            raise TypeError("a tensor that may be anything")
+        return value.shape, value.dtype, value.device
+    if isinstance(value, tuple):
+        return type(value), *[facts(part) for part in value]
+    return type(value), value
+
+
+def modes() -> tuple:
+    """Of torch, for computations on a GPU or in the interpreter."""
+    device = "cpu" if common.INTERPRET else "cuda"
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    return autocast, common.input_precision(torch.float32)
+
+
 def possible() -> bool:
     """Not where something else watches launches or operators."""
     watched = common.on_launch is not None or common.recorder is not None or tuning.override is not None or common.hooked()
@@ -231,7 +272,7 @@ class Recorder(TorchDispatchMode):
 
         self.recording.steps.append(step)
 
-    def launch(self, started, grid, args) -> None:
+    def launch(self, started, grid: tuple[int, ...], args) -> None:
         """A kernel, as `common.start` or the interpreter began it."""
         if common.INTERPRET:
             specs = [self.spec(a) if isinstance(a, Tensor) else None for a in args]
