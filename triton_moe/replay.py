@@ -260,7 +260,7 @@ class Recorder(TorchDispatchMode):
         outputs = result if isinstance(result, (tuple, list)) else [result]
         if not all(isinstance(t, Tensor) or t is None for t in outputs):
             raise Unreplayable(f"{func} returns no tensor")
-        if torch.Tag.dynamic_output_shape in func.tags:
+        if torch.Tag.dynamic_output_shape in func.tags and not indexes_by_number(func, args):
             raise Unreplayable(f"{func} returns a shape that depends on values")
         copied = any(t is not None and self.slot_of(t) is None for t in outputs)  # a view may have to copy: `contiguous`, `to`
         if func in ALLOCATIONS:
@@ -329,6 +329,12 @@ class Recorder(TorchDispatchMode):
             if recording.given <= slot and last < len(steps):
                 steps[last] = released(steps[last], slot)
         return recording
+
+
+def indexes_by_number(func, args) -> bool:
+    """x[i], whose shape is known; not x[mask]."""
+    masks = (torch.bool, torch.uint8)
+    return func is aten.index.Tensor and all(i is None or i.dtype not in masks for i in args[1])
 
 
 def released(step: Callable, slot: int) -> Callable:
