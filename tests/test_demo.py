@@ -231,7 +231,8 @@ def test_importing_it_imports_no_triton():
     assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
 
 
-# Inductor imports torch.jit, deprecated under Python 3.12.
+# torch's own: Inductor imports torch.jit, deprecated under Python 3.12; in 2.11 Dynamo asks every input for its gradient.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
