@@ -112,8 +112,8 @@ def test_another_process_checks_the_rows():
     """On its own copy of the seeded inputs."""
     rows = {("gating", 0): gating.gating_rows("cpu", False)[0], ("attention", 0): attention.attention_rows("cpu", False)[0]}
     alone = {key: replace(row, rivals=()) for key, row in rows.items()}
-    checked = preparation.prepare(alone, "cpu", False, processes=1)
-    assert set(checked) == set(rows)
+    checked, seconds = preparation.prepare(alone, "cpu", False, processes=1)
+    assert set(checked) == set(rows) and len(seconds) == 2 and all(took > 0 for took, _ in seconds)
     for key, row in rows.items():
         (here,) = timing.measure(row, 1, timed=False)
         assert checked[key].error == here.error and not checked[key].failed

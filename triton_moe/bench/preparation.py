@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import multiprocessing
+import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
@@ -38,11 +39,13 @@ def quick_autotuning(threads: int):
         Autotuner.prune_configs = prune
 
 
-def prepare_rows(group: str, device: str, full: bool, indices: list[int], rival: str | None) -> list[Result | None]:
-    """In a process of its own: check rows, or run a rival of theirs once. The caches on disk then hold what was compiled."""
-    rows = GROUPS[group](device, full)
+def prepare_rows(group: str, device: str, full: bool, indices: list[int], rival: str | None) -> tuple[list[Result | None], float]:
+    """In a process of its own: check rows, or run a rival of theirs once -> results, seconds. The caches on disk then hold what
+    was compiled."""
+    rows, began = GROUPS[group](device, full), time.perf_counter()
     with quick_autotuning(threads=6):
-        return [check_row(rows[i]) if rival is None else run_once(rows[i], rival) for i in indices]
+        found = [check_row(rows[i]) if rival is None else run_once(rows[i], rival) for i in indices]
+    return found, time.perf_counter() - began
 
 
 def check_row(row: Row) -> Result | None:
@@ -70,17 +73,23 @@ def run_once(row: Row, name: str) -> None:
             release()
 
 
-def prepare(rows: dict[tuple[str, int], Row], device: str, full: bool, processes: int) -> dict[tuple[str, int], Result]:
-    """What `check_row` returned for each row, after the same processes have compiled what the rivals need."""
+def prepare(
+    rows: dict[tuple[str, int], Row], device: str, full: bool, processes: int
+) -> tuple[dict[tuple[str, int], Result], list[tuple[float, str]]]:
+    """What `check_row` returned for each row, after the same processes have compiled what the rivals need; and how many seconds
+    every job took."""
     jobs: dict[tuple[str, str, str | None], list[int]] = {}  # one process for what shares kernels
     for (group, i), row in rows.items():
         for rival in (None, *(rival.name for rival in row.rivals if rival.compiled or rival.compiles)):
             jobs.setdefault((group, row.kernels or row.name, rival), []).append(i)
     order = sorted(jobs, key=lambda job: (job[2] not in AUTOTUNED, job[2] is not None))  # the longest first
     checked: dict[tuple[str, int], Result] = {}
+    seconds: list[tuple[float, str]] = []
     with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
         running = [(job, pool.submit(prepare_rows, job[0], device, full, jobs[job], job[2])) for job in order]
         for job, future in running:
             with contextlib.suppress(BrokenProcessPool):  # what the others could not do is done before the row is timed
-                checked.update({(job[0], i): found for i, found in zip(jobs[job], future.result(), strict=True) if found})
-    return checked
+                found, took = future.result()
+                checked.update({(job[0], i): result for i, result in zip(jobs[job], found, strict=True) if result})
+                seconds.append((took, f"{job[2] or 'check'}, {job[0]}, {job[1]}"))
+    return checked, sorted(seconds, reverse=True)
