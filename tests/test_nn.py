@@ -173,6 +173,41 @@ def test_compiles_once_more_for_other_lengths_and_never_again(name, device):
         assert len(graphs) == (1 if length == 5 else 2), f"length {length} compiled graph {len(graphs)}"
 
 
+D, H, E, K, P, MOE_E, MOE_K, G = 64, 2, 4, 2, 41, 5, 3, 16
+HEAD_BYTES = 2 * D + 2 * H * 64 * (4 + K) + 4 * H * (1 + 2 * (3 * K + E))  # x; q, k, v, a and u; log-sum-exps, gates and orders
+MOE_BYTES = 2 * D + 2 * MOE_K * G + 4 * (3 * MOE_K + MOE_E)  # x; what enters the activation; gates and orders
+
+
+@pytest.mark.parametrize(
+    "make, expected",
+    [
+        (lambda: nn.SwitchHead(D, H, E, d_head=P, top_k=K), HEAD_BYTES),
+        (lambda: nn.SigmaMoE(D, MOE_E, G, MOE_K), MOE_BYTES),
+        (
+            lambda: nn.SwitchAll(D, H, E, MOE_E, G, d_head=P, top_k=K, moe_top_k=MOE_K),
+            HEAD_BYTES + MOE_BYTES + 2 * 4 * D + 4 * 4,  # the residual stream twice, and two numbers for each norm
+        ),
+    ],
+    ids=["SwitchHead", "SigmaMoE", "SwitchAll"],
+)
+def test_a_layer_keeps_no_more_than_this_for_its_backward(make, expected, device):
+    """Bytes a token under autocast to 16 bits, where heads of 41 channels are stored as 64."""
+    module = make().to(device)
+
+    def kept(length):
+        storages = {}
+
+        def pack(t):
+            storages[t.untyped_storage().data_ptr()] = t.untyped_storage()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), torch.autocast(device, torch.float16):
+            module(randn(2, length, D, device=device))
+        return sum(storage.nbytes() for storage in storages.values())
+
+    assert kept(128) - kept(64) <= 128 * expected
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_inference_mode(name, device):
     module = modules(device)[name]
