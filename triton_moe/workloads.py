@@ -85,7 +85,7 @@ def _mlp(make, E, G, TOP_K, D, activation="relu", bias=False, dropout=0.0, N=409
     dz, *gradients = mlp.mlp_backward(dy, x, *args, z, *options)
     results = {"y": y, **dict(zip(("dkeys", "dvalues", "dbias", "dweights"), gradients, strict=True))}
     for gate in ((None, None), (dlogits, sel)):
-        results["dx"] = mlp.mlp_backward_input(dz, keys, *args[-2:], TOP_K, *gate, options[-1], make.dtype)
+        results["dx"] = mlp.mlp_backward_input(dz, keys, *args[-2:], TOP_K, *gate, options[-1], make.dtype, mlp.COLUMNS)
     return results
 
 
