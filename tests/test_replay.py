@@ -1,9 +1,12 @@
 """A composition done again from its recording is the composition."""
 
+import gc
 import threading
+import weakref
 
 import pytest
 import torch
+import triton
 
 from triton_moe import functional as F
 from triton_moe import replay, tuning
@@ -83,6 +86,9 @@ def assert_same(found, names):
                     assert torch.equal(a, b), (name, i)
             for i, t in enumerate(given):
                 assert t is None or torch.equal(t, before[i]), "an input was written"
+            for i, a in enumerate(expected):
+                for j, b in enumerate(expected[:i]):
+                    assert a is not b or got[i] is got[j], "one tensor became two"
             storages = {t.untyped_storage()._cdata for t in given if t is not None}
             for a, b in zip(expected, got, strict=True):
                 if a is not None and a.untyped_storage()._cdata in storages:
@@ -161,12 +167,55 @@ def test_a_recording_is_gating_backward(device, monkeypatch):
     assert_same(recorded(monkeypatch, call, names), names)
 
 
+def test_parts_of_one_tensor_are_not_neighbours(device):
+    """Tensors that lie beside each other by chance, as parts of one did."""
+    buffer = torch.randn(2, 3, 4, device=device)
+    function = lambda tensors: (tensors[0] + tensors[1],)  # noqa: E731
+    _, recording = replay.record(function, tuple(buffer), (), buffer.device)
+    address = buffer.data_ptr()
+
+    class Beside(torch.Tensor):
+        def data_ptr(self):
+            return address + 48
+
+    assert recording.fits(tuple(buffer))
+    assert not recording.fits((buffer[0], buffer[1].clone().as_subclass(Beside)))
+
+
+def test_an_empty_tensor_is_not_the_address_of_its_storage(device):
+    x = torch.randn(4, 3, device=device)
+    function = lambda tensors: (tensors[1] + 1, tensors[0])  # noqa: E731
+    _, recording = replay.record(function, (x[4:], x[1:]), (), x.device)
+    assert recording is None
+
+
+def test_nothing_of_the_recorded_call_stays(device, monkeypatch):
+    """Not even what a tensor descriptor points at."""
+    torch.manual_seed(8)
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    x = torch.randn(1, 160 if device == "cpu" else 700, D, device=device, dtype=dtype, requires_grad=True)
+    weights = head_weights(device, dtype, E=2)
+    names = "_head_forward", "_head_backward"
+
+    def call(x=x, weights=weights):
+        F.switchhead(x, weights, top_k=1).float().square().sum().backward()
+
+    calls = recorded(monkeypatch, call, names)
+    assert_same(calls, names)
+    kept = [weakref.ref(t) for _, tensors, *_ in calls.values() for t in tensors if t is not None]
+    recordings = [recording for *_, recording in calls.values()]
+    del x, weights, call, calls
+    gc.collect()
+    assert all(recordings) and not any(t() is not None for t in kept)
+
+
 def test_what_reads_values_or_foreign_tensors_is_not_recorded(device):
     x, foreign = torch.randn(4, device=device), torch.ones(4, device=device)
     for function in (
         lambda tensors: (tensors[0] * tensors[0].sum().item(),),
         lambda tensors: (tensors[0] + foreign,),
         lambda tensors: (tensors[0].view(torch.int16) + 1,),
+        lambda tensors: (tensors[0][tensors[0] > 0] * 2,),
     ):
         result, recording = replay.record(function, (x,), (), x.device)
         assert recording is None and torch.equal(result[0], function((x,))[0])
@@ -239,7 +288,7 @@ def test_the_fifth_call_is_the_first(device, recordings, autocast):
     def gradients(x):
         with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
             y, _ = F.switchall(x, weights, top_k=2, moe_top_k=2)
-        return [y, *torch.autograd.grad(y.float().square().sum(), [x, *leaves], allow_unused=True)]
+        return [y.detach(), *torch.autograd.grad(y.float().square().sum(), [x, *leaves], allow_unused=True)]
 
     first = [gradients(x) for x in xs]  # the last of them is written down
     assert len(recordings) == 2  # forward and backward
@@ -255,12 +304,41 @@ def test_the_fifth_call_is_the_first(device, recordings, autocast):
 
 
 @pytest.mark.gpu
-def test_threads_share_a_recording(device, recordings):
+@pytest.mark.parametrize("inference", [False, True])
+def test_autocast_without_gradients(device, recordings, inference):
+    torch.manual_seed(9)
+    weights, x = moe_weights(device), torch.randn(300, D, device=device)
+    with torch.inference_mode() if inference else torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+        ys = [F.sigma_moe(x, weights, top_k=2)[0] for _ in range(5)]
+    assert len(recordings) == 1 and None not in recordings.values()
+    assert all(torch.equal(y, ys[0]) for y in ys)
+
+
+@pytest.mark.gpu
+def test_a_profiler_that_wants_to_know_of_launches_does(device, recordings):
+    weights, x = moe_weights(device), torch.randn(65, D, device=device)
+    for _ in range(4):
+        F.sigma_moe(x, weights, top_k=2)
+    hook, launches = triton.knobs.runtime.launch_enter_hook, []
+    hook.add(launches.append)
+    try:
+        y = F.sigma_moe(x, weights, top_k=2)[0]
+    finally:
+        hook.remove(launches.append)
+    assert len(launches) >= 5
+    n = len(launches)
+    assert torch.equal(F.sigma_moe(x, weights, top_k=2)[0], y) and len(launches) == n
+
+
+@pytest.mark.gpu
+def test_threads_share_a_recording(device, recordings, monkeypatch):
+    """And make it while others run."""
     torch.manual_seed(7)
     weights = moe_weights(device)
     xs = [torch.randn(65, D, device=device) for _ in range(4)]
-    expected = [F.sigma_moe(x, weights, top_k=2)[0] for x in xs]
-    assert len(recordings) == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(replay, "possible", lambda: False)
+        expected = [F.sigma_moe(x, weights, top_k=2)[0] for x in xs]
     wrong = []
 
     def work(i):
@@ -275,7 +353,7 @@ def test_threads_share_a_recording(device, recordings):
         thread.start()
     for thread in threads:
         thread.join()
-    assert not wrong
+    assert not wrong and len(recordings) == 1
 
 
 def test_a_check_is_remembered_by_what_it_may_ask(device, monkeypatch):

@@ -223,6 +223,7 @@ def _saved_config(saved: Saved, layer: str):
 
 
 def _seed(seed, device: torch.device, needed: bool) -> Tensor | None:
+    _check.seed(seed, device)
     if not needed:
         return None
     if seed is None:
@@ -305,7 +306,6 @@ def gating(
     _check_gate("sel", sel, n_heads, top_k)
     _check.choice("mode", mode, MODES)
     p = _check.probability("expert_dropout", expert_dropout) * float(_check.instance("training", training, bool))
-    _check.seed(seed, x.device)
     x, sel = _cast(_compute_dtype(x), x.reshape(_tokens(x), D), sel)
     seed = _seed(seed, x.device, p > 0)
     weights, experts, logits = _Gating.apply(x, sel, seed, n_heads, top_k, mode, p, STREAM_GATE)
@@ -705,7 +705,7 @@ def sigma_moe(
     training only.
     Returns y [..., D_out] in the compute dtype and the gate's logits [..., E], float32, for `entropy_regularizer`.
     """
-    config = _check_moe(x, weights, top_k, gate_input, activation, mode, dropout, expert_dropout, training, seed)
+    config = _check_moe(x, weights, top_k, gate_input, activation, mode, dropout, expert_dropout, training)
     D = x.shape[-1]
     N = _tokens(x)
     tensors = x.reshape(N, D), None if gate_input is None else gate_input.reshape(N, D), *weights
@@ -715,7 +715,7 @@ def sigma_moe(
 
 
 @remembered
-def _check_moe(x, weights, top_k, gate_input, activation, mode, dropout, expert_dropout, training, seed, what="") -> _MoEConfig:
+def _check_moe(x, weights, top_k, gate_input, activation, mode, dropout, expert_dropout, training, what="") -> _MoEConfig:
     _check.tensor("x", x, ndim=1)
     _check.instance("weights", weights, SigmaMoEWeights)
     _check.choice("activation", activation, ACTIVATIONS)
@@ -744,7 +744,6 @@ def _check_moe(x, weights, top_k, gate_input, activation, mode, dropout, expert_
         _check.probability(f"{what}expert_dropout", expert_dropout),
     )
     _check.instance("training", training, bool)
-    _check.seed(seed, x.device)
     on = float(training)
     return _MoEConfig(top_k, activation, mode, on * p, on * delta, input_precision(_compute_dtype(x)))
 
@@ -1023,7 +1022,7 @@ def _head_sources(x, weights, position=None, k_src=None, v_src=None, **_) -> tup
 @remembered
 def _check_head(
     x, weights, *, top_k, position=RoPE(), k_src=None, v_src=None, causal=True, window=None, key_padding_mask=None,
-    cu_seqlens=None, max_seqlen=None, dropout=0.0, expert_dropout=0.0, training=False, seed=None, what="",
+    cu_seqlens=None, max_seqlen=None, dropout=0.0, expert_dropout=0.0, training=False, what="",
 ) -> _HeadConfig:  # fmt: skip
     _check.tensor("x", x, None, None, None)
     B, T, D = x.shape
@@ -1094,7 +1093,6 @@ def _check_head(
     p = _check.probability(f"{what}dropout", dropout)
     delta = _check.probability("expert_dropout", expert_dropout)
     _check.instance("training", training, bool)
-    _check.seed(seed, x.device)
     on = float(training)
     return _HeadConfig(
         H, w.q.shape[0] // H, top_k, kind, fraction, base, causal, window or 0, on * p, on * delta,
@@ -1132,7 +1130,7 @@ def switchhead(
     config = _check_head(
         x, weights, top_k=top_k, position=position, k_src=k_src, v_src=v_src, causal=causal, window=window,
         key_padding_mask=key_padding_mask, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, dropout=dropout,
-        expert_dropout=expert_dropout, training=training, seed=seed,
+        expert_dropout=expert_dropout, training=training,
     )  # fmt: skip
     seed = _seed(seed, x.device, config.dropout > 0 or config.expert_dropout > 0)
     k_src, v_src, pos = _head_sources(x, weights, position, k_src, v_src)
@@ -1146,10 +1144,11 @@ def switchhead(
 def switchhead_forward(x: Tensor, weights: SwitchHeadWeights, *, return_logits: bool = False, **options):
     """`switchhead` without autograd, with the same keywords -> (outputs, saved), outputs as `switchhead` returns them."""
     _check.keywords("switchhead_forward", options, HEAD_KEYWORDS)
+    seed = options.pop("seed", None)
     config = _check_head(x, weights, **options)
     k_src, v_src, pos = _head_sources(x, weights, **options)
     needed = config.dropout > 0 or config.expert_dropout > 0
-    seed = _seed(options.get("seed"), x.device, needed)
+    seed = _seed(seed, x.device, needed)
     mask, cu_seqlens = options.get("key_padding_mask"), options.get("cu_seqlens")
     inputs = (x, k_src, v_src, *weights[:6], pos)
     config = config._replace(keep=True)
@@ -1286,7 +1285,7 @@ class _SwitchAll(torch.autograd.Function):
 @remembered
 def _check_block(
     x, weights, *, top_k, moe_top_k, eps=1e-5, dropout=0.0, attention_dropout=0.0, expert_dropout=0.0,
-    activation="relu", mode="sigmoid", moe_dropout=0.0, moe_expert_dropout=0.0, training=False, seed=None, **masks,
+    activation="relu", mode="sigmoid", moe_dropout=0.0, moe_expert_dropout=0.0, training=False, **masks,
 ) -> _BlockConfig:  # fmt: skip
     _check.instance("weights", weights, SwitchAllWeights)
     _check.tensor("x", x, None, None, None)
@@ -1302,9 +1301,9 @@ def _check_block(
         raise ValueError(f"eps must be positive, got {eps}")
     head = _check_head(
         x, weights.attention, top_k=top_k, dropout=attention_dropout, expert_dropout=expert_dropout,
-        training=training, seed=seed, what="attention_", **masks,
+        training=training, what="attention_", **masks,
     )  # fmt: skip
-    moe = _check_moe(x, weights.moe, moe_top_k, None, activation, mode, moe_dropout, moe_expert_dropout, training, seed, "moe_")
+    moe = _check_moe(x, weights.moe, moe_top_k, None, activation, mode, moe_dropout, moe_expert_dropout, training, "moe_")
     for name, t, axis in (("weights.attention.o", weights.attention.o, 2), ("weights.moe.values", weights.moe.values, 2)):
         width = t.shape[0] if t.ndim == 2 else t.shape[axis]
         if width != D:
@@ -1358,7 +1357,7 @@ def switchall(
         x, weights, top_k=top_k, moe_top_k=moe_top_k, eps=eps, dropout=dropout, position=position, causal=causal,
         window=window, key_padding_mask=key_padding_mask, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen,
         attention_dropout=attention_dropout, expert_dropout=expert_dropout, activation=activation, mode=mode,
-        moe_dropout=moe_dropout, moe_expert_dropout=moe_expert_dropout, training=training, seed=seed,
+        moe_dropout=moe_dropout, moe_expert_dropout=moe_expert_dropout, training=training,
     )  # fmt: skip
     tensors, seed, dtype = _block_arguments(x, weights, position, config, seed)
     return _SwitchAll.apply(
@@ -1369,11 +1368,12 @@ def switchall(
 def switchall_forward(x: Tensor, weights: SwitchAllWeights, **options) -> tuple[tuple[Tensor, Tensor], Saved]:
     """`switchall` without autograd, with the same keywords -> ((y, logits), saved)."""
     _check.keywords("switchall_forward", options, BLOCK_KEYWORDS)
+    seed = options.pop("seed", None)
     config = _check_block(x, weights, **options)
     config = config._replace(head=config.head._replace(keep=True))
     mask, cu_seqlens = options.get("key_padding_mask"), options.get("cu_seqlens")
     with torch.no_grad():
-        t, seed, dtype = _block_arguments(x, weights, options.get("position"), config, options.get("seed"))
+        t, seed, dtype = _block_arguments(x, weights, options.get("position"), config, seed)
         y, logits, *saved = _block_forward((*t, mask, cu_seqlens, seed), dtype, config)
     return (y, logits), Saved(tuple(saved), ("switchall", config, _dtypes(t), y, logits))
 

@@ -24,11 +24,12 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from . import tuning
 from .kernels import common
 
-RECORDINGS = 256  # kept; the one that was not used for the longest time goes first
+RECORDINGS = 256  # kept; the oldest goes first
 CALLS_BEFORE = 2  # with the same arguments: the first compiles
 
 _recordings: OrderedDict[tuple, "Recording | None"] = OrderedDict()
 _seen: Counter[tuple] = Counter()
+_lock = threading.RLock()
 
 aten = torch.ops.aten
 ALLOCATIONS = {
@@ -61,29 +62,35 @@ def replayed(function: Callable[..., tuple]) -> Callable[..., tuple]:
         if device is None or not here(device):
             return function(tensors, *constants)
         key = (*signature, device.index, tuning.generation)
-        if key in _recordings:
-            _recordings.move_to_end(key)
-            recording = _recordings[key]
-            if recording is None or not recording.fits(tensors):
-                return function(tensors, *constants)
-            return recording(tensors)
-        _seen[key] += 1
-        if _seen[key] <= CALLS_BEFORE:
-            if len(_seen) > 16 * RECORDINGS:  # lengths that never come again
-                _seen.clear()
+        recording = _recordings.get(key)
+        if recording is not None:
+            return recording(tensors) if recording.fits(tensors) else function(tensors, *constants)
+        if key in _recordings or not _lock.acquire(blocking=False):  # it has none; or another thread makes one
             return function(tensors, *constants)
-        del _seen[key]
-        result, _recordings[key] = record(function, tensors, constants, device)
-        while len(_recordings) > RECORDINGS:
-            _recordings.popitem(last=False)
-        return result
+        try:
+            return called_again(key, function, tensors, constants, device)
+        finally:
+            _lock.release()
 
     return call
 
 
+def called_again(key, function, tensors, constants, device) -> tuple[Tensor | None, ...]:
+    _seen[key] += 1
+    if _seen[key] <= CALLS_BEFORE:
+        if len(_seen) > 16 * RECORDINGS:  # lengths that never come again
+            _seen.clear()
+        return function(tensors, *constants)
+    del _seen[key]
+    result, _recordings[key] = record(function, tensors, constants, device)
+    while len(_recordings) > RECORDINGS:
+        _recordings.popitem(last=False)
+    return result
+
+
 def remembered(check: Callable) -> Callable:
-    """A check whose answer follows from the shapes, dtypes and devices of its tensors, its other arguments, and torch's modes:
-    what passed once is answered from memory."""
+    """A check whose answer, never None, follows from the shapes, dtypes and devices of its tensors, its other arguments, and
+    torch's modes: what passed once is answered from memory."""
     passed: dict[tuple, Any] = {}
 
     @functools.wraps(check)
@@ -92,10 +99,11 @@ def remembered(check: Callable) -> Callable:
             return check(*args, **named)
         try:
             key = (facts(args), *named, facts(tuple(named.values())), torch.is_grad_enabled(), *modes())
-            if key in passed:
-                return passed[key]
+            answer = passed.get(key)
         except TypeError:  # something that cannot be a key: the check will say more
             return check(*args, **named)
+        if answer is not None:
+            return answer
         if len(passed) >= RECORDINGS:
             passed.clear()
         passed[key] = answer = check(*args, **named)
@@ -149,7 +157,10 @@ class Recording:
         self.together: list[tuple[int, int, int]] = []  # of those given, which begin so many bytes after which other
 
     def fits(self, tensors) -> bool:
-        return all(tensors[b].data_ptr() - tensors[a].data_ptr() == distance for a, b, distance in self.together)
+        return all(
+            tensors[b].data_ptr() - tensors[a].data_ptr() == distance and storage(tensors[a]) == storage(tensors[b])
+            for a, b, distance in self.together
+        )
 
     def __call__(self, tensors) -> tuple[Tensor | None, ...]:
         more = self.slots - self.given
@@ -165,6 +176,10 @@ class Recording:
             torch.set_autocast_enabled(self.device.type, autocast)
         made = {spec: view(slots, spec) for spec in set(self.outputs) if spec is not None}
         return tuple(None if spec is None else made[spec] for spec in self.outputs)
+
+
+def storage(t: Tensor) -> int:
+    return t.untyped_storage()._cdata
 
 
 def view(slots: list, spec: tuple) -> Tensor:
@@ -192,17 +207,17 @@ class Recorder(TorchDispatchMode):
         for slot, t in enumerate(tensors):
             if t is None:
                 continue
-            storage = StorageWeakRef(t.untyped_storage())
-            if storage.cdata in self.where:
-                first = self.where[storage.cdata]
+            if storage(t) in self.where:
+                first = self.where[storage(t)]
+                if not tensors[first].numel():
+                    raise Unreplayable("an empty tensor, which has no address, before another of its storage")
                 self.recording.together.append((first, slot, t.data_ptr() - tensors[first].data_ptr()))
                 continue
             self.know(slot, t)
 
     def know(self, slot: int, t: Tensor) -> None:
-        storage = StorageWeakRef(t.untyped_storage())
-        self.alive.append(storage)
-        self.where[storage.cdata] = slot
+        self.alive.append(StorageWeakRef(t.untyped_storage()))
+        self.where[storage(t)] = slot
         self.bases[slot] = t.dtype, t.shape, t.stride(), t.storage_offset()
 
     def new(self, t: Tensor) -> int:
@@ -212,7 +227,7 @@ class Recorder(TorchDispatchMode):
         return slot
 
     def slot_of(self, t: Tensor) -> int | None:
-        return self.where.get(t.untyped_storage()._cdata)
+        return self.where.get(storage(t))
 
     def spec(self, t: Tensor) -> tuple:
         slot = self.slot_of(t)
@@ -226,15 +241,31 @@ class Recorder(TorchDispatchMode):
             return (slot,)
         return slot, t.dtype, tuple(t.shape), t.stride(), t.storage_offset() - offset
 
+    def kept(self, a) -> Callable[[list], Any]:
+        """An argument as a function of the slots, which keeps no tensor."""
+        if isinstance(a, Tensor):
+            spec = self.spec(a)
+            return lambda slots: view(slots, spec)
+        if isinstance(a, TensorDescriptor):
+            base, sizes = self.spec(a.base), (a.shape, a.strides, a.block_shape)
+            return lambda slots: TensorDescriptor(view(slots, base), *sizes)
+        if isinstance(a, (list, tuple)) and any(isinstance(part, Tensor) for part in a):
+            parts = [self.kept(part) for part in a]
+            return lambda slots: [part(slots) for part in parts]
+        return lambda slots: a
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         outputs = result if isinstance(result, (tuple, list)) else [result]
         if not all(isinstance(t, Tensor) or t is None for t in outputs):
             raise Unreplayable(f"{func} returns no tensor")
+        if torch.Tag.dynamic_output_shape in func.tags:
+            raise Unreplayable(f"{func} returns a shape that depends on values")
+        copied = any(t is not None and self.slot_of(t) is None for t in outputs)  # a view may have to copy: `contiguous`, `to`
         if func in ALLOCATIONS:
             self.allocate(result)
-        elif not func.is_view:
+        elif not func.is_view or copied:
             self.operate(func, args, kwargs, outputs)
         return result
 
@@ -250,18 +281,8 @@ class Recorder(TorchDispatchMode):
     def operate(self, func, args, kwargs, outputs) -> None:
         """An operator of torch, with views made anew."""
 
-        def template(a):
-            """A function of the slots."""
-            if isinstance(a, Tensor):
-                spec = self.spec(a)
-                return lambda slots: view(slots, spec)
-            if isinstance(a, (list, tuple)) and any(isinstance(part, Tensor) for part in a):
-                parts = [template(part) for part in a]
-                return lambda slots: [part(slots) for part in parts]
-            return lambda slots: a
-
-        positional = [template(a) for a in args]
-        named = {name: template(a) for name, a in kwargs.items()}
+        positional = [self.kept(a) for a in args]
+        named = {name: self.kept(a) for name, a in kwargs.items()}
         fresh = [(i, self.new(t)) for i, t in enumerate(outputs) if t is not None and self.slot_of(t) is None]
 
         def step(slots, addresses, stream):
@@ -275,18 +296,15 @@ class Recorder(TorchDispatchMode):
     def launch(self, started, grid: tuple[int, ...], args) -> None:
         """A kernel, as `common.start` or the interpreter began it."""
         if common.INTERPRET:
-            specs = [self.spec(a) if isinstance(a, Tensor) else None for a in args]
-
-            def interpret(slots, addresses, stream):
-                started([a if spec is None else view(slots, spec) for a, spec in zip(args, specs, strict=True)])
-
-            self.recording.steps.append(interpret)
+            kept = [self.kept(a) for a in args]
+            self.recording.steps.append(lambda slots, addresses, stream: started([a(slots) for a in kept]))
             return
         compiled, run, values = started
         pointers, descriptors = [], []
         for i, a in enumerate(args):
             if isinstance(a, TensorDescriptor):
-                descriptors.append((i, self.spec(a.base), (a.shape, a.strides, a.block_shape)))
+                descriptors.append((i, self.kept(a)))
+                values[i] = None  # it would keep its tensor
             elif isinstance(a, Tensor):
                 slot, *place = self.spec(a)
                 pointers.append((i, slot, place[3] * a.element_size() if place else 0))
@@ -297,8 +315,8 @@ class Recorder(TorchDispatchMode):
             these = values.copy()  # another thread may be here too
             for i, slot, offset in pointers:
                 these[i] = addresses[slot] + offset
-            for i, spec, sizes in descriptors:
-                these[i] = TensorDescriptor(view(slots, spec), *sizes)
+            for i, descriptor in descriptors:
+                these[i] = descriptor(slots)
             run(x, y, z, stream, function, metadata, None, None, None, *these)
 
         self.recording.steps.append(step)
@@ -325,14 +343,13 @@ def released(step: Callable, slot: int) -> Callable:
 
 def record(function, tensors, constants, device) -> tuple[tuple, Recording | None]:
     """-> the function's result, and its recording if there can be one."""
-    recorder = Recorder(tensors, device)
-    common.recorder = recorder
     try:
+        common.recorder = recorder = Recorder(tensors, device)
         with recorder:
             result = function(tensors, *constants)
         return result, recorder.finish(result)
     except Unreplayable:
-        common.recorder = None
-        return function(tensors, *constants), None
+        pass
     finally:
         common.recorder = None
+    return function(tensors, *constants), None  # here, where nothing of the first attempt is alive

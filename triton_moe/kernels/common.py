@@ -116,7 +116,7 @@ def start(kernel, grid, args, meta) -> tuple[Any, ...]:
     if ready is None or hooked():
         compiled = compile_and_start(kernel, grid, args, meta)
         ready = compiled, compiled.run, [meta[name] for name in kernel.arg_names[len(args) :]]
-        if not torch.version.hip:
+        if not (torch.version.hip or hooked()):
             _ready[known] = ready
     else:
         compiled, run, constants = ready
@@ -130,7 +130,8 @@ def start(kernel, grid, args, meta) -> tuple[Any, ...]:
 def hooked() -> bool:
     """Whether a profiler wants to know of every launch."""
     runtime = triton.knobs.runtime
-    return bool(runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)
+    hooks = runtime.launch_enter_hook, runtime.launch_exit_hook
+    return any(getattr(hook, "calls", hook) for hook in hooks)  # a chain of them, None, or a function
 
 
 @functools.cache
