@@ -112,12 +112,47 @@ def test_another_process_checks_the_rows():
     """On its own copy of the seeded inputs."""
     rows = {("gating", 0): gating.gating_rows("cpu", False)[0], ("attention", 0): attention.attention_rows("cpu", False)[0]}
     alone = {key: replace(row, rivals=()) for key, row in rows.items()}
-    checked = preparation.prepare(alone, "cpu", False, processes=1)
-    assert set(checked) == set(rows)
+    checked, seconds = preparation.prepare(alone, "cpu", False, processes=1)
+    assert set(checked) == set(rows) and len(seconds) == 2 and all(took > 0 for took, _ in seconds)
     for key, row in rows.items():
         (here,) = timing.measure(row, 1, timed=False)
         assert checked[key].error == here.error and not checked[key].failed
         assert timing.measure(row, 1, timed=False, checked=checked[key])[0].error == here.error
+
+
+def test_all_that_compiles_is_prepared():
+    rows = {(name, i): row for name, rows in GROUPS.items() for i, row in enumerate(rows("cuda", False))}
+    jobs = preparation.jobs_of(rows)
+    for (group, i), row in rows.items():
+        works = {work for (g, _, work), indices in jobs.items() if g == group and i in indices}
+        ours = {preparation.OURS} if row.step or any(rival.compiled for rival in row.rivals) else set()
+        assert works == {preparation.CHECK} | ours | {r.name for r in row.rivals if r.compiled or r.compiles}
+    works = [work for _, _, work in jobs]
+    assert works.index(preparation.CHECK) < works.index(preparation.OURS)
+
+
+@interpreted
+def test_a_side_is_run_in_every_direction_and_a_failing_one_is_left_to_its_row(monkeypatch):
+    calls = []
+
+    def side(x, n):
+        calls.append((n, torch.is_grad_enabled()))
+        return x * n
+
+    def inputs():
+        return {"x": torch.ones(2, 3, requires_grad=True)}
+
+    rivals = [
+        Rival("two", lambda p: [(1.0, Task(lambda n=n: side(p["x"], n), [p["x"]])) for n in (2, 3)], compiled=True),
+        Rival("four", lambda p: Task(lambda: side(p["x"], 4) / calls.missing, [p["x"]]), compiles=True),
+    ]
+    row = layers.layer_rows("cpu", False)[0]
+    row = replace(row, inputs=inputs, ours=lambda p: side(p["x"], 1), rivals=tuple(rivals), flops={FORWARD: 1.0, BOTH: 1.0})
+    monkeypatch.setattr(preparation, "compiled", lambda function: function)
+    for work in (preparation.OURS, "two", "four"):
+        preparation.run_once(row, work)
+    ran = [(n, grad) for n in (1, 2, 3) for grad in (False, False, True)]  # the second makes the cotangent
+    assert calls == [*ran, (4, False)]
 
 
 def test_a_row_that_failed_in_its_process_is_not_timed():

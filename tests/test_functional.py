@@ -16,6 +16,8 @@ from cases import (
     relaid,
     run,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 import reference
 from triton_moe import functional as F
@@ -495,6 +497,51 @@ def test_compiles_as_one_graph(name, device):
             torch.testing.assert_close(a, b)
         else:
             assert torch.equal(a, b)
+
+
+def operator_calls(device):
+    """-> {operator: [arguments]}, as the layers call them under torch.compile, forward and backward, with and without dropout."""
+    calls = {}
+
+    class Recording(TorchDispatchMode):
+        def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+            if operator.namespace == "triton_moe":
+                calls.setdefault(operator, []).append(tree_map_only(torch.Tensor, lambda t: t.detach().clone(), args))
+            return operator(*args, **(kwargs or {}))
+
+    block = block_weights(12, 2, 3, 8, 4, 8, device=device, dtype=torch.float32)
+    dropouts = {"top_k": 2, "moe_top_k": 2, "dropout": 0.3, "moe_dropout": 0.3, "training": True, "seed": 1}
+    used = {
+        name: layers(device)[name] for name in ("gating", "value_projection", "output_projection", "switchhead xl", "switchall")
+    }
+    used["dropouts"] = lambda x: F.switchall(x, block, **dropouts), randn(1, 5, 12, device=device)
+    for function, *tensors in used.values():
+        with pytest.MonkeyPatch.context() as patch, Recording():
+            patch.setattr(torch.compiler, "is_compiling", lambda: True)
+            run(function, tensors)
+    return calls
+
+
+def test_operators_pass_opcheck(device):
+    """Every one of ours: its schema, that it returns no input and writes to none but those it names, its fake, its tracing."""
+    calls = operator_calls(device)
+    registered = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("triton_moe::")}
+    assert {operator.name() for operator in calls} == registered and registered
+    for operator, arguments in calls.items():
+        kinds = {tuple(t is None for t in args): args for args in arguments}  # one call for each set of tensors that are given
+        for args in kinds.values():
+            torch.library.opcheck(operator, args, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"))
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_a_double_backward_is_refused(name, device):
+    function, *tensors = layers(device)[name]
+    outputs = function(*tensors)
+    outputs = [o for o in (outputs if isinstance(outputs, tuple) else (outputs,)) if o.is_floating_point()]
+    gradients = torch.autograd.grad(sum(o.square().sum() for o in outputs), tensors, create_graph=True)
+    for gradient in gradients:
+        with pytest.raises(RuntimeError, match="differentiate twice"):
+            gradient.sum().backward(retain_graph=True)
 
 
 @pytest.mark.parametrize("name", LAYERS)

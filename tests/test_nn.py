@@ -1,8 +1,10 @@
+import copy
 import math
 
 import pytest
 import torch
 from cases import randn
+from torch.utils.checkpoint import checkpoint
 
 from triton_moe import functional as F
 from triton_moe import nn
@@ -117,3 +119,245 @@ def test_repr_names_the_sizes():
 def test_bad_construction(build, error, message):
     with pytest.raises(error, match=message):
         build()
+
+
+# ---- as torch's own modules are used
+
+
+def modules(device, dropout=0.0):
+    """Each with its input and its outputs as a tuple of tensors."""
+    factory = {"d_head": 8, "expert_dropout": dropout, "device": device}
+    torch.manual_seed(0)
+    return {
+        "SwitchHead": nn.SwitchHead(12, 2, 3, dropout=dropout, **factory),
+        "SwitchHead xl": nn.SwitchHead(12, 2, 3, position="xl", dropout=dropout, **factory),
+        "SigmaMoE": nn.SigmaMoE(12, 4, 8, 2, dropout=dropout, expert_dropout=dropout, device=device),
+        "SwitchAll": nn.SwitchAll(12, 2, 3, 4, 8, moe_top_k=2, dropout=dropout, moe_dropout=dropout, **factory),
+    }
+
+
+MODULES = ["SwitchHead", "SwitchHead xl", "SigmaMoE", "SwitchAll"]
+
+
+def loss_of(result):
+    y, *logits = result if isinstance(result, tuple) else (result,)
+    return y.float().square().sum() + sum(F.entropy_regularizer(t) for t in logits)
+
+
+def gradients(module, x):
+    """Of the loss, for x and every parameter."""
+    leaves = [x, *module.parameters()]
+    return torch.autograd.grad(loss_of(module(x)), leaves)
+
+
+# torch's own: Dynamo instantiates torch.autograd.Function while tracing one; Inductor imports torch.jit, deprecated under
+# Python 3.12, and advises TF32 on a GPU.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")
+@pytest.mark.parametrize("name", MODULES)
+def test_compiles_once_more_for_other_lengths_and_never_again(name, device):
+    """One graph for the first length, one for all others, forward and backward."""
+    module, graphs = modules(device)[name], []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend("inductor" if device == "cuda" else "aot_eager")(graph, inputs)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(module, fullgraph=True, backend=backend)
+    for length in (5, 7, 3):
+        x = randn(2, length, 12, device=device)
+        for a, b in zip(gradients(compiled, x), gradients(module, x), strict=True):
+            torch.testing.assert_close(a, b)
+        assert len(graphs) == (1 if length == 5 else 2), f"length {length} compiled graph {len(graphs)}"
+
+
+D, H, E, K, P, MOE_E, MOE_K, G = 64, 2, 4, 2, 41, 5, 3, 16
+HEAD_BYTES = 2 * D + 2 * H * 64 * (4 + K) + 4 * H * (1 + 2 * (3 * K + E))  # x; q, k, v, a and u; log-sum-exps, gates and orders
+MOE_BYTES = 2 * D + 2 * MOE_K * G + 4 * (3 * MOE_K + MOE_E)  # x; what enters the activation; gates and orders
+
+
+@pytest.mark.parametrize(
+    "make, expected",
+    [
+        (lambda: nn.SwitchHead(D, H, E, d_head=P, top_k=K), HEAD_BYTES),
+        (lambda: nn.SigmaMoE(D, MOE_E, G, MOE_K), MOE_BYTES),
+        (
+            lambda: nn.SwitchAll(D, H, E, MOE_E, G, d_head=P, top_k=K, moe_top_k=MOE_K),
+            HEAD_BYTES + MOE_BYTES + 2 * 4 * D + 4 * 4,  # the residual stream twice, and two numbers for each norm
+        ),
+    ],
+    ids=["SwitchHead", "SigmaMoE", "SwitchAll"],
+)
+def test_a_layer_keeps_no_more_than_this_for_its_backward(make, expected, device):
+    """Bytes a token under autocast to 16 bits, where heads of 41 channels are stored as 64."""
+    module = make().to(device)
+
+    def kept(length):
+        storages = {}
+
+        def pack(t):
+            storages[t.untyped_storage().data_ptr()] = t.untyped_storage()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), torch.autocast(device, torch.float16):
+            module(randn(2, length, D, device=device))
+        return sum(storage.nbytes() for storage in storages.values())
+
+    assert kept(128) - kept(64) <= 128 * expected
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_inference_mode(name, device):
+    module = modules(device)[name]
+    x = randn(2, 5, 12, device=device)
+    with torch.inference_mode():
+        result = module(x.detach())
+        again = module(x.detach().clone())  # an inference tensor
+    for a, b, c in zip(*(r if isinstance(r, tuple) else (r,) for r in (module(x), result, again)), strict=True):
+        assert torch.equal(a, b) and torch.equal(a, c) and b.is_inference()
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_functional_call(name, device):
+    """Other parameters than the module's own are used, and get the gradients."""
+    module, x = modules(device)[name], randn(2, 5, 12, device=device)
+    other = {key: (1.5 * p).detach().requires_grad_() for key, p in module.named_parameters()}
+    loss = loss_of(torch.func.functional_call(module, other, (x,)))
+    ours = torch.autograd.grad(loss, [x, *other.values()])
+    module.load_state_dict(other)
+    for a, b in zip(ours, gradients(module, x), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_checkpointing_repeats_what_was_drawn(name, device):
+    """Every dropout is on, without a seed: the second forward pass draws the same."""
+    module, x = modules(device, dropout=0.3)[name], randn(2, 5, 12, device=device)
+    torch.manual_seed(1)
+    expected = gradients(module, x)
+    torch.manual_seed(1)
+    loss = loss_of(checkpoint(module, x, use_reentrant=False))
+    for a, b in zip(expected, torch.autograd.grad(loss, [x, *module.parameters()]), strict=True):
+        assert torch.equal(a, b)
+    other = gradients(module, x)
+    assert not any(torch.equal(a, b) for a, b in zip(expected, other, strict=True))
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_gradients_accumulate(name, device):
+    module = modules(device)[name]
+    first, second = (randn(2, 5, 12, device=device, seed=seed) for seed in (0, 1))
+    expected = [a + b for a, b in zip(gradients(module, first)[1:], gradients(module, second)[1:], strict=True)]
+    for x in (first, second):
+        loss_of(module(x)).backward()
+    assert all(torch.equal(p.grad, e) for p, e in zip(module.parameters(), expected, strict=True))
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_any_part_may_be_frozen(name, device):
+    """What stays trainable gets the same gradient, bit by bit, and the rest none."""
+    module, x = modules(device)[name], randn(2, 5, 12, device=device)
+    leaves = [x, *module.parameters()]
+    expected = gradients(module, x)
+    for trained in ({0}, set(range(0, len(leaves), 2)), set(range(1, len(leaves), 2))):
+        for i, leaf in enumerate(leaves):
+            leaf.grad = None
+            leaf.requires_grad_(i in trained)
+        loss_of(module(x)).backward()
+        for i, (leaf, gradient) in enumerate(zip(leaves, expected, strict=True)):
+            assert torch.equal(leaf.grad, gradient) if i in trained else leaf.grad is None
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream does not match")
+@pytest.mark.parametrize("name", MODULES)
+def test_streams_do_not_disturb_each_other(name, device):
+    """Four at once, each with its own input, as one after the other."""
+    module = modules(device)[name]
+    inputs = [randn(8, 300, 12, device=device, seed=seed) for seed in range(4)]
+    expected = [gradients(module, x) for x in inputs]
+    streams, found = [torch.cuda.Stream() for _ in inputs], [None] * len(inputs)
+    for _ in range(5):
+        for i, (stream, x) in enumerate(zip(streams, inputs, strict=True)):
+            stream.wait_stream(torch.cuda.default_stream())
+            with torch.cuda.stream(stream):
+                found[i] = gradients(module, x)
+        torch.cuda.synchronize()
+        for alone, together in zip(expected, found, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+
+
+class TwoBlocks(torch.nn.Module):
+    def __init__(self, dropout):
+        super().__init__()
+        shared = {"d_head": 100, "moe_top_k": 4, "dropout": dropout, "expert_dropout": dropout, "moe_dropout": dropout}
+        self.blocks = torch.nn.ModuleList(nn.SwitchAll(256, 2, 4, 16, 64, **shared) for _ in range(2))
+        self.head = torch.nn.Linear(256, 50)
+
+    def forward(self, x, targets):
+        regularizer = 0.0
+        for block in self.blocks:
+            x, logits = block(x)
+            regularizer = regularizer + F.entropy_regularizer(logits)
+        return torch.nn.functional.cross_entropy(self.head(x).flatten(0, 1).float(), targets.flatten()) + 1e-2 * regularizer
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream does not match")
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_training_step_replays_from_a_cuda_graph(dtype, dropout, device):
+    """Forward, backward, clipping and optimizer: replays leave the weights of eager steps, bit by bit, dropouts too."""
+    torch.manual_seed(0)
+    eager = TwoBlocks(dropout).to(device)
+    captured = copy.deepcopy(eager)
+    x, targets = torch.empty(4, 130, 256, device=device), torch.empty(4, 130, dtype=torch.int64, device=device)
+
+    def stepper(model):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, capturable=True)
+
+        def step():
+            optimizer.zero_grad()
+            with torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32):
+                loss = model(x, targets)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            return loss
+
+        return step
+
+    def batch(i):
+        x.copy_(randn(*x.shape, device=device, seed=i, requires_grad=False))
+        targets.copy_(torch.arange(targets.numel(), device=device).view_as(targets) * (i + 3) % 50)
+
+    def warmed_up(step):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            torch.manual_seed(1)
+            batch(0)
+            step()
+        torch.cuda.current_stream().wait_stream(stream)
+
+    losses, step = [], stepper(eager)
+    warmed_up(step)
+    torch.manual_seed(2)
+    for i in range(1, 4):
+        batch(i)
+        losses.append(step().clone())
+
+    step = stepper(captured)
+    warmed_up(step)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = step()
+    torch.manual_seed(2)
+    for i in range(1, 4):
+        batch(i)
+        graph.replay()
+        assert torch.equal(loss, losses[i - 1]), f"step {i}"
+    for (key, a), b in zip(eager.named_parameters(), captured.parameters(), strict=True):
+        assert torch.equal(a, b), key

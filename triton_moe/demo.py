@@ -26,6 +26,7 @@ from .model import REGULARIZER, LanguageModel, ModelConfig
 
 LEAST_GAIN = 1.0  # bits per held-out byte; a full training that gains less has failed
 TWIN_MARGIN = 1.02  # SwitchAll's held-out bits per byte over those of its dense twin
+FOLLOWED, WINDOW, FOLLOWING_MARGIN = 200, 20, 0.02  # how long, in what steps and how closely lower precision follows float32
 
 # The text
 
@@ -104,9 +105,12 @@ class Run:
     dtype: torch.dtype
     train: torch.Tensor
     held_out: torch.Tensor
+    stop: int | None = None  # the steps trained, where they are fewer than the schedule's
     random: torch.Generator = field(init=False)
+    losses: list[torch.Tensor] = field(init=False)  # of every batch so far
 
     def __post_init__(self):
+        self.losses = []
         torch.manual_seed(self.seed)
         self.random = torch.Generator().manual_seed(self.seed)
 
@@ -118,19 +122,27 @@ class Run:
         return windows(self.train, starts, self.preset.context + 1)
 
 
+WARM_UP = 3  # steps before one is captured
+
+
 def stepper(run: Run, model: LanguageModel) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A function that trains `model` on one batch and returns its cross-entropy."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=run.preset.learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
+    """A function that trains `model` on one batch and returns its cross-entropy. On a GPU it captures a whole step, optimizer
+    and all, in a CUDA graph: after a few steps the host only replays it.
+    """
+    preset, gpu = run.preset, run.device == "cuda"
+    rate, peak = torch.tensor(0.0, device=run.device), preset.learning_rate
+    tokens = torch.empty(preset.batch, preset.context + 1, dtype=torch.int64, device=run.device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True, capturable=gpu)
+    scaler = torch.amp.GradScaler(run.device, enabled=run.dtype == torch.float16)
     warm_up = max(1, min(20, run.steps // 10))
+    stream = torch.cuda.Stream() if gpu and not scaler.is_enabled() else None  # a scaler waits for the GPU
+    graph, entropy, done = None, None, 0
 
     def share_of_peak(step: int) -> float:  # linear warm-up, then half a cosine down to a tenth
-        done = (step - warm_up) / max(1, run.steps - warm_up)
-        return (step + 1) / warm_up if step < warm_up else 0.55 + 0.45 * math.cos(math.pi * min(1.0, done))
+        progress = (step - warm_up) / max(1, run.steps - warm_up)
+        return (step + 1) / warm_up if step < warm_up else 0.55 + 0.45 * math.cos(math.pi * min(1.0, progress))
 
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share_of_peak)
-    scaler = torch.amp.GradScaler(run.device, enabled=run.dtype == torch.float16)
-
-    def step(tokens: torch.Tensor) -> torch.Tensor:
+    def work() -> torch.Tensor:
         optimizer.zero_grad()
         with run.autocast():
             loss, entropy = model.losses(tokens)
@@ -139,8 +151,27 @@ def stepper(run: Run, model: LanguageModel) -> Callable[[torch.Tensor], torch.Te
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         scaler.step(optimizer)
         scaler.update()
-        schedule.step()
         return entropy.detach()
+
+    def step(batch: torch.Tensor) -> torch.Tensor:
+        nonlocal graph, entropy, done
+        tokens.copy_(batch)
+        rate.fill_(peak * share_of_peak(done))
+        done += 1
+        if stream is None:
+            return work()
+        if done <= WARM_UP:
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                entropy = work()
+            torch.cuda.current_stream().wait_stream(stream)
+            return entropy
+        if graph is None:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=stream):
+                entropy = work()
+        graph.replay()
+        return entropy.clone()
 
     return step
 
@@ -152,13 +183,14 @@ def train(run: Run, model: LanguageModel) -> bool:
     step, tokens_a_step = stepper(run, model), run.preset.batch * run.preset.context
     every = 1 if run.device == "cpu" else 10  # reading the loss waits for the GPU
     loss, done, began = math.nan, 0, time.perf_counter()
-    finished = False
-    with tqdm(total=run.steps, desc="training", unit="step") as bar:
+    steps, finished = run.stop or run.steps, False
+    with tqdm(total=steps, desc="training", unit="step") as bar:
         try:
-            while done < run.steps:
+            while done < steps:
                 entropy = step(run.batch())
+                run.losses.append(entropy)
                 done += 1
-                if done % every == 0 or done == run.steps:
+                if done % every == 0 or done == steps:
                     loss = entropy.item()
                     if not math.isfinite(loss):
                         sys.exit(f"triton_moe demo: the loss became {loss} at step {done}")
@@ -169,7 +201,7 @@ def train(run: Run, model: LanguageModel) -> bool:
         except KeyboardInterrupt:
             pass
     seconds = time.perf_counter() - began
-    print(f"{'trained' if finished else 'interrupted after'} {done} of {run.steps} steps in {seconds:.0f} s,", end=" ")
+    print(f"{'trained' if finished else 'interrupted after'} {done} of {steps} steps in {seconds:.0f} s,", end=" ")
     print(f"last batch {loss:.3f} nats = {bits(loss):.3f} bits per byte", flush=True)
     return finished
 
@@ -375,24 +407,32 @@ def show_samples(run: Run, model: LanguageModel, count: int = 4, window: int = 6
 
 
 def compare_twins(runs: list[Run]) -> bool:
-    """Train both with every seed, and SwitchAll once in float32; True when SwitchAll is not worse by more than the margin."""
+    """Train both with every seed, and SwitchAll in float32 for a while; True when SwitchAll is not worse than its twin by more
+    than the margin, and follows float32 within it.
+    """
     config = runs[0].preset.model
     found = {
-        "SwitchAll": [trained_bits(run, config) for run in runs],
-        "dense twin": [trained_bits(run, config.dense_twin()) for run in runs],
+        "SwitchAll": [trained(run, config) for run in runs],
+        "dense twin": [trained(run, config.dense_twin()) for run in runs],
     }
+    single = replace(runs[0], dtype=torch.float32, stop=min(runs[0].steps, FOLLOWED))
+    _, curve = trained(single, config)
     print(f"\nheld-out bits per byte after {runs[0].steps} steps, seeds {runs[0].seed} to {runs[-1].seed}:")
-    for name, bits in found.items():
-        spread = f"{min(bits):.4f} to {max(bits):.4f}"
-        print(f"  {name:<10} {statistics.mean(bits):.4f}, {spread}")
-    ratio = statistics.mean(found["SwitchAll"]) / statistics.mean(found["dense twin"])
+    means = []
+    for name, results in found.items():
+        bits = [held_out for held_out, _ in results]
+        means.append(statistics.mean(bits))
+        print(f"  {name:<10} {means[-1]:.4f}, {min(bits):.4f} to {max(bits):.4f}")
+    ratio = means[0] / means[1]
     print(f"  SwitchAll / dense twin {ratio:.4f}, which may be {TWIN_MARGIN}")
-    single = trained_bits(replace(runs[0], dtype=torch.float32), config)
-    print(f"SwitchAll in float32, seed {runs[0].seed}: {single:.4f}, in {runs[0].dtype}: {found['SwitchAll'][0]:.4f}", flush=True)
-    return ratio <= TWIN_MARGIN
+    gap = largest_gap(found["SwitchAll"][0][1], curve)
+    print(f"SwitchAll in {runs[0].dtype} beside float32, the same {len(curve)} batches, {WINDOW} at a time:")
+    print(f"  losses differ by {100 * gap:.2f} % at most, which may be {100 * FOLLOWING_MARGIN:.0f} %", flush=True)
+    return ratio <= TWIN_MARGIN and gap <= FOLLOWING_MARGIN
 
 
-def trained_bits(run: Run, config: ModelConfig) -> float:
+def trained(run: Run, config: ModelConfig) -> tuple[float, list[float]]:
+    """Held-out bits per byte, and the loss of every batch."""
     run = replace(run)  # seeds everything anew
     model = LanguageModel(config).to(run.device)
     print(f"{'SwitchAll' if config.n_experts else 'dense twin'}, {parameters(model)}, seed {run.seed}, {run.dtype}")
@@ -400,7 +440,14 @@ def trained_bits(run: Run, config: ModelConfig) -> float:
         raise KeyboardInterrupt
     bits = held_out_bits(run, model)
     print(f"held out: {bits:.4f} bits per byte", flush=True)
-    return bits
+    return bits, torch.stack(run.losses).tolist()
+
+
+def largest_gap(losses: list[float], others: list[float]) -> float:
+    """Between the means of every WINDOW of batches, relative to the others', for as many as those are."""
+    starts = range(0, len(others), WINDOW)
+    means = [[statistics.mean(part[i : min(i + WINDOW, len(others))]) for i in starts] for part in (losses, others)]
+    return max(abs(a - b) / b for a, b in zip(*means, strict=True))
 
 
 # The command

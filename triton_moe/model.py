@@ -30,6 +30,7 @@ class ModelConfig:
     position: str = "rope"
     rotate_fraction: float = 0.5  # of a SwitchHead; dense attention rotates every channel
     vocabulary: int = 256  # bytes
+    init_scale: float | None = None  # of every matrix, over 1 / sqrt(fan-in); None: the paper's sqrt(2 / n_layers)
 
     def dense_twin(self) -> "ModelConfig":
         """As many parameters, with heads of about 64 channels and no experts."""
@@ -111,17 +112,28 @@ class Block(nn.Module):
 
 
 def block(c: ModelConfig) -> nn.Module:
+    scale = math.sqrt(2 / c.n_layers) if c.init_scale is None else c.init_scale
     if not c.n_experts:
-        return Block(c.d_model, DenseAttention(c.d_model, c.n_heads, c.d_head), c.d_ff)
+        return initialised(Block(c.d_model, DenseAttention(c.d_model, c.n_heads, c.d_head), c.d_ff), scale)
 
     from .nn import SwitchAll, SwitchHead
 
     shared = {"d_head": c.d_head, "top_k": c.top_k, "position": c.position, "rotate_fraction": c.rotate_fraction}
-    shared["init_scale"] = math.sqrt(2 / c.n_layers)
+    shared["init_scale"] = scale
     if not c.moe_n_experts:
-        return Block(c.d_model, SwitchHead(c.d_model, c.n_heads, c.n_experts, **shared), c.d_ff)
+        made = Block(c.d_model, SwitchHead(c.d_model, c.n_heads, c.n_experts, **shared), c.d_ff)
+        initialised(made.mlp, scale)
+        return made
     moe = {"moe_n_experts": c.moe_n_experts, "expert_size": c.expert_size, "moe_top_k": c.moe_top_k}
     return SwitchAll(c.d_model, c.n_heads, c.n_experts, **moe, **shared)
+
+
+def initialised(module: nn.Module, scale: float) -> nn.Module:
+    """Its dense matrices drawn as our layers draw theirs."""
+    for linear in module.modules():
+        if isinstance(linear, nn.Linear):
+            nn.init.normal_(linear.weight, std=scale / math.sqrt(linear.in_features))
+    return module
 
 
 class LanguageModel(nn.Module):

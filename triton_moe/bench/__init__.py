@@ -70,6 +70,7 @@ def run(args: argparse.Namespace) -> int:
     print(", ".join(f"{key} {value}" for key, value in about.items()))
     rows = {(name, i): row for name in names for i, row in enumerate(GROUPS[name](device, args.full))}
     checked: dict[tuple[str, int], Result] = {}
+    seconds: list[tuple[float, str]] = []
     if device == "cuda":
         print("bfloat16, random inputs; ratio = our median time over the rival's, both measured in turns in this run;")
         print("TFLOP/s = useful work alone; floor = FLOPs at 717 TFLOP/s or bytes at 4.27 TB/s (an H200's), whichever takes")
@@ -80,8 +81,10 @@ def run(args: argparse.Namespace) -> int:
         processes = min((os.cpu_count() or 1) - 2, memory // (10 << 30))
         if processes > 1:
             os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # each process would start as many as there are cores
-            checked = prepare(rows, device, args.full, processes)
-        print(f"{time.perf_counter() - start:.0f} s")
+            checked, seconds = prepare(rows, device, args.full, processes)
+        print(f"{time.perf_counter() - start:.0f} s; {processes} processes, the longest jobs:")
+        for took, job in seconds[:5]:
+            print(f"    {took:.0f} s {job}")
     else:
         print("no GPU: tiny shapes in float32, to check results only; times in the interpreter mean nothing")
     results, group = [], None

@@ -3,14 +3,15 @@
 import contextlib
 import functools
 import multiprocessing
+import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
 from .correctness import check
 from .groups import GROUPS
-from .row import BACKWARD, Row
+from .row import BACKWARD, Row, compiled, task
 from .shared import AUTOTUNED
-from .timing import Result, failure, release, runnable, seeded_inputs, sides
+from .timing import Result, failure, release, runnable, seeded_inputs
 
 
 @contextlib.contextmanager
@@ -38,11 +39,16 @@ def quick_autotuning(threads: int):
         Autotuner.prune_configs = prune
 
 
-def prepare_rows(group: str, device: str, full: bool, indices: list[int], rival: str | None) -> list[Result | None]:
-    """In a process of its own: check rows, or run a rival of theirs once. The caches on disk then hold what was compiled."""
-    rows = GROUPS[group](device, full)
+CHECK, OURS = "check", "ours, compiled"
+
+
+def prepare_rows(group: str, device: str, full: bool, indices: list[int], work: str) -> tuple[list[Result | None], float]:
+    """In a process of its own: check rows, or run ours or a rival once -> results, seconds. The caches on disk then hold what was
+    compiled."""
+    rows, began = GROUPS[group](device, full), time.perf_counter()
     with quick_autotuning(threads=6):
-        return [check_row(rows[i]) if rival is None else run_once(rows[i], rival) for i in indices]
+        found = [check_row(rows[i]) if work == CHECK else run_once(rows[i], work) for i in indices]
+    return found, time.perf_counter() - began
 
 
 def check_row(row: Row) -> Result | None:
@@ -57,30 +63,49 @@ def check_row(row: Row) -> Result | None:
         release()
 
 
-def run_once(row: Row, name: str) -> None:
-    for rival in row.rivals:
-        if rival.name == name:
-            with contextlib.suppress(Exception):  # it will be reported when it fails again
-                inputs = {**seeded_inputs(row), "n_layers": 1}  # a model of one layer compiles what the whole one needs
-                ours, theirs = sides(row, inputs, rival)
-                for t in ([ours] if rival.compiled or row.step else []) + [t for _, t in theirs]:
-                    for work in row.flops:
-                        if work != BACKWARD:
-                            runnable(row, t, work)()
-            release()
+def run_once(row: Row, work: str) -> None:
+    with contextlib.suppress(Exception):  # it will be reported when it fails again
+        inputs = {**seeded_inputs(row), "n_layers": 1}  # a model of one layer compiles what the whole one needs
+        if work == OURS:
+            tasks = [row.step(inputs) if row.step else task(row, inputs, compiled(row.ours))]
+        else:
+            built = next(rival for rival in row.rivals if rival.name == work).build(inputs)
+            tasks = [t for _, t in built] if isinstance(built, list) else [built]
+        for t in tasks:
+            for timed in row.flops:
+                if timed != BACKWARD:
+                    runnable(row, t, timed)()
+    release()
 
 
-def prepare(rows: dict[tuple[str, int], Row], device: str, full: bool, processes: int) -> dict[tuple[str, int], Result]:
-    """What `check_row` returned for each row, after the same processes have compiled what the rivals need."""
-    jobs: dict[tuple[str, str, str | None], list[int]] = {}  # one process for what shares kernels
+def jobs_of(rows: dict[tuple[str, int], Row]) -> dict[tuple[str, str, str], list[int]]:
+    """(group, kernels, work): the rows it is for, which share kernels; the longest first, and what compiles our kernels before
+    what joins them with others'."""
+    jobs: dict[tuple[str, str, str], list[int]] = {}
     for (group, i), row in rows.items():
-        for rival in (None, *(rival.name for rival in row.rivals if rival.compiled or rival.compiles)):
-            jobs.setdefault((group, row.kernels or row.name, rival), []).append(i)
-    order = sorted(jobs, key=lambda job: (job[2] not in AUTOTUNED, job[2] is not None))  # the longest first
+        works = [CHECK, *(rival.name for rival in row.rivals if rival.compiled or rival.compiles)]
+        if row.step or any(rival.compiled for rival in row.rivals):
+            works.append(OURS)
+        for work in works:
+            jobs.setdefault((group, row.kernels or row.name, work), []).append(i)
+    return dict(sorted(jobs.items(), key=lambda job: (job[0][2] not in AUTOTUNED, job[0][2] != CHECK, job[0][2] == OURS)))
+
+
+def prepare(
+    rows: dict[tuple[str, int], Row], device: str, full: bool, processes: int
+) -> tuple[dict[tuple[str, int], Result], list[tuple[float, str]]]:
+    """What `check_row` returned for each row, after the same processes have compiled what all sides need; and how many seconds
+    every job took."""
     checked: dict[tuple[str, int], Result] = {}
+    seconds: list[tuple[float, str]] = []
     with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-        running = [(job, pool.submit(prepare_rows, job[0], device, full, jobs[job], job[2])) for job in order]
-        for job, future in running:
+        running = [
+            (group, kernels, work, indices, pool.submit(prepare_rows, group, device, full, indices, work))
+            for (group, kernels, work), indices in jobs_of(rows).items()
+        ]
+        for group, kernels, work, indices, future in running:
             with contextlib.suppress(BrokenProcessPool):  # what the others could not do is done before the row is timed
-                checked.update({(job[0], i): found for i, found in zip(jobs[job], future.result(), strict=True) if found})
-    return checked
+                found, took = future.result()
+                checked.update({(group, i): result for i, result in zip(indices, found, strict=True) if result})
+                seconds.append((took, f"{group}, {kernels}: {work}"))
+    return checked, sorted(seconds, reverse=True)

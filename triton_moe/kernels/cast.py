@@ -30,17 +30,17 @@ def _cast_kernel(x_ptr, y_ptr, SIZE, BLOCK: tl.constexpr):
 
 @triton.jit
 def _place(
-    w_ptr, out_ptr, program, PROGRAMS: tl.constexpr, SIZE: tl.constexpr,
+    w_ptr, out_ptr, program, PROGRAMS: tl.constexpr, SIZE: tl.constexpr, A: tl.constexpr,
     R: tl.constexpr, C: tl.constexpr, FULL_R: tl.constexpr, FULL_C: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A block of one weight: nothing where `program` is not one of its own."""
+    """A block of one weight, and zeros up to the next one: nothing where `program` is not one of its own."""
     if (program >= 0) & (program < PROGRAMS):
         offs = program.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         if SIZE < 2**31:
             offs = offs.to(tl.int32)
         c, r = offs % FULL_C, offs // FULL_C % FULL_R
         source = (offs // (FULL_R * FULL_C) * R + r) * C + c
-        w = tl.load(w_ptr + source, mask=(offs < SIZE) & (r < R) & (c < C), other=0.0)
+        w = tl.load(w_ptr + source, mask=(offs < A * FULL_R * FULL_C) & (r < R) & (c < C), other=0.0)
         tl.store(out_ptr + offs, w.to(out_ptr.dtype.element_ty), mask=offs < SIZE)
 
 
@@ -52,8 +52,8 @@ def _assemble_kernel(
     ptrs = (w0_ptr, w1_ptr, w2_ptr, w3_ptr, w4_ptr, w5_ptr)
     for i in tl.static_range(COUNT):
         _place(
-            ptrs[i], out_ptr + SHAPES[8 * i + 2], tl.program_id(0) - SHAPES[8 * i], SHAPES[8 * i + 1], SHAPES[8 * i + 3],
-            SHAPES[8 * i + 4], SHAPES[8 * i + 5], SHAPES[8 * i + 6], SHAPES[8 * i + 7], BLOCK,
+            ptrs[i], out_ptr + SHAPES[9 * i + 2], tl.program_id(0) - SHAPES[9 * i], SHAPES[9 * i + 1], SHAPES[9 * i + 3],
+            SHAPES[9 * i + 4], SHAPES[9 * i + 5], SHAPES[9 * i + 6], SHAPES[9 * i + 7], SHAPES[9 * i + 8], BLOCK,
         )  # fmt: skip
 
 
@@ -83,9 +83,9 @@ def _assemble(weights: list[torch.Tensor], layout: list[int], dtype: torch.dtype
         shapes: list[int] = []
         programs = 0
         for i, w in enumerate(some, start):
-            begin, *full = layout[3 * i : 3 * i + 3]
-            size = w.shape[0] * math.prod(full)
-            shapes += [programs, cdiv(size, block), begin, size, *w.shape[1:], *full]
+            begin, *full, end = layout[3 * i : 3 * i + 4]
+            size = end - begin
+            shapes += [programs, cdiv(size, block), begin, size, *w.shape, *full]
             programs += cdiv(size, block)
         ptrs = some + some[:1] * (MOST - len(some))
         launch(_assemble_kernel, (programs,), *ptrs, out, SHAPES=tuple(shapes), COUNT=len(some), BLOCK=block, num_warps=8)
