@@ -408,7 +408,7 @@ def test_a_dry_run_compiles_ranks_and_resumes(tmp_path):
     path = tmp_path / "shapes.json"
     shape = {"H": 2, "E": 4, "TOP_K": 2, "P": 64, "D": 64, "N": 4096, "alone": False}
     path.write_text(json.dumps([{"op": "projection", "dtype": "bfloat16", "shape": shape}]))
-    command = ("autotune", "--dry-run", "--shapes", str(path), "--budget", "4s", "--jobs", "1")
+    command = ("autotune", "--dry-run", "--target", "sm_90", "--shapes", str(path), "--budget", "4s", "--jobs", "1")
     first = cli(*command, TRITON_MOE_CONFIG_DIR=str(tmp_path))
     assert first.returncode == 0 and "gather" in first.stdout and "compiled and fit" in first.stdout, first.stderr
     second = cli(*command, "--resume", TRITON_MOE_CONFIG_DIR=str(tmp_path))

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -100,7 +101,7 @@ def compiled(tmp_path_factory, *options: str) -> list[dict]:
     path = tmp_path_factory.mktemp("compile") / "rows.json"
     result = child("-m", "triton_moe", "compile", "--json", str(path), *options, timeout=1200)
     assert path.exists(), result.stderr
-    return json.loads(path.read_text())
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -185,6 +186,24 @@ def test_a_cache_filled_ahead_of_time_is_all_that_a_second_run_needs(tmp_path):
     assert sum(path.suffix == ".cubin" for path in files) >= 4
     assert child("-m", "triton_moe", "compile", *options, timeout=600).returncode == 0
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*") if path.is_file()} == files
+
+
+def test_the_whole_space_is_compiled_in_parts(tmp_path):
+    """Ended after each second, and cut within a line: nothing is compiled twice, and what was compiled is a fair sample."""
+    shapes, report = tmp_path / "shapes.json", tmp_path / "rows.jsonl"
+    shapes.write_text(json.dumps([{"op": "attention", "dtype": "bfloat16", "shape": {"P": 32, "B": 1, "H": 1, "T": 64}}]))
+    options = ("--all", "--target", "sm_90", "gfx942", "--shapes", str(shapes), "--json", str(report), "--jobs", "1")
+    for seconds in (6, 3):
+        result = child("-m", "triton_moe", "compile", *options, "--budget", f"{seconds}s", "--resume", timeout=300)
+        assert result.returncode == 0, result.stderr
+        names = [name for name, _ in compiler._reported(report)]
+        summary = re.findall(r"^(\w+): (\d+) kernels compiled of (\d+)", result.stdout, re.MULTILINE)
+        assert sum(int(n) for _, n, _ in summary) == len(names) > 0
+        report.write_bytes(report.read_bytes()[:-9])
+    assert names == sorted(set(names))
+    assert all(int(whole) > 100 for _, _, whole in summary)
+    command = child("-m", "triton_moe", "compile", "--resume", timeout=100)
+    assert command.returncode == 2 and "--json" in command.stderr
 
 
 def test_each_job_has_a_process_that_may_die(tmp_path):
