@@ -13,11 +13,12 @@ import zlib
 from pathlib import Path
 
 import pytest
+import torch
 
-from triton_moe import autotune, tuning
+from triton_moe import autotune, tuning, workloads
 from triton_moe.compiler import Compiled, candidates, steps
 from triton_moe.kernels import mlp, sets
-from triton_moe.measure import Failed, Measurer, gain
+from triton_moe.measure import Failed, Measurer, gain, truth
 
 HERE = tuning.Device("Test GPU", "sm_90", 232448)
 DEFAULTS = {
@@ -297,7 +298,7 @@ def answer(pipe):
 
 
 def test_the_measuring_process_may_die_hang_or_lose_its_gpu():
-    measurer = Measurer(15, answer)
+    measurer = Measurer(60, answer)
     try:
         measurer.open("mlp")
         for what, message, deaths in (("fail", "check fail", 0), ("die", "exit 7", 1), ("break", "check break", 2)):
@@ -323,6 +324,35 @@ def test_a_bench_measures_what_is_right(tmp_path):
     assert len(tuning.read(written).entries) == 1 and "gating_fwd: 1." in result.stdout
     rows = [json.loads(line) for line in next(tmp_path.glob("journal.*.jsonl")).read_text().splitlines()]
     assert sum(row["kind"] == "time" and row["error"] is None for row in rows) >= 4
+
+
+# ---- what is right
+
+WORKLOADS = [
+    ("gating", {"sides": 2, "H": 2, "E": 5, "TOP_K": 2, "D": 24, "N": 33}),
+    ("projection", {"H": 2, "E": 3, "TOP_K": 2, "P": 16, "D": 24, "N": 40, "width": 12}),
+    ("projection", {"H": 1, "E": 5, "TOP_K": 1, "P": 16, "D": 24, "N": 21, "alone": False}),
+    ("mlp", {"E": 3, "G": 16, "TOP_K": 2, "D": 24, "N": 40}),
+    ("mlp", {"E": 3, "G": 16, "TOP_K": 2, "D": 24, "N": 40, "activation": "geglu", "bias": True}),
+    ("attention", {"P": 16, "B": 2, "T": 32, "H": 4, "Hkv": 2, "padding": True, "window": 9}),
+    ("attention", {"P": 16, "T": 64, "packed": True, "causal": False}),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("op", "shape"), WORKLOADS, ids=str)
+def test_workloads_agree_with_the_reference(op, shape, dtype, device):
+    assert workloads.has_twin(op, shape)
+    run = workloads.WORKLOADS[op]
+    default, exact = (run(workloads.Inputs(device, d, dtype), **shape) for d in (dtype, torch.float64))
+    right = truth(exact, default, dtype)
+    assert {name for name, result in default.items() if result.numel()} <= set(right)
+    for name in [name for name in right if right[name].numel()]:
+        missing = default[name].clone()
+        missing[(0,) * missing.ndim] = torch.nan
+        for wrong in (default[name] * 1.1, missing):
+            with pytest.raises(AssertionError, match=f"^{name} of the default"):
+                truth(exact, default | {name: wrong}, dtype)
 
 
 # ---- real lookups

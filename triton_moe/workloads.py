@@ -178,10 +178,10 @@ def _exact_mlp(x, dy, keys, values, bias, o_bias, weights, experts, activation, 
         given = bias is not None
         bias = (bias if given else torch.zeros_like(keys[:, 0])).detach().requires_grad_()
         y = x.new_zeros(len(x), values.shape[2]) if o_bias is None else o_bias.expand(len(x), -1)
-        for e in range(len(keys)):
+        for e, (key, value) in enumerate(zip(keys.unbind(), values.unbind(), strict=True)):
             n, k = (experts[:, 0] == e).nonzero(as_tuple=True)
-            u = _activation(activation, x[n] @ keys[e] + bias[e])
-            y = y.index_add(0, n, weights[n, 0, k, None] * (u @ values[e]))
+            u = _activation(activation, x.index_select(0, n) @ key + bias[e])
+            y = y.index_add(0, n, weights[n, 0, k, None] * (u @ value))
         dx, dkeys, dvalues, dbias, dweights = torch.autograd.grad(y, (x, keys, values, bias, weights), dy)
     results = {"y": y.detach(), "dx alone": dx, "dx": dx + added, "dkeys": dkeys, "dvalues": dvalues, "dweights": dweights}
     return results | {"dbias": dbias[: len(keys) * given]}
