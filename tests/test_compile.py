@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import triton
 
 from triton_moe import compiler
 from triton_moe.kernels import common
@@ -45,6 +46,16 @@ SPILLS: dict[tuple[str, str, str], int] = {
     # Two accumulators and the rows they are dotted with.
     ("_gather_kernel", "half", "sm_80"): 104,
     ("_gather_kernel", "half", "gfx942"): 40,
+}
+
+# Where Triton 3.6 spills more than later ones.
+SPILLS_36: dict[tuple[str, str, str], int] = {
+    ("_attention_bwd_dkdv_kernel", "float32", "gfx942"): 268,
+    ("_attention_fwd_kernel", "half", "sm_80"): 8,
+    ("_gating_fwd_kernel", "float32", "sm_100"): 16,
+    ("_grouped_gemm_kernel", "float32", "sm_100"): 16,
+    ("_spread_kernel", "half", "sm_80"): 72,
+    ("_spread_kernel", "half", "sm_90"): 48,
 }
 
 # kernels/sets.py: 16-bit inputs only.
@@ -139,8 +150,10 @@ def test_defaults_do_not_spill(rows):
         if row["spill_bytes"]:
             key = row["kernel"], "float32" if row["dtype"] == "float32" else "half", row["target"]
             most[key] = max(most.get(key, 0), row["spill_bytes"])
-    assert {key: spilled for key, spilled in most.items() if spilled > SPILLS.get(key, 0)} == {}
-    assert set(SPILLS) <= set(most), "an exception nobody needs any more"
+    old = triton.__version__.startswith("3.6.")
+    allowed = SPILLS | SPILLS_36 if old else SPILLS
+    assert {key: spilled for key, spilled in most.items() if spilled > allowed.get(key, 0)} == {}
+    assert set(SPILLS_36 if old else SPILLS) <= set(most), "an exception nobody needs any more"
 
 
 def test_no_float_atomics(rows):
