@@ -219,12 +219,29 @@ def test_the_whole_space_is_compiled_in_parts(tmp_path):
     assert command.returncode == 2 and "--json" in command.stderr
 
 
-def test_each_job_has_a_process_that_may_die(tmp_path):
-    jobs = [(os._exit, (3,), 60), (time.sleep, (60,), 0.5), (math.sqrt, (-1,), 60), (math.sqrt, (4,), 60)]
-    results = [(job, result) for f, job, seconds in jobs for job, result in compiler.each(f, [job], 1, seconds)]
-    assert [job for job, _ in results] == [job for _, job, _ in jobs]
-    died, late, failed, done = (result for _, result in results)
-    assert "died (exit 3)" in died and "no result after 0.5 s" in late and failed.startswith("ValueError") and done == 2.0
+def odd(what):
+    if what == "die":
+        os._exit(3)
+    if what == "sleep":
+        time.sleep(60)
+    return os.getpid(), math.sqrt(what)
+
+
+@pytest.mark.parametrize("life", [200, 1])
+def test_a_job_may_end_its_process_and_the_others_go_on(monkeypatch, life):
+    monkeypatch.setattr(compiler, "LIFE", life)
+    jobs = [("die",), (-1,), (4,), (9,), ("sleep",), (16,)]
+    results = dict(compiler.each(odd, jobs, 1, 8.0))
+    assert list(results) == jobs
+    assert (
+        "died (exit 3)" in results["die",]
+        and results["sleep",] == "no result after 8 s"
+        and results[-1,].startswith("ValueError")
+    )
+    assert [root for _, root in (results[4,], results[9,], results[16,])] == [2.0, 3.0, 4.0]
+    assert (results[4,][0] == results[9,][0]) == (life > 1) and results[9,][0] != results[16,][0]
+    many = list(compiler.each(odd, [(n,) for n in range(20)], 3, 60.0))
+    assert sorted(job for job, _ in many) == [(n,) for n in range(20)] and all(root == math.sqrt(n) for (n,), (_, root) in many)
 
 
 def test_compiling_in_the_interpreter_is_refused(monkeypatch):

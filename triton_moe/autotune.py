@@ -28,7 +28,7 @@ OPS = ("gating", "projection", "mlp", "attention")
 PRESETS = ("paper", "moeut", "llm")
 GROUP, ROUNDS, CONFIRM = 6, 9, 31  # configurations measured in turns; rounds of those; rounds of the last comparison
 LEAST_GAIN = 0.01  # of the default's time
-COMPILE = 0.65  # of the budget; on an H200 with 16 processes 8 configurations a second, and then 20 of them measured in one
+COMPILE = 0.5  # of the budget; a core compiles two configurations a second, and 20 to 30 of them are measured in one
 IN_BLOCK, IN_MULTIPROCESSOR = 1024, 65536  # bytes of shared memory a block costs besides its own; registers
 
 

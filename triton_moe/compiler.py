@@ -42,6 +42,7 @@ TARGETS = {  # name: (backend, architecture, threads of a warp), bytes of shared
 MAIN_TARGETS = ["sm_80", "sm_90", "sm_100", "gfx942"]
 DTYPES = ("float16", "bfloat16", "float32")
 TIMEOUT = 120  # seconds for one configuration; a sound one takes 0.2 to 16
+LIFE = 200  # configurations a process compiles, for what Triton keeps of each
 
 FLOAT_ATOMIC = {
     "ptx": re.compile(r"^\s*(?:@!?%\w+\s+)?(?:atom|red|cp\.reduce)\.[\w.:]*\.(?:f|bf)(?:16|32|64)", re.MULTILINE),
@@ -392,10 +393,11 @@ def compile_for(device, dtype: str, op: str, shape: dict) -> list[Compiled]:
 
 
 def each(function: Callable, jobs: Iterable[tuple], processes: int, seconds: float) -> Iterator[tuple[tuple, Any]]:
-    """(job, function(*job)) in the order in which they end. Each job has a process of its own, so that one which crashes or
-    runs longer than `seconds`, and is then killed, only costs its own result: a string instead, which says what happened.
+    """(job, function(*job)) in the order in which they end. A process that crashes, or runs longer than `seconds` and is then
+    killed, only costs the result of the job it had: a string instead, which says what happened; another one takes its place.
 
-    Processes are forked from a server that has the modules loaded. They do not hear Ctrl-C, which is for the caller.
+    A process does many jobs, for the first takes Triton five times as long as others; it is forked from a server that has the
+    modules loaded, and does not hear Ctrl-C, which is for the caller.
     """
     context = get_context("forkserver")
     context.set_forkserver_preload(["triton_moe.workloads"])
@@ -404,32 +406,41 @@ def each(function: Callable, jobs: Iterable[tuple], processes: int, seconds: flo
         forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-    waiting, running = iter(jobs), {}
+    waiting, running, idle = iter(jobs), {}, []
     try:
         while True:
             while len(running) < processes and (job := next(waiting, None)) is not None:
-                ours, theirs = context.Pipe(duplex=False)
-                process = context.Process(target=_child, args=(theirs, function, job), daemon=True)
-                process.start()
-                theirs.close()
-                running[ours] = job, process, time.monotonic() + seconds
+                if idle:
+                    pipe, process, done = idle.pop()
+                else:
+                    (pipe, theirs), done = context.Pipe(), 0
+                    process = context.Process(target=_child, args=(theirs, function), daemon=True)
+                    process.start()
+                    theirs.close()
+                running[pipe] = job, process, done, time.monotonic() + seconds
+                with suppress(OSError):  # it died meanwhile: the answer is none
+                    pipe.send(job)
             if not running:
                 return
-            first = min(deadline for _, _, deadline in running.values())
+            first = min(deadline for *_, deadline in running.values())
             ready = connection.wait(list(running), max(0.0, first - time.monotonic()))
             late = [pipe for pipe, (*_, deadline) in running.items() if deadline <= time.monotonic() and pipe not in ready]
             for pipe in [*ready, *late]:
-                job, process, _ = running.pop(pipe)
+                job, process, done, _ = running[pipe]
                 try:
-                    result = pipe.recv() if pipe in ready else f"no result after {seconds:g} s"
+                    result, more = (pipe.recv(), done + 1 < LIFE) if pipe in ready else (f"no result after {seconds:g} s", False)
                 except (EOFError, OSError):
                     process.join()
-                    result = f"the process died (exit {process.exitcode})"
-                _kill(process)
-                pipe.close()
+                    result, more = f"the process died (exit {process.exitcode})", False
+                del running[pipe]
+                if more:
+                    idle.append((pipe, process, done + 1))
+                else:
+                    _kill(process)
+                    pipe.close()
                 yield job, result
     finally:
-        for _, process, _ in running.values():
+        for process in [process for _, process, *_ in running.values()] + [process for _, process, _ in idle]:
             _kill(process)
 
 
@@ -442,17 +453,22 @@ def _kill(process) -> None:
     process.join()
 
 
-def _child(pipe, function: Callable, job: tuple) -> None:
+def _child(pipe, function: Callable) -> None:
     os.setsid()
     warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in (1, 2):  # Triton prints the whole program when ptxas refuses it, and MLIR what it thinks of it
         os.dup2(nowhere, stream)
-    try:
-        result = function(*job)
-    except Exception as error:
-        result = f"{type(error).__name__}: {error}"
-    pipe.send(result)
+    while True:
+        try:
+            job = pipe.recv()
+        except EOFError:
+            return
+        try:
+            result = function(*job)
+        except Exception as error:
+            result = f"{type(error).__name__}: {error}"
+        pipe.send(result)
 
 
 def _line(row: Compiled) -> str:
