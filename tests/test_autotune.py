@@ -283,6 +283,36 @@ def test_search_comes_close_to_the_best_of_synthetic_sweeps():
     assert statistics.median(regrets) < 0.01 and statistics.mean(regrets) < 0.02 < statistics.mean(blind)
 
 
+# Every configuration of two kernels, as an NVIDIA H200 ran them (Triton 3.6.0): its values, registers, bytes that spill, bytes
+# of shared memory, and its time relative to the default's beside it.
+SWEEPS = json.loads((Path(__file__).parent / "sweeps.json").read_text())
+
+
+@pytest.mark.parametrize("sweep", SWEEPS, ids=lambda sweep: sweep["kernel"])
+def test_search_finds_the_best_of_recorded_sweeps(sweep):
+    default, names = sweep["default"], list(sweep["default"])
+    times = {tuple(default.values()): 1.0} | {tuple(values): ratio for values, *_, ratio in sweep["rows"]}
+    space = {name: sorted({values[i] for values in times}) for i, name in enumerate(names)}
+    key = tuning.Key(sweep["kernel"], "half", tuple(sweep["widths"].items()), tuple(sweep["sizes"]))
+    configs = [c for c in candidates(space, key, default) if tuple(c.values()) in times]
+    assert len(configs) == len(times) > 40
+    facts = {tuple(values): (registers, spill, shared) for values, registers, spill, shared, _ in sweep["rows"]}
+    facts[tuple(default.values())] = tuple(sweep["default_facts"])
+    p = autotune.Problem("", "bfloat16", {}, "", key, "", space, configs)
+    for i, c in enumerate(configs):
+        p.costs[i] = autotune.cost(Compiled("", "", "sm_90", "bfloat16", "", c, 0.0, *facts[tuple(c.values())]), HERE.shared)
+    best = min(times.values())
+    assert best < 0.93  # there is something to find
+    rank = sorted(range(1, len(configs)), key=lambda i: p.costs[i])
+    assert min(times[tuple(configs[i].values())] for i in rank[: len(rank) // 3]) == best  # survives a cut to a third
+    while len(p.ratios) < 12:
+        for i in autotune.next_group(p, autotune.GROUP):
+            p.ratios[i] = times[tuple(configs[i].values())]
+    assert min(p.ratios.values()) == best
+    blind = [min(1.0, *random.Random(seed).sample(list(times.values()), 12)) / best - 1 for seed in range(100)]
+    assert statistics.mean(blind) > 0.04
+
+
 # ---- the process that measures
 
 
@@ -447,6 +477,46 @@ def test_a_dry_run_compiles_ranks_and_resumes(tmp_path):
     done = [json.dumps([row["key"], row["config"]]) for row in rows]
     assert len(done) == len(set(done)) > 0 and {row["kind"] for row in rows} == {"compile"}
     assert not list(tmp_path.glob("*.*.json"))  # nothing was measured, so there is nothing to adopt
+
+
+KINDS = """
+from pathlib import Path
+from triton_moe import compiler, doctor, tuning, workloads
+import argparse, sys
+
+here, sister = tuning.Device("Test GPU", "sm_89", 101376), tuning.Device("Test GPU Ti", "sm_89", 101376)
+shape = {"E": 32, "G": 128, "TOP_K": 4, "D": 1024, "N": 32768}
+workloads.PRESETS["paper"] = [("mlp", "bfloat16", shape)]
+found = [(k, key, d) for k, key, d in compiler.lookups("mlp", "sm_89", "bfloat16", shape) if key.kernel in tuning.space("mlp")]
+for (kernel, key, default), device, source in zip(found, (here, sister, here), (None, None, "0" * 16)):
+    config = {name: values[0] for name, values in tuning.space("mlp")[key.kernel].items()}
+    entry = tuning.Entry(key, source or tuning.source_hash(kernel), config, "3.6.0", 1, 2, 0)
+    tuning.save(Path(sys.argv[1]), "mlp", device, [entry])
+tuning.reload()
+for line in tuning.explain("mlp", device=here, **shape):
+    print("explain", line)
+compiler.this_gpu = lambda: here
+doctor.run(argparse.Namespace(preset="paper"))
+print(tuning.digest(here) == tuning.digest(here) != tuning.digest(sister))
+"""
+
+
+def test_the_doctor_and_explain_say_which_and_why(tmp_path):
+    environment = {"TRITON_MOE_CONFIG_DIR": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | environment
+    env["PYTHONPATH"] = str(Path(__file__).parents[1])
+    command = [sys.executable, "-c", KINDS, str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    why = [line.split(". ", 1)[1] for line in lines if line.startswith("explain")]
+    counts = {kind: sum(line.startswith(kind) for line in why) for kind in ("exact", "borrowed", "default")}
+    assert counts == {"exact": 1, "borrowed": 1, "default": len(why) - 2} and len(why) > 4
+    assert sum("is stale" in line for line in why) == 1 and any("tuned on Test GPU Ti" in line for line in why)
+    told = next(line for line in lines if line.endswith(" stale") or " stale," in line)
+    assert {part.strip() for part in told.split(",")} > {"1 exact", "1 borrowed", "1 stale"}
+    assert any(line.startswith("next       python -m triton_moe autotune --preset paper") for line in lines)
+    assert any(line.startswith("digest") for line in lines) and lines[-1] == "True"
 
 
 def test_the_doctor_finds_what_is_wrong(tmp_path):
