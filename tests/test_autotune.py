@@ -1,10 +1,14 @@
 """The tuner without a GPU: a measurer that makes its times up, so that interrupted and whole runs must agree."""
 
 import argparse
+import dataclasses
+import functools
 import itertools
 import json
 import os
 import random
+import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -145,6 +149,16 @@ def test_the_best_right_configuration_is_adopted(whole, capsys):
     )
 
 
+def test_a_run_ends_with_a_table(whole, capsys):
+    assert tune(whole[0], Made(), resume=True) == 0
+    lines = capsys.readouterr().out.splitlines()
+    at = next(i for i, line in enumerate(lines) if re.match(r"kernel +default us +tuned us +gain +noise +tried", line))
+    assert [line.split()[0] for line in lines[at + 1 : at + 5]] == ["gather", "pack", "up", "up"]
+    assert all(line.count("%") == 2 and "warps=" in line and "N=" in line for line in lines[at + 1 : at + 5])
+    means = [line for line in lines if "times as fast in the geometric mean" in line]
+    assert [line.split(":")[0] for line in means] == ["gather", "pack", "up"]
+
+
 def test_nothing_is_measured_twice(whole):
     folder, made = whole
     groups = [(key, config) for key, config, rounds in made.asked if rounds == autotune.ROUNDS]
@@ -255,6 +269,7 @@ def row(registers=128, spill=0, shared=65536, **config):
 def test_the_rank_of_what_the_compiler_says():
     plain = autotune.cost(row(), 232448)
     assert autotune.cost(row(spill=256), 232448) > 2 * plain
+    assert autotune.cost(dataclasses.replace(row(), warning=True), 232448) > plain
     assert autotune.cost(row(registers=255, shared=200_000), 232448) > plain
     assert autotune.cost(row(BLOCK_M=32, BLOCK_N=32), 232448) > plain
 
@@ -435,6 +450,14 @@ def cli(*args: str, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=env, cwd=Path(__file__).parents[1])
 
 
+def start(*args: str, **environment: str) -> subprocess.Popen:
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | environment
+    heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell starts what it runs beside itself deaf
+    command, root = [sys.executable, "-m", "triton_moe", *args], Path(__file__).parents[1]
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env=env, cwd=root, preexec_fn=heard, **pipes)
+
+
 @pytest.mark.skipif(os.path.exists("/dev/nvidiactl"), reason="there is a GPU")
 def test_without_a_gpu_it_says_so(tmp_path):
     result = cli("autotune", "gating", TRITON_MOE_CONFIG_DIR=str(tmp_path))
@@ -471,9 +494,19 @@ def test_a_dry_run_compiles_ranks_and_resumes(tmp_path):
     command = ("autotune", "--dry-run", "--target", "sm_90", "--shapes", str(path), "--budget", "4s", "--jobs", "1")
     first = cli(*command, TRITON_MOE_CONFIG_DIR=str(tmp_path))
     assert first.returncode == 0 and "gather" in first.stdout and "compiled and fit" in first.stdout, first.stderr
+    path, lines = tmp_path / "journal.sm_90.jsonl", [0]
+    for sent, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)):  # both once it has written more lines
+        lines.append(path.read_bytes().count(b"\n"))
+        process = start(*command, "--resume", "--budget", "200s", TRITON_MOE_CONFIG_DIR=str(tmp_path))
+        while path.read_bytes().count(b"\n") < lines[-1] + 2 and process.poll() is None:
+            time.sleep(0.1)
+        process.send_signal(sent)
+        _, error = process.communicate(timeout=100)
+        assert (process.returncode, "Traceback" in error) == (code, False)
+    assert lines == sorted(lines)
     second = cli(*command, "--resume", TRITON_MOE_CONFIG_DIR=str(tmp_path))
     assert second.returncode == 0, second.stderr
-    rows = [json.loads(line) for line in (tmp_path / "journal.sm_90.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
     done = [json.dumps([row["key"], row["config"]]) for row in rows]
     assert len(done) == len(set(done)) > 0 and {row["kind"] for row in rows} == {"compile"}
     assert not list(tmp_path.glob("*.*.json"))  # nothing was measured, so there is nothing to adopt

@@ -184,12 +184,30 @@ def test_what_a_row_says(tmp_path):
         assert (spilling["spill_bytes"] > 0) == (target != "gfx942"), spilling
 
 
-def test_sets_fit_gpus_with_less_shared_memory(tmp_path_factory):
-    """Their tiles depend on the architecture; those of other kernels are no larger than for sm_80."""
-    options = ("--target", "sm_120", "--op", "projection", "--dtype", "bfloat16")
-    rows = compiled(tmp_path_factory, *options)
+def test_defaults_fit_gpus_with_less_shared_memory(tmp_path_factory):
+    rows = compiled(tmp_path_factory, "--target", "sm_86", "sm_120", "--dtype", "bfloat16")
     assert [(row["kernel"], row["target"], row["error"]) for row in rows if row["error"]] == []
     assert [row for row in rows if row["shared_bytes"] > compiler.TARGETS[row["target"]][1]] == []
+    assert {(row["op"], row["target"]) for row in rows} == {(op, t) for op in compiler.CASES for t in ("sm_86", "sm_120")}
+
+
+WARNED = """
+from triton_moe import compiler
+
+shape = {"E": 2, "G": 512, "TOP_K": 2, "D": 512, "N": 4096}
+((_, key, _),) = [found for found in compiler.lookups("mlp", "sm_90", "bfloat16", shape) if found[1].kernel == "up"]
+for warps in (4, 8):
+    config = {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "num_warps": warps, "num_stages": 3}
+    row = compiler.compile_candidate("sm_90", "bfloat16", "mlp", shape, key, config)
+    print(row.error, row.warning, row.spill_bytes > 0)
+"""
+
+
+def test_what_the_assembler_warns_of(tmp_path, monkeypatch):
+    """128 x 256 float32 sums are all registers of four warps."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))  # from the cache comes no warning
+    result = child("-c", WARNED, timeout=300)
+    assert result.stdout.splitlines() == ["None True True", "None False False"], result.stderr
 
 
 def test_a_cache_filled_ahead_of_time_is_all_that_a_second_run_needs(tmp_path):
@@ -225,6 +243,33 @@ def odd(what):
     if what == "sleep":
         time.sleep(60)
     return os.getpid(), math.sqrt(what)
+
+
+COUNTED = """
+import sys
+from triton import knobs
+compiled = []
+knobs.compilation.listener = lambda src, metadata, metadata_group, times, cache_hit: compiled.append((src.name, cache_hit))
+import torch
+from triton_moe import workloads
+workloads.WORKLOADS["position"](workloads.Inputs("cuda", torch.bfloat16), P=64, D=128)
+torch.cuda.synchronize()
+print(len(compiled), [name for name, cache_hit in compiled if not cache_hit])
+"""
+
+
+@pytest.mark.gpu
+def test_after_compile_cache_the_first_call_compiles_nothing(tmp_path, monkeypatch):
+    shapes, cache = tmp_path / "shapes.json", tmp_path / "cache"
+    shapes.write_text(json.dumps([{"op": "position", "dtype": "bfloat16", "shape": {"P": 64, "D": 128}}]))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "empty"))
+    cold = child("-c", COUNTED, timeout=300)
+    assert "_rope_rotate_kernel" in cold.stdout, cold.stderr
+    assert child("-m", "triton_moe", "compile", "--cache", str(cache), "--shapes", str(shapes), timeout=300).returncode == 0
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(cache))
+    warm = child("-c", COUNTED, timeout=300)
+    count, rest = warm.stdout.strip().split(" ", 1)
+    assert (int(count) >= 4, rest) == (True, "[]"), warm.stderr
 
 
 @pytest.mark.parametrize("life", [200, 1])

@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 import sys
+import timeit
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -81,6 +82,26 @@ def test_an_entry_of_another_source_is_stale(folder):
     assert found()[:2] == (None, "default") and found().stale == 1 and "stale" in found().why
 
 
+FOLDERS = tuning.folders
+
+
+def test_the_folders_are_the_callers_the_users_and_the_packages(folder, tmp_path, monkeypatch):
+    first, user, shipped = FOLDERS()
+    assert (first, user, user) == (folder, tmp_path / "cache" / "triton_moe" / "autotune_configs", tuning.user_folder())
+    assert (shipped / "README.md").exists() and shipped.name == "autotune_configs"
+    monkeypatch.delenv("TRITON_MOE_CONFIG_DIR")
+    assert FOLDERS() == [user, shipped]
+
+
+def test_the_layers_do_not_even_import_the_tuner():
+    code = "import sys, triton_moe.nn; print([m for m in sys.modules if m.endswith(('.autotune', '.measure'))])"
+    env = dict(os.environ) | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=300)
+    assert result.stdout.strip() == "[]", result.stderr
+    kernels = Path(common.__file__).parent
+    assert not [path for path in kernels.glob("*.py") if "@triton.autotune" in path.read_text()]
+
+
 def test_lookup_asks_the_files_once(folder, monkeypatch):
     tuning.save(folder, "sets", HERE, [entry()])
     monkeypatch.setattr(tuning, "this_device", lambda device: HERE)
@@ -89,6 +110,8 @@ def test_lookup_asks_the_files_once(folder, monkeypatch):
     assert tuning.lookup(*args, **WIDTHS) == TUNED | {"PARTS": 2}
     monkeypatch.setattr(tuning, "resolve", None)
     assert tuning.lookup(*args, **WIDTHS) == TUNED | {"PARTS": 2}
+    seconds = min(timeit.repeat(lambda: tuning.lookup(*args, **WIDTHS), number=1000, repeat=9)) / 1000
+    assert seconds < 50e-6
 
 
 def test_the_interpreter_and_meta_tensors_keep_the_default():

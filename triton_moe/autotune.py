@@ -139,8 +139,8 @@ def _lines(path: Path) -> Iterator[dict]:
 
 
 def cost(row, shared: int) -> float:
-    """A guess at relative time from what the compiler says: spills are slow, few warps on a multiprocessor hide little, small
-    tiles load more for each product."""
+    """A guess at relative time from what the compiler says: spills are slow, and products that wait for one another; few warps on
+    a multiprocessor hide little, small tiles load more for each product."""
     warps = row.config["num_warps"]
     blocks = min(
         (shared + IN_BLOCK) // (row.shared_bytes + IN_BLOCK),
@@ -149,7 +149,7 @@ def cost(row, shared: int) -> float:
     )
     sides = sorted(v for k, v in row.config.items() if k in ("BLOCK_M", "BLOCK_N", "BLOCK_I", "BLOCK_J", "BLOCK_P"))[-2:]
     small = 1 / sides[0] + 1 / sides[-1] if sides else 0.0
-    return (1 + row.spill_bytes / 64) * (1 + 4 / (max(1, blocks) * warps)) * (1 + 16 * small)
+    return (1.5 if row.warning else 1) * (1 + row.spill_bytes / 64) * (1 + 4 / (max(1, blocks) * warps)) * (1 + 16 * small)
 
 
 def next_group(problem: Problem, n: int) -> list[int]:
@@ -219,7 +219,7 @@ def compile_stage(found: list[Problem], device: tuning.Device, journal: Journal,
             facts = (
                 {}
                 if isinstance(row, str)
-                else {k: getattr(row, k) for k in ("registers", "spill_bytes", "shared_bytes", "seconds")}
+                else {k: getattr(row, k) for k in ("registers", "spill_bytes", "shared_bytes", "warning", "seconds")}
             )
             error = error and error.strip().splitlines()[-1][:300]
             journal.add("compile", device.arch, problem, problem.configs[i], cost=worth, error=error, **facts)

@@ -14,6 +14,7 @@ scratch on AMD.
 
 import argparse
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -25,7 +26,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from dataclasses import asdict, dataclass
 from multiprocessing import connection, forkserver, get_context
 from pathlib import Path
@@ -65,6 +66,7 @@ class Compiled:
     spill_bytes: int | None = None
     shared_bytes: int | None = None
     float_atomics: bool | None = None
+    warning: bool = False  # of the assembler: matrix products wait for one another
     error: str | None = None
 
 
@@ -92,6 +94,8 @@ def compile_case(
     only:   compile a kernel only if this returns True for it
     stored: as of workloads.Inputs
     """
+    from triton import knobs
+
     rows, seen = [], set()
 
     def compile_kernel(kernel, grid, args, meta):
@@ -101,7 +105,10 @@ def compile_case(
         row = Compiled(op, kernel.__name__, target, dtype, _text(shape), config, 0.0)
         start = time.perf_counter()
         try:
-            compiled = kernel.warmup(*args, grid=grid, **meta)
+            with knobs.nvidia.scope(), redirect_stdout(io.StringIO()) as log:
+                knobs.nvidia.dump_ptxas_log = True
+                compiled = kernel.warmup(*args, grid=grid, **meta)
+            row.warning = "Potential Performance Loss" in log.getvalue()
             if compiled.hash in seen:  # the same kernel again, for other tensors
                 return
             seen.add(compiled.hash)
@@ -324,6 +331,7 @@ def run(args: argparse.Namespace) -> int:
             f"{target}: {len(some)} kernels compiled"
             f"{f' of {sum(job[0] == target for job in names.values())}' if args.all else ''}: "
             f"{sum(row.error is not None for row in some)} failed, {sum(bool(row.spill_bytes) for row in some)} spill registers, "
+            f"of {sum(row.warning for row in some)} the assembler warns, "
             f"{sum(map(too_large, some))} want more shared memory than a block has, "
             f"{sum(bool(row.float_atomics) for row in some)} use float atomics"
         )
