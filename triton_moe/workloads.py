@@ -64,7 +64,7 @@ def _projection(make, H, E, TOP_K, P, D, N=4096, width=0, alone=True):
     dv, dy, base, dlogits, sel = make(N, H, P), make(N, D), make(N, D), make(N, H * E), make(H * E, D, fan=D)
     routing = make.routing(N, H, E, TOP_K, D)
     if make.dtype == torch.float64:
-        return _exact_projection(x, w_v, w_o, dv, dy, base + dlogits @ sel, *routing[:2], wanted, alone)
+        return _exact_projection(x, w_v, w_o, dv, dy, base + dlogits @ sel, routing[0], routing[1], wanted, alone)
     v, u = projection.value_forward(x, w_v, *routing, True, precision)
     gates = projection.value_backward_gates(dv, u, TOP_K)
     results = {"v": v, "value dgates": gates}
@@ -81,17 +81,18 @@ def _projection(make, H, E, TOP_K, P, D, N=4096, width=0, alone=True):
 def _mlp(make, E, G, TOP_K, D, activation="relu", bias=False, dropout=0.0, N=4096):
     x, keys = make(N, D), make(E, D, 2 * G if activation in ("swiglu", "geglu") else G, fan=D)
     values, dy = make(E, G, D, fan=G * TOP_K), make(N, D)
-    biases = (make(*keys.shape[::2]), make(D)) if bias else (None, None)
-    args = keys, values, *biases, make.seed() if dropout else None, *make.routing(N, 1, E, TOP_K, D)[:4]
+    b, o_bias = (make(*keys.shape[::2]), make(D)) if bias else (None, None)
+    weights, experts, *plan = make.routing(N, 1, E, TOP_K, D)[:4]
+    args = keys, values, b, o_bias, make.seed() if dropout else None, weights, experts, *plan
     options = activation, dropout, 0, common.input_precision(make.dtype)
     dlogits, sel = make(N, E), make(E, D, fan=D)
     if make.dtype == torch.float64:
-        return _exact_mlp(x, dy, *args[:4], *args[5:7], activation, dlogits @ sel)
+        return _exact_mlp(x, dy, keys, values, b, o_bias, weights, experts, activation, dlogits @ sel)
     y, z = mlp.mlp_forward(x, *args, *options)
     dz, *gradients = mlp.mlp_backward(dy, x, *args, z, *options)
     results = {"y": y, **dict(zip(("dkeys", "dvalues", "dbias", "dweights"), gradients, strict=True))}
     for name, gate in (("dx alone", (None, None)), ("dx", (dlogits, sel))):
-        results[name] = mlp.mlp_backward_input(dz, keys, *args[-2:], TOP_K, *gate, options[-1], make.dtype)
+        results[name] = mlp.mlp_backward_input(dz, keys, *plan, TOP_K, *gate, options[-1], make.dtype)
     return results
 
 
