@@ -1,7 +1,7 @@
 """One forward and backward pass of each op through its launchers: what `compile` compiles and `autotune` measures.
 
 A workload takes an `Inputs`, which makes its tensors, and a shape in the letters of the kernels; it returns its results by name.
-On meta tensors nothing runs. In float64, what the tuner takes for the truth, the reference runs instead of the kernels.
+On meta tensors nothing runs. In float64, what the tuner takes for the truth, plain PyTorch runs instead of the kernels.
 """
 
 import inspect
@@ -136,7 +136,7 @@ def _cast(make, H, E, P, D, N=4096):
     return dict(zip(("qk", "v", "sel", "x"), (*cast.assemble(make.dtype, *groups), cast.cast(x, other)), strict=True))
 
 
-# ---- the same by the reference, in float64
+# ---- the same in float64, by plain PyTorch
 
 
 def has_twin(op: str, shape: dict) -> bool:
@@ -156,15 +156,30 @@ def _exact_gating(make, x, sel, sides, H, TOP_K, mode):
     return {"weights": torch.stack([f.weights for f in found]), "logits": torch.stack([f.logits for f in found])}
 
 
-def _exact_projection(x, w_v, w_o, dv, dy, added, weights, experts, wanted, alone):
-    from . import reference
+def _routed(weights, experts, h, products, D):
+    """[N, D]: for each token the sum over its routes of head h, weights times `products[e](tokens)`, expert by expert."""
+    N, H, TOP_K = weights.shape
+    flat, y = weights.reshape(-1), weights.new_zeros(N, D)
+    for e, product in enumerate(products):
+        n, k = (experts[:, h] == e).nonzero(as_tuple=True)
+        y = y.index_add(0, n, flat.index_select(0, (n * H + h) * TOP_K + k)[:, None] * product(n))
+    return y
 
+
+def _exact_projection(x, w_v, w_o, dv, dy, added, weights, experts, wanted, alone):
+    def project(rows, w):  # of each head, through its experts
+        E = len(w) // len(rows)
+        experts_of = [w[h * E : (h + 1) * E].unbind() for h in range(len(rows))]
+        products = [[lambda n, a=a, u=u: a.index_select(0, n) @ u for u in us] for a, us in zip(rows, experts_of, strict=True)]
+        return [_routed(weights, experts, h, each, w.shape[2]) for h, each in enumerate(products)]
+
+    H = weights.shape[1]
     with torch.enable_grad():
         x, w_v, w_o, weights = (a.detach().requires_grad_() for a in (x, w_v, w_o, weights))
-        v = reference.value_projection(x, w_v, weights, experts)
+        v = torch.stack(project([x] * H, w_v), 1)
         dx, dw_v, dgates_v = torch.autograd.grad(v, (x, w_v, weights), dv)
         a = v.detach().requires_grad_()
-        y = reference.output_projection(a, w_o, weights, experts)
+        y = sum(project(a.unbind(1), w_o))
         da, dw_o, dgates_o = torch.autograd.grad(y, (a, w_o, weights), dy)
     results = {"v": a.detach(), "value dgates": dgates_v, "value dx": dx + added, "value dw": dw_v[..., :wanted], "y": y.detach()}
     results |= {"output da": da, "output dw": dw_o[:, :wanted], "output dgates": dgates_o}
@@ -178,13 +193,12 @@ def _exact_mlp(x, dy, keys, values, bias, o_bias, weights, experts, activation, 
         x, keys, values, weights = (a.detach().requires_grad_() for a in (x, keys, values, weights))
         given = bias is not None
         bias = (bias if given else torch.zeros_like(keys[:, 0])).detach().requires_grad_()
-        y = x.new_zeros(len(x), values.shape[2]) if o_bias is None else o_bias.expand(len(x), -1)
-        for e, (key, value) in enumerate(zip(keys.unbind(), values.unbind(), strict=True)):
-            n, k = (experts[:, 0] == e).nonzero(as_tuple=True)
-            u = _activation(activation, x.index_select(0, n) @ key + bias[e])
-            y = y.index_add(0, n, weights[n, 0, k, None] * (u @ value))
+        parts = zip(keys.unbind(), bias.unbind(), values.unbind(), strict=True)
+        products = [lambda n, k=k, b=b, v=v: _activation(activation, x.index_select(0, n) @ k + b) @ v for k, b, v in parts]
+        y = _routed(weights, experts, 0, products, values.shape[2])
         dx, dkeys, dvalues, dbias, dweights = torch.autograd.grad(y, (x, keys, values, bias, weights), dy)
-    results = {"y": y.detach(), "dx alone": dx, "dx": dx + added, "dkeys": dkeys, "dvalues": dvalues, "dweights": dweights}
+    y = y.detach() if o_bias is None else y.detach() + o_bias
+    results = {"y": y, "dx alone": dx, "dx": dx + added, "dkeys": dkeys, "dvalues": dvalues, "dweights": dweights}
     return results | {"dbias": dbias[: len(keys) * given]}
 
 
