@@ -134,7 +134,7 @@ class Mlp(torch.autograd.Function):
         x, keys, values, bias, o_bias, *routing = ctx.saved_tensors
         dz, dkeys, dvalues, dbias, dgates = mlp.mlp_backward(dy, x, keys, values, bias, o_bias, None, *routing, *ctx.options)
         gates, _, order, offsets, _ = routing
-        dx = mlp.mlp_backward_input(dz, keys, order, offsets, gates.shape[-1], None, None, "ieee", x.dtype)
+        dx = mlp.mlp_backward_input(dz, keys, order, offsets, gates.shape[-1], None, None, "ieee", x.dtype, mlp.COLUMNS)
         no_bias = bias is None
         return dx, dgates, dkeys, dvalues, None if no_bias else dbias, None if o_bias is None else dy.sum(0), None, None
 

@@ -136,11 +136,11 @@ def test_a_default_that_needs_too_much_shared_memory_runs_with_fewer_stages():
 
     kernel = Kernel("shared memory")
     with pytest.warns(UserWarning, match="autotune"):
-        common.start(kernel, (3,), ("x",), {"num_stages": 4, "BLOCK_M": 64})
+        common.compile_and_start(kernel, (3,), ("x",), {"num_stages": 4, "BLOCK_M": 64})
     assert kernel.tried == [((3,), ("x",), stages, {"BLOCK_M": 64}) for stages in (4, 3, 2)]
-    common.start(kernel, (3,), (), {"num_stages": 4})  # said once
+    common.compile_and_start(kernel, (3,), (), {"num_stages": 4})  # said once
     with pytest.raises(OutOfResources):
-        common.start(Kernel("threads"), (3,), (), {"num_stages": 4})
+        common.compile_and_start(Kernel("threads"), (3,), (), {"num_stages": 4})
 
 
 def test_digest_tells_what_may_be_chosen(folder):

@@ -35,7 +35,7 @@ from .kernels.attention import attention_backward, attention_forward
 from .kernels.cast import assemble, cast
 from .kernels.common import cdiv, input_precision
 from .kernels.gating import MAX_EXPERTS, Plan, gating_backward, gating_forward, routing_plan
-from .kernels.mlp import mlp_backward, mlp_backward_input, mlp_forward
+from .kernels.mlp import COLUMNS, mlp_backward, mlp_backward_input, mlp_forward
 from .kernels.position import rope_rotate, rope_rotate_, xl_keys, xl_query
 from .kernels.projection import (
     dropout_rows,
@@ -46,6 +46,7 @@ from .kernels.projection import (
     value_forward,
 )
 from .kernels.sets import fits
+from .replay import remembered, replayed
 
 __all__ = [
     "XL",
@@ -249,6 +250,15 @@ def _sum_leading(x: Tensor, keep: int) -> Tensor:
 # ---- gating
 
 
+@replayed
+def _gating_backward(tensors, mode: str):
+    """dweights, dlogits (or None), and what `gating_forward` took and gave -> dx, dsel."""
+    dweights, dlogits, x, sel, weights, experts, logits = tensors
+    with _as_they_are(x):
+        dlogits, dsel = gating_backward(dweights, dlogits, x, sel, weights, experts, logits, mode)
+        return dlogits @ sel, dsel
+
+
 class _Gating(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, sel, seed, n_heads, top_k, mode, dropout, stream):
@@ -263,13 +273,10 @@ class _Gating(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dweights, _, dlogits):
-        x, sel, weights, experts, logits = ctx.saved_tensors
+        saved = ctx.saved_tensors
         if dweights is None:
-            dweights = torch.zeros_like(weights)
-        with _as_they_are(x):
-            dlogits, dsel = gating_backward(dweights, dlogits, x, sel, weights, experts, logits, ctx.mode)
-            dx = dlogits @ sel
-        return dx, dsel, None, None, None, None, None, None
+            dweights = torch.zeros_like(saved[2])
+        return *_gating_backward((dweights, dlogits, *saved), ctx.mode), None, None, None, None, None, None
 
 
 def gating(
@@ -426,8 +433,10 @@ class _AttentionConfig(NamedTuple):
     precision: str
 
 
-def _attention_forward(q, k, v, pos, content_bias, position_bias, mask, cu_seqlens, c: _AttentionConfig):
-    """-> o [B, T, H, Pv], lse [B, H, T], and the tensors `_attention_backward` takes."""
+@replayed
+def _attention_forward(tensors, c: _AttentionConfig):
+    """-> o [B, T, H, Pv], lse [B, H, T], then the tensors `_attention_backward` takes."""
+    q, k, v, pos, content_bias, position_bias, mask, cu_seqlens = tensors
     H, P = q.shape[2:]
     S = k.shape[1]
     offset = S - q.shape[1]
@@ -440,13 +449,20 @@ def _attention_forward(q, k, v, pos, content_bias, position_bias, mask, cu_seqle
         q_pos, k_pos = xl_query(a, a.shape[-1], offset, False), xl_keys(q, S, a.shape[-1])
         q = q if content_bias is None else q + content_bias
     o, lse = attention_forward(q, k, v, q_pos, k_pos, mask, cu_seqlens, c.causal, c.window, c.scale, c.precision)
-    return o, lse, (q, k, v, pos, content_bias, position_bias, mask, cu_seqlens, position_q, q_pos, k_pos, o, lse)
+    return o, lse, q, k, v, pos, content_bias, position_bias, mask, cu_seqlens, position_q, q_pos, k_pos, o, lse
 
 
-def _attention_backward(do, dlse, saved, c: _AttentionConfig, joint: bool = False):
-    """-> dq, dk, dv, d pos, d content_bias, d position_bias (None where the input was None); with `joint`, dq and dk side by side
-    and None."""
-    q, k, v, pos, content_bias, position_bias, mask, cu_seqlens, position_q, q_pos, k_pos, o, lse = saved
+@replayed
+def _attention_backward(tensors, c: _AttentionConfig, joint: bool = False):
+    """do, dlse and what the forward kept -> dq, dk, dv, d pos, d content_bias, d position_bias (None where the input was None);
+    with `joint`, dq and dk side by side and None."""
+    with _as_they_are(tensors[0]):
+        return _attention_gradients(*tensors, c, joint)
+
+
+def _attention_gradients(
+    do, dlse, q, k, v, pos, content_bias, position_bias, mask, cu_seqlens, position_q, q_pos, k_pos, o, lse, c, joint
+):
     H, P = q.shape[2:]
     offset = k.shape[1] - q.shape[1]
     first, dk, dv, dq_pos = attention_backward(
@@ -471,7 +487,8 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, pos, content_bias, position_bias, mask, cu_seqlens, *config):
         ctx.config = config
-        o, lse, saved = _attention_forward(q, k, v, pos, content_bias, position_bias, mask, cu_seqlens, _AttentionConfig(*config))
+        tensors = q, k, v, pos, content_bias, position_bias, mask, cu_seqlens
+        o, lse, *saved = _attention_forward(tensors, _AttentionConfig(*config))
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*saved)
         return o, lse
@@ -481,8 +498,7 @@ class _Attention(torch.autograd.Function):
     def backward(ctx, do, dlse):
         saved = ctx.saved_tensors
         do = torch.zeros_like(saved[11]) if do is None else do
-        with _as_they_are(do):
-            grads = _attention_backward(do, dlse, saved, _AttentionConfig(*ctx.config))
+        grads = _attention_backward((do, dlse, *saved), _AttentionConfig(*ctx.config))
         return *grads, None, None, *[None] * len(ctx.config)
 
 
@@ -600,15 +616,17 @@ class _MoEConfig(NamedTuple):
     precision: str
 
 
-def _moe_forward(x, gate_input, keys, values, expert_sel, bias, o_bias, seed, dtype: torch.dtype, c: _MoEConfig):
-    """x [N, D], gate_input [N, D] or None -> y [N, D_out] in dtype, logits [N, E], and the tensors `_moe_backward` takes."""
+@replayed
+def _moe_forward(tensors, dtype: torch.dtype, c: _MoEConfig):
+    """x [N, D], gate_input [N, D] or None, the weights, seed -> y [N, D_out] in dtype, logits [N, E], then the tensors
+    `_moe_backward` takes."""
+    x, gate_input, keys, values, expert_sel, bias, o_bias, seed = tensors
     x, gate_input = cast(x, dtype), gate_input if gate_input is None else cast(gate_input, dtype)
     given = [w for w in (keys, values, expert_sel, bias, o_bias) if w is not None]
     blocks = [w.view(1, *w.shape) if w.ndim == 2 else w.view(1, 1, -1) if w.ndim == 1 else w for w in given]
     made = iter(assemble(dtype, *(((w,), tuple(w.shape[1:])) for w in blocks)))
-    keys, values, expert_sel, bias, o_bias = (
-        None if w is None else next(made).view(w.shape) for w in (keys, values, expert_sel, bias, o_bias)
-    )
+    new: Any = [None if w is None else next(made).view(w.shape) for w in (keys, values, expert_sel, bias, o_bias)]
+    keys, values, expert_sel, bias, o_bias = new
     gate_x = x if gate_input is None else gate_input
     weights, experts, logits = gating_forward(gate_x, expert_sel, seed, 1, 1, c.top_k, c.mode, c.expert_dropout, STREAM_GATE)
     order, offsets = (t[0] for t in routing_plan(experts, expert_sel.shape[0], False)[:2])
@@ -616,15 +634,24 @@ def _moe_forward(x, gate_input, keys, values, expert_sel, bias, o_bias, seed, dt
         x, keys, values, bias, o_bias, seed, weights[0], experts[0], order, offsets,
         c.activation, c.dropout, STREAM_ACTIVATION, c.precision,
     )  # fmt: skip
-    saved = (
-        x, gate_input, keys, values, expert_sel, bias, o_bias, seed, weights, experts, logits, order, offsets, z
+    return (
+        y, logits.view(x.shape[0], expert_sel.shape[0]),
+        x, gate_input, keys, values, expert_sel, bias, o_bias, seed, weights, experts, logits, order, offsets, z,
     )  # fmt: skip
-    return y, logits.view(x.shape[0], expert_sel.shape[0]), saved
 
 
-def _moe_backward(dy, dlogits, saved, dtypes, c: _MoEConfig):
-    """-> gradients of x, gate_input, keys, values, expert_sel, bias, o_bias in their dtypes (None where the input was None)."""
-    x, gate_input, keys, values, expert_sel, bias, o_bias, seed, weights, experts, logits, order, offsets, z = saved
+@replayed
+def _moe_backward(tensors, dtypes, c: _MoEConfig):
+    """dy, dlogits and what the forward kept -> gradients of x, gate_input, keys, values, expert_sel, bias, o_bias in their dtypes
+    (None where the input was None)."""
+    with _as_they_are(tensors[0]):
+        return _moe_gradients(*tensors, dtypes, c, COLUMNS // 2)
+
+
+def _moe_gradients(
+    dy, dlogits, x, gate_input, keys, values, expert_sel, bias, o_bias, seed, weights, experts, logits, order, offsets, z,
+    dtypes, c: _MoEConfig, columns: int,
+):  # fmt: skip
     dz, dkeys, dvalues, dbias, dweights = mlp_backward(
         dy, x, keys, values, bias, o_bias, seed, weights[0], experts[0], order, offsets, z,
         c.activation, c.dropout, STREAM_ACTIVATION, c.precision, dtypes[2], dtypes[3],
@@ -633,7 +660,7 @@ def _moe_backward(dy, dlogits, saved, dtypes, c: _MoEConfig):
     gate_x = x if gate_input is None else gate_input
     dlogits, dsel = gating_backward(dweights, dlogits, gate_x, expert_sel, weights, experts, logits, c.mode)
     reaching_x, dgate = ((dlogits, expert_sel), None) if gate_input is None else ((None, None), dlogits @ expert_sel)
-    dx = mlp_backward_input(dz, keys, order, offsets, c.top_k, *reaching_x, c.precision, dtypes[0])
+    dx = mlp_backward_input(dz, keys, order, offsets, c.top_k, *reaching_x, c.precision, dtypes[0], columns)
     do_bias = None if o_bias is None else _sum_leading(dy, 1)
     return _to((dx, dgate, dkeys, dvalues, dsel, dbias, do_bias), dtypes)
 
@@ -643,7 +670,7 @@ class _SigmaMoE(torch.autograd.Function):
     def forward(ctx, *args):
         inputs, seed, dtype, config = args[:7], args[7], args[8], args[9:]
         ctx.config, ctx.dtypes = config, _dtypes(inputs)
-        y, logits, saved = _moe_forward(*inputs, seed, dtype, _MoEConfig(*config))
+        y, logits, *saved = _moe_forward((*inputs, seed), dtype, _MoEConfig(*config))
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*saved)
         ctx.y_shape = y.shape
@@ -654,8 +681,7 @@ class _SigmaMoE(torch.autograd.Function):
     def backward(ctx, dy, dlogits):
         saved = ctx.saved_tensors
         dy = saved[0].new_zeros(ctx.y_shape) if dy is None else dy
-        with _as_they_are(dy):
-            grads = _moe_backward(dy, dlogits, saved, ctx.dtypes, _MoEConfig(*ctx.config))
+        grads = _moe_backward((dy, dlogits, *saved), ctx.dtypes, _MoEConfig(*ctx.config))
         return *grads, None, None, *[None] * len(ctx.config)
 
 
@@ -688,6 +714,7 @@ def sigma_moe(
     return y.view(*x.shape[:-1], y.shape[1]), logits.view(*x.shape[:-1], logits.shape[1])
 
 
+@remembered
 def _check_moe(x, weights, top_k, gate_input, activation, mode, dropout, expert_dropout, training, seed, what="") -> _MoEConfig:
     _check.tensor("x", x, ndim=1)
     _check.instance("weights", weights, SigmaMoEWeights)
@@ -794,14 +821,18 @@ def _expert_out(o: Tensor, H: int) -> Tensor:
     return o if o.ndim == 3 else o.view(o.shape[0], H, o.shape[1] // H).permute(1, 2, 0)
 
 
-def _head_forward(x, k_src, v_src, qk, v, o, sel, pos, mask, cu_seqlens, seed, c: _HeadConfig):
-    """What `_head_inputs` returned, x [B, T, D], k_src and v_src [B, S, D] or None -> y [B, T, D], logits_v, logits_o, and what
-    `_head_backward` takes.
+@replayed
+def _head_forward(tensors, dtype: torch.dtype, c: _HeadConfig):
+    """x [B, T, D], k_src and v_src [B, S, D] or None, the weights, mask, cu_seqlens, seed -> y [B, T, D], logits_v, logits_o,
+    then what `_head_backward` takes.
 
-    The tensors kept are: the 11 inputs; what the gates on x made (weights, experts, logits and the five of the plan, each
-    with the sides as another first axis: value and output, or output alone); the same of the value gate on k_src (None without
-    one); u (None with one expert); then those of the attention.
+    The tensors kept are: the 11 inputs, as `_head_inputs` made them; what the gates on x made (weights, experts, logits and the
+    five of the plan, each with the sides as another first axis: value and output, or output alone); the same of the value gate
+    on k_src (None without one); u (None with one expert); then those of the attention.
     """
+    *given, mask, cu_seqlens, seed = tensors
+    inputs = (*_head_inputs(dtype, c, *given), mask, cu_seqlens, seed)
+    x, k_src, v_src, qk, v, o, sel, pos = inputs[:8]
     B, T, D = x.shape
     H, P = c.n_heads, qk.shape[0] // (2 * c.n_heads)
     sel_v, sel_o = _sel_sides(sel, v)
@@ -839,13 +870,11 @@ def _head_forward(x, k_src, v_src, qk, v, o, sel, pos, mask, cu_seqlens, seed, c
         queries = queries.view(B, T, H, P)
         rope_rotate_(queries, rotated, c.base, S - T, False)
         rope_rotate_(keys, rotated, c.base, 0, False)
-    a, _, attention_saved = _attention_forward(
-        queries, keys, values.view(B, S, H, P), pos, None, None, mask, cu_seqlens, _attention_config(c)
+    a, _, *attention_saved = _attention_forward(
+        (queries, keys, values.view(B, S, H, P), pos, None, None, mask, cu_seqlens), _attention_config(c)
     )
     y = output_forward(a.view(B * T, H, P), _expert_out(o, H), weights_o, experts_o, *plan_o, c.precision)
-    y = y.view(B, T, y.shape[1])
-    inputs = (x, k_src, v_src, qk, v, o, sel, pos, mask, cu_seqlens, seed)
-    return y, logits_v, logits_o, (*inputs, *route_x, *route_k, u, *attention_saved)
+    return y.view(B, T, y.shape[1]), logits_v, logits_o, *inputs, *route_x, *route_k, u, *attention_saved
 
 
 def _joint(k_src, c: _HeadConfig) -> bool:
@@ -861,9 +890,15 @@ def _sides(route_x, route_k):
     return [t[0] for t in route_x] if len(route_x[0]) == 2 else output, output
 
 
-def _head_backward(dy, dlogits_v, dlogits_o, saved, dtypes, c: _HeadConfig):
-    """-> gradients of x, k_src, v_src, q, k, v, o, sel_v, sel_o, pos as `switchhead` was given them, in their dtypes (None where
-    the input was None)."""
+@replayed
+def _head_backward(tensors, dtypes, c: _HeadConfig):
+    """dy, dlogits_v, dlogits_o and what the forward kept -> gradients of x, k_src, v_src, q, k, v, o, sel_v, sel_o, pos as
+    `switchhead` was given them, in their dtypes (None where the input was None)."""
+    with _as_they_are(tensors[0]):
+        return _head_gradients(*tensors[:3], tensors[3:], dtypes, c)
+
+
+def _head_gradients(dy, dlogits_v, dlogits_o, saved, dtypes, c: _HeadConfig):
     x, k_src, v_src, qk, v, o, sel, _, _, _, seed = saved[:11]
     route_x, route_k, u, attention_saved = saved[11:19], saved[19:27], saved[27], saved[28:]
     sel_v, sel_o = _sel_sides(sel, v)
@@ -886,8 +921,8 @@ def _head_backward(dy, dlogits_v, dlogits_o, saved, dtypes, c: _HeadConfig):
     if o.ndim == 2:
         do = do.permute(2, 0, 1).reshape(o.shape[0], H * c.width)
     joint, rotated = _joint(k_src, c), _rotated(c.fraction, c.width)
-    dqueries, dkeys, dvalues, dpos, _, _ = _attention_backward(
-        da.view(B, T, H, P), None, attention_saved, _attention_config(c), joint
+    dqueries, dkeys, dvalues, dpos, _, _ = _attention_gradients(
+        da.view(B, T, H, P), None, *attention_saved, _attention_config(c), joint
     )
     dvalues = dvalues.view(B * S, H, P)
     if joint:
@@ -955,8 +990,7 @@ class _SwitchHead(torch.autograd.Function):
     def forward(ctx, *args):
         inputs, (mask, cu_seqlens, seed, dtype), config = args[:10], args[10:14], _HeadConfig(*args[14:])
         ctx.config, ctx.dtypes = args[14:], _dtypes(inputs)
-        tensors = _head_inputs(dtype, config, *inputs)
-        y, logits_v, logits_o, saved = _head_forward(*tensors, mask, cu_seqlens, seed, config)
+        y, logits_v, logits_o, *saved = _head_forward((*inputs, mask, cu_seqlens, seed), dtype, config)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*saved)
         if logits_v is logits_o:
@@ -972,16 +1006,25 @@ class _SwitchHead(torch.autograd.Function):
         saved = ctx.saved_tensors
         if dy is None:
             dy = saved[0].new_zeros(ctx.y_shape)
-        with _as_they_are(dy):
-            grads = _head_backward(dy, dlogits_v, dlogits_o, saved, ctx.dtypes, _HeadConfig(*ctx.config))
+        grads = _head_backward((dy, dlogits_v, dlogits_o, *saved), ctx.dtypes, _HeadConfig(*ctx.config))
         return *grads, *[None] * (4 + len(ctx.config))
 
 
+def _head_sources(x, weights, position=None, k_src=None, v_src=None, **_) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """k_src and v_src where they differ from x (and from each other), and the position weight."""
+    k_src = None if k_src is x else k_src
+    v_src = None if v_src is (x if k_src is None else k_src) else v_src
+    pos = None
+    if isinstance(position, XL):
+        pos = weights.pos_to_pk if position.weight is None else position.weight
+    return k_src, v_src, pos
+
+
+@remembered
 def _check_head(
     x, weights, *, top_k, position=RoPE(), k_src=None, v_src=None, causal=True, window=None, key_padding_mask=None,
     cu_seqlens=None, max_seqlen=None, dropout=0.0, expert_dropout=0.0, training=False, seed=None, what="",
-) -> tuple[_HeadConfig, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """-> config, the sources that differ from x (and from each other), and the position weight."""
+) -> _HeadConfig:  # fmt: skip
     _check.tensor("x", x, None, None, None)
     B, T, D = x.shape
     _check.integer("the width of x", D, 1)
@@ -1037,8 +1080,6 @@ def _check_head(
     if kind != "xl" and w.pos_to_pk is not None:
         raise ValueError("weights.pos_to_pk is given but position is not XL()")
 
-    k_src = None if k_src is x else k_src
-    v_src = None if v_src is (x if k_src is None else k_src) else v_src
     if k_src is not None:
         _check.tensor("k_src", k_src, B, None, D)
     S = T if k_src is None else k_src.shape[1]
@@ -1055,11 +1096,10 @@ def _check_head(
     _check.instance("training", training, bool)
     _check.seed(seed, x.device)
     on = float(training)
-    config = _HeadConfig(
+    return _HeadConfig(
         H, w.q.shape[0] // H, top_k, kind, fraction, base, causal, window or 0, on * p, on * delta,
         input_precision(_compute_dtype(x)), torch.is_grad_enabled(),
     )  # fmt: skip
-    return config, k_src, v_src, pos
 
 
 def switchhead(
@@ -1089,12 +1129,13 @@ def switchhead(
     Returns y [B, T, D], no residual and no norm; with return_logits also (logits_v [B*S, H, E] or None with one expert,
     logits_o [B*T, H, E]), float32 and differentiable. Raises ValueError or TypeError for anything that does not fit.
     """
-    config, k_src, v_src, pos = _check_head(
+    config = _check_head(
         x, weights, top_k=top_k, position=position, k_src=k_src, v_src=v_src, causal=causal, window=window,
         key_padding_mask=key_padding_mask, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, dropout=dropout,
         expert_dropout=expert_dropout, training=training, seed=seed,
     )  # fmt: skip
     seed = _seed(seed, x.device, config.dropout > 0 or config.expert_dropout > 0)
+    k_src, v_src, pos = _head_sources(x, weights, position, k_src, v_src)
     tensors = x, k_src, v_src, *weights[:6], pos
     y, logits_v, logits_o = _SwitchHead.apply(
         *_distinct(*tensors), key_padding_mask, cu_seqlens, seed, _compute_dtype(x), *config
@@ -1105,17 +1146,18 @@ def switchhead(
 def switchhead_forward(x: Tensor, weights: SwitchHeadWeights, *, return_logits: bool = False, **options):
     """`switchhead` without autograd, with the same keywords -> (outputs, saved), outputs as `switchhead` returns them."""
     _check.keywords("switchhead_forward", options, HEAD_KEYWORDS)
-    config, k_src, v_src, pos = _check_head(x, weights, **options)
+    config = _check_head(x, weights, **options)
+    k_src, v_src, pos = _head_sources(x, weights, **options)
     needed = config.dropout > 0 or config.expert_dropout > 0
     seed = _seed(options.get("seed"), x.device, needed)
     mask, cu_seqlens = options.get("key_padding_mask"), options.get("cu_seqlens")
     inputs = (x, k_src, v_src, *weights[:6], pos)
     config = config._replace(keep=True)
     with torch.no_grad():
-        tensors = _head_inputs(_compute_dtype(x), config, *inputs)
-        y, logits_v, logits_o, saved = _head_forward(*tensors, mask, cu_seqlens, seed, config)
+        given = (*inputs, mask, cu_seqlens, seed)
+        y, logits_v, logits_o, *saved = _head_forward(given, _compute_dtype(x), config)
     outputs = (y, (logits_v, logits_o)) if return_logits else y
-    return outputs, Saved(saved, ("switchhead", config, _dtypes(inputs), y, logits_v, logits_o))
+    return outputs, Saved(tuple(saved), ("switchhead", config, _dtypes(inputs), y, logits_v, logits_o))
 
 
 def switchhead_backward(
@@ -1132,8 +1174,8 @@ def switchhead_backward(
     _check.gradient("grad_y", _check.tensor("grad_y", grad_y), y)
     for i in (0, 1):
         _check.gradient(f"grad_logits[{i}]", dlogits[i], logits[i])
-    with torch.no_grad(), _as_they_are(y):
-        grads = _head_backward(grad_y.to(y.dtype), *dlogits, saved.tensors, dtypes, config)
+    with torch.no_grad():
+        grads = _head_backward((grad_y.to(y.dtype), *dlogits, *saved.tensors), dtypes, config)
     return SwitchHeadGradients(*grads[:3], SwitchHeadWeights(*grads[3:]))
 
 
@@ -1160,11 +1202,16 @@ def _norm_backward(dh, x, mean, rstd, weight, bias):
     return torch.ops.aten.native_layer_norm_backward(cast(dh, x.dtype), x, [x.shape[-1]], mean, rstd, w, b, [True, True, True])
 
 
-def _block_forward(x, w1, b1, head, w2, b2, moe, mask, cu_seqlens, seed, dtype, c: _BlockConfig):
-    """head: (q, k, v, o, sel_v, sel_o, pos) and moe: (keys, values, expert_sel, bias, o_bias); dtype: that of the products.
+@replayed
+def _block_forward(tensors, dtype: torch.dtype, c: _BlockConfig):
+    """x, norm 1, (q, k, v, o, sel_v, sel_o, pos), norm 2, (keys, values, expert_sel, bias, o_bias), mask, cu_seqlens, seed; the
+    dtype of the products.
 
-    -> y, logits, and the tensors `_block_backward` takes: x, norm weights and statistics, x1, mask seed, then both halves'.
+    -> y, logits, then the tensors `_block_backward` takes: x, norm weights and statistics, x1, mask seed, then both halves'.
     """
+    (x, w1, b1), head, (w2, b2), moe, (mask, cu_seqlens, seed) = (
+        tensors[:3], tensors[3:10], tensors[10:12], tensors[12:17], tensors[17:],
+    )  # fmt: skip
     B, T, D = x.shape
 
     def residual(branch, stream):
@@ -1173,18 +1220,24 @@ def _block_forward(x, w1, b1, head, w2, b2, moe, mask, cu_seqlens, seed, dtype, 
         return branch if x.dtype == torch.float32 else branch.to(x.dtype)  # float32 is what the sum has anyway
 
     h, mean1, rstd1 = _norm_forward(x, w1, b1, c.eps)
-    tensors = _head_inputs(dtype, c.head, h, None, None, *head)
-    attended, _, _, head_saved = _head_forward(*tensors, mask, cu_seqlens, seed, c.head)
+    attended, _, _, *head_saved = _head_forward((h, None, None, *head, mask, cu_seqlens, seed), dtype, c.head)
     x1 = x + residual(attended, STREAM_RESIDUAL_ATTENTION)
     h, mean2, rstd2 = _norm_forward(x1, w2, b2, c.eps)
-    y, logits, moe_saved = _moe_forward(h.view(B * T, D), None, *moe, seed, dtype, c.moe)
+    y, logits, *moe_saved = _moe_forward((h.view(B * T, D), None, *moe, seed), dtype, c.moe)
     y = x1 + residual(y.view(B, T, D), STREAM_RESIDUAL_MOE)
     own = (x, w1, b1, mean1, rstd1, x1, w2, b2, mean2, rstd2, seed)
-    return y, logits.view(B, T, logits.shape[1]), (*own, *head_saved, *moe_saved)
+    return y, logits.view(B, T, logits.shape[1]), *own, *head_saved, *moe_saved
 
 
-def _block_backward(dy, dlogits, saved, dtypes, c: _BlockConfig):
-    """-> gradients of x, w1, b1, the seven of head, w2, b2, the five of moe, in their dtypes (None where the input was None)."""
+@replayed
+def _block_backward(tensors, dtypes, c: _BlockConfig):
+    """dy, dlogits and what the forward kept -> gradients of x, w1, b1, the seven of head, w2, b2, the five of moe, in their
+    dtypes (None where the input was None)."""
+    with _as_they_are(tensors[0]):
+        return _block_gradients(*tensors[:2], tensors[2:], dtypes, c)
+
+
+def _block_gradients(dy, dlogits, saved, dtypes, c: _BlockConfig):
     x, w1, b1, mean1, rstd1, x1, w2, b2, mean2, rstd2, seed = saved[:11]
     head_saved, moe_saved = saved[11 : 11 + HEAD_SAVED], saved[11 + HEAD_SAVED :]
     B, T, D = x.shape
@@ -1195,12 +1248,12 @@ def _block_backward(dy, dlogits, saved, dtypes, c: _BlockConfig):
         return dropout_rows(d, seed, c.dropout, stream) if c.dropout > 0 else d
 
     moe_dtypes = dtype, None, *dtypes[12:17]
-    dh, _, *dmoe = _moe_backward(residual(dy, STREAM_RESIDUAL_MOE), dlogits, moe_saved, moe_dtypes, c.moe)
+    dh, _, *dmoe = _moe_gradients(residual(dy, STREAM_RESIDUAL_MOE), dlogits, *moe_saved, moe_dtypes, c.moe, COLUMNS)
     dx1, dw2, db2 = _norm_backward(dh.view(B, T, D), x1, mean2, rstd2, w2, b2)
     dx1 = dx1 + dy
     dattended = residual(dx1, STREAM_RESIDUAL_ATTENTION).view(B, T, D)
     head_dtypes = dtype, None, None, *dtypes[3:10]
-    dh, _, _, *dhead = _head_backward(dattended, None, None, head_saved, head_dtypes, c.head)
+    dh, _, _, *dhead = _head_gradients(dattended, None, None, head_saved, head_dtypes, c.head)
     dx, dw1, db1 = _norm_backward(dh.view(B, T, D), x, mean1, rstd1, w1, b1)
     return _to((dx + dx1, dw1, db1, *dhead, dw2, db2, *dmoe), dtypes)
 
@@ -1208,13 +1261,12 @@ def _block_backward(dy, dlogits, saved, dtypes, c: _BlockConfig):
 class _SwitchAll(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *args):
-        # x, w1, b1, 7 of the head, w2, b2, 5 of the MLP, mask, cu_seqlens, seed, then dtype, eps, dropout and both configs
-        x, w1, b1, head, w2, b2, moe = args[0], args[1], args[2], args[3:10], args[10], args[11], args[12:17]
-        mask, cu_seqlens, seed, dtype, eps, dropout = args[17:23]
+        # 17 differentiable ones, mask, cu_seqlens, seed, then dtype, eps, dropout and both configs
+        tensors, (dtype, eps, dropout) = args[:20], args[20:23]
         n = len(_HeadConfig._fields)
         ctx.config, ctx.dtypes = (eps, dropout, args[23 : 23 + n], args[23 + n :]), _dtypes(args[:17])
         config = _BlockConfig(eps, dropout, _HeadConfig(*ctx.config[2]), _MoEConfig(*ctx.config[3]))
-        y, logits, saved = _block_forward(x, w1, b1, head, w2, b2, moe, mask, cu_seqlens, seed, dtype, config)
+        y, logits, *saved = _block_forward(tensors, dtype, config)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*saved)
         return y, logits
@@ -1227,15 +1279,15 @@ class _SwitchAll(torch.autograd.Function):
             dy = torch.zeros_like(saved[0])
         eps, dropout, head, moe = ctx.config
         config = _BlockConfig(eps, dropout, _HeadConfig(*head), _MoEConfig(*moe))
-        with _as_they_are(dy):
-            grads = _block_backward(dy, dlogits, saved, ctx.dtypes, config)
+        grads = _block_backward((dy, dlogits, *saved), ctx.dtypes, config)
         return *grads, *[None] * (6 + len(head) + len(moe))
 
 
+@remembered
 def _check_block(
     x, weights, *, top_k, moe_top_k, eps=1e-5, dropout=0.0, attention_dropout=0.0, expert_dropout=0.0,
     activation="relu", mode="sigmoid", moe_dropout=0.0, moe_expert_dropout=0.0, training=False, seed=None, **masks,
-) -> tuple[_BlockConfig, Tensor | None]:  # fmt: skip
+) -> _BlockConfig:  # fmt: skip
     _check.instance("weights", weights, SwitchAllWeights)
     _check.tensor("x", x, None, None, None)
     D = x.shape[-1]
@@ -1248,7 +1300,7 @@ def _check_block(
         raise TypeError(f"eps must be a float, got {type(eps).__name__}")
     if not eps > 0:
         raise ValueError(f"eps must be positive, got {eps}")
-    head, _, _, pos = _check_head(
+    head = _check_head(
         x, weights.attention, top_k=top_k, dropout=attention_dropout, expert_dropout=expert_dropout,
         training=training, seed=seed, what="attention_", **masks,
     )  # fmt: skip
@@ -1261,12 +1313,13 @@ def _check_block(
     norms["norm2 bias"] = weights.norm2[1]
     _check.same(x, {"x": x, **norms}, autocast=_autocast(x))
     p = _check.probability("dropout", dropout)
-    return _BlockConfig(float(eps), float(training) * p, head, moe), pos
+    return _BlockConfig(float(eps), float(training) * p, head, moe)
 
 
-def _block_arguments(x, weights, pos, config, seed):
+def _block_arguments(x, weights, position, config, seed):
     """-> the 17 differentiable inputs, the seed and the compute dtype."""
     head, moe = config.head, config.moe
+    pos = _head_sources(x, weights.attention, position)[2]
     needed = max(config.dropout, head.dropout, head.expert_dropout, moe.dropout, moe.expert_dropout) > 0
     tensors = (x, *weights.norm1, *weights.attention[:6], pos, *weights.norm2, *weights.moe)
     return tensors, _seed(seed, x.device, needed), _compute_dtype(x)
@@ -1301,13 +1354,13 @@ def switchall(
     dropouts on the two selections; all in training only. The other keywords are those of `switchhead` and `sigma_moe`.
     Returns y [B, T, D] in x's dtype and the MLP gate's logits [B, T, E], float32.
     """
-    config, pos = _check_block(
+    config = _check_block(
         x, weights, top_k=top_k, moe_top_k=moe_top_k, eps=eps, dropout=dropout, position=position, causal=causal,
         window=window, key_padding_mask=key_padding_mask, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen,
         attention_dropout=attention_dropout, expert_dropout=expert_dropout, activation=activation, mode=mode,
         moe_dropout=moe_dropout, moe_expert_dropout=moe_expert_dropout, training=training, seed=seed,
     )  # fmt: skip
-    tensors, seed, dtype = _block_arguments(x, weights, pos, config, seed)
+    tensors, seed, dtype = _block_arguments(x, weights, position, config, seed)
     return _SwitchAll.apply(
         *_distinct(*tensors), key_padding_mask, cu_seqlens, seed, dtype, config.eps, config.dropout, *config.head, *config.moe
     )
@@ -1316,14 +1369,13 @@ def switchall(
 def switchall_forward(x: Tensor, weights: SwitchAllWeights, **options) -> tuple[tuple[Tensor, Tensor], Saved]:
     """`switchall` without autograd, with the same keywords -> ((y, logits), saved)."""
     _check.keywords("switchall_forward", options, BLOCK_KEYWORDS)
-    config, pos = _check_block(x, weights, **options)
+    config = _check_block(x, weights, **options)
     config = config._replace(head=config.head._replace(keep=True))
     mask, cu_seqlens = options.get("key_padding_mask"), options.get("cu_seqlens")
     with torch.no_grad():
-        t, seed, dtype = _block_arguments(x, weights, pos, config, options.get("seed"))
-        head, moe = t[3:10], t[12:]
-        y, logits, saved = _block_forward(*t[:3], head, *t[10:12], moe, mask, cu_seqlens, seed, dtype, config)
-    return (y, logits), Saved(saved, ("switchall", config, _dtypes(t), y, logits))
+        t, seed, dtype = _block_arguments(x, weights, options.get("position"), config, options.get("seed"))
+        y, logits, *saved = _block_forward((*t, mask, cu_seqlens, seed), dtype, config)
+    return (y, logits), Saved(tuple(saved), ("switchall", config, _dtypes(t), y, logits))
 
 
 def switchall_backward(grad_y: Tensor, saved: Saved, grad_logits: Tensor | None = None) -> SwitchAllGradients:
@@ -1331,8 +1383,8 @@ def switchall_backward(grad_y: Tensor, saved: Saved, grad_logits: Tensor | None 
     config, dtypes, y, (logits,) = _saved_config(saved, "switchall")
     _check.gradient("grad_y", _check.tensor("grad_y", grad_y), y)
     _check.gradient("grad_logits", grad_logits, logits)
-    with torch.no_grad(), _as_they_are(y):
-        g = _block_backward(grad_y, grad_logits, saved.tensors, dtypes, config)
+    with torch.no_grad():
+        g = _block_backward((grad_y, grad_logits, *saved.tensors), dtypes, config)
     weights = SwitchAllWeights(g[1:3], SwitchHeadWeights(*g[3:10]), g[10:12], SigmaMoEWeights(*g[12:]))
     return SwitchAllGradients(g[0], weights)
 

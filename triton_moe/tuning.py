@@ -87,6 +87,7 @@ class Found(NamedTuple):
 # What `lookup` asks instead, with (kernel, key, default), when it is set: the tuner forces configurations with it.
 override: Callable[[Any, Key, dict[str, int]], dict[str, int]] | None = None
 _resolved: dict[tuple, dict[str, int] | None] = {}
+generation = 0  # of the files read
 
 
 def lookup(kernel, default: dict[str, int], x: torch.Tensor, sizes: tuple[int, ...] = (), **widths: int) -> dict[str, int]:
@@ -116,6 +117,8 @@ def overriding(function: Callable[[Any, Key, dict[str, int]], dict[str, int]]):
 
 def reload() -> None:
     """Read the files again at the next lookup."""
+    global generation
+    generation += 1
     _resolved.clear()
     files.cache_clear()
 

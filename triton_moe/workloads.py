@@ -91,8 +91,8 @@ def _mlp(make, E, G, TOP_K, D, activation="relu", bias=False, dropout=0.0, N=409
     y, z = mlp.mlp_forward(x, *args, *options)
     dz, *gradients = mlp.mlp_backward(dy, x, *args, z, *options)
     results = {"y": y, **dict(zip(("dkeys", "dvalues", "dbias", "dweights"), gradients, strict=True))}
-    for name, gate in (("dx alone", (None, None)), ("dx", (dlogits, sel))):
-        results[name] = mlp.mlp_backward_input(dz, keys, *plan, TOP_K, *gate, options[-1], make.dtype)
+    for name, gate, columns in (("dx alone", (None, None), mlp.COLUMNS), ("dx", (dlogits, sel), mlp.COLUMNS // 2)):
+        results[name] = mlp.mlp_backward_input(dz, keys, *plan, TOP_K, *gate, options[-1], make.dtype, columns)
     return results
 
 

@@ -9,16 +9,25 @@ NOTE [Interpreter]
 NOTE [Meta tensors]
     A launcher called on `meta` tensors runs nothing. But first `launch` hands the kernel and its arguments to `on_launch`:
     compiler.py compiles them there, just as the launch would have, and the tuner keeps those that it wants to repeat.
+
+NOTE [Launches]
+    A layer at a small size waits for the host, and most of that was Triton's: with 30 arguments it binds them by name, reads its
+    environment, and asks the driver about every pointer. `start` does that once per kernel and kind of arguments: it keys
+    what Triton specializes on (dtypes, pointers and integers divisible by 16, ones, values of constants) and starts the compiled
+    kernel with plain addresses. A profiler's launch hooks, and HIP, which specializes on more, take the long way.
 """
 
 import functools
 import os
+import threading
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+from torch.utils._python_dispatch import _disable_current_modes
 from triton.runtime.errors import OutOfResources
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -55,43 +64,101 @@ INTERPRET = not any(isinstance(f, triton.runtime.JITFunction) for f in (uniform,
 # What `launch` calls first, with (kernel, grid, args, meta-parameters); compiler.py and measure.py set it.
 on_launch: Callable | None = None
 
+# Writes down what `start` does; replay.py sets it.
+recorder: Any = None
+
 
 def launch(kernel, grid: tuple[int, ...], *args, **meta) -> None:
-    """Start `kernel` on the device of its first tensor; an empty grid starts nothing. See the two notes above."""
+    """Start `kernel` on the device of its first argument; an empty grid starts nothing. See the notes above."""
     if 0 in grid:
         return
-    device = next(a for a in args if isinstance(a, torch.Tensor)).device
+    first = args[0]
+    device = first.device if isinstance(first, torch.Tensor) else first.base.device
     if on_launch is not None:
         on_launch(kernel, grid, args, meta)
     if device.type == "meta":
         return
     if INTERPRET:
-        _interpret(kernel, grid, args, meta)
+        with _disable_current_modes():
+            started = _interpret(kernel, grid, args, meta)
     elif device.index == torch.cuda.current_device():
-        start(kernel, grid, args, meta)
+        started = start(kernel, grid, args, meta)
     else:
         with torch.cuda.device(device):
-            start(kernel, grid, args, meta)
+            started = start(kernel, grid, args, meta)
+    if recorder is not None and recorder.thread == threading.get_ident():
+        recorder.launch(started, grid, args)
 
 
-def start(kernel, grid, args, meta) -> None:
+def start(kernel, grid, args, meta) -> tuple[Any, ...]:
+    """On the current device and its current stream. See NOTE [Launches]. -> the compiled kernel, what runs it, its arguments
+    with addresses for tensors."""
+    device = torch.cuda.current_device()
+    key: list[Any] = [kernel.fn, device, *meta, *meta.values()]
+    values: list[Any] = []
+    for a, param in zip(args, kernel.params, strict=False):
+        if isinstance(a, torch.Tensor):
+            pointer = a.data_ptr()
+            values.append(pointer)
+            key.append(a.dtype if pointer % 16 == 0 else (a.dtype,))
+            continue
+        values.append(a)
+        if isinstance(a, TensorDescriptor):
+            key += [a.base.dtype, *a.block_shape]
+        elif param.is_constexpr or a is None or isinstance(a, bool):
+            key.append(a)
+        elif isinstance(a, int):
+            key.append((a == 1, a % 16 == 0, -(2**31) <= a < 2**31))
+        else:
+            key.append(type(a))
+    known = tuple(key)
+    ready = _ready.get(known)
+    if ready is None or hooked():
+        compiled = compile_and_start(kernel, grid, args, meta)
+        ready = compiled, compiled.run, [meta[name] for name in kernel.arg_names[len(args) :]]
+        if not torch.version.hip:
+            _ready[known] = ready
+    else:
+        compiled, run, constants = ready
+        x, y, z = *grid, *(1,) * (3 - len(grid))
+        stream = current_stream()(device)
+        run(x, y, z, stream, compiled.function, compiled.packed_metadata, None, None, None, *values, *constants)
+    compiled, run, constants = ready
+    return compiled, run, values + constants
+
+
+def hooked() -> bool:
+    """Whether a profiler wants to know of every launch."""
+    runtime = triton.knobs.runtime
+    return bool(runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)
+
+
+@functools.cache
+def current_stream() -> Callable[[int], int]:
+    """A device's current stream, as the driver takes it."""
+    return triton.runtime.driver.active.get_current_stream
+
+
+def compile_and_start(kernel, grid, args, meta):
     """With fewer stages where a block does not have the shared memory for more: the same result, a little later."""
     try:
-        kernel[grid](*args, **meta)
+        return kernel[grid](*args, **meta)
     except OutOfResources as error:
         if error.name != "shared memory" or meta.get("num_stages", 1) == 1:
             raise
         fewer = {**meta, "num_stages": meta["num_stages"] - 1}
         if (kernel, fewer["num_stages"]) not in _said:
             _said.add((kernel, fewer["num_stages"]))
-            warnings.warn(f"{error} {kernel.__name__} runs with fewer; tune it: python -m triton_moe autotune", stacklevel=3)
-        start(kernel, grid, args, fewer)
+            warnings.warn(f"{error} {kernel.__name__} runs with fewer; tune it: python -m triton_moe autotune", stacklevel=2)
+        return compile_and_start(kernel, grid, args, fewer)
 
 
+_ready: dict[tuple, tuple] = {}  # compiled kernels, by all that Triton distinguishes
 _said: set[tuple] = set()  # warnings
 
 
-def _interpret(kernel, grid, args, meta) -> None:
+def _interpret(kernel, grid, args, meta) -> Callable:
+    """-> what does the same with other arguments."""
     copies: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # by identity: a tensor passed twice stays one tensor
     for a in args:
         a = a.base if isinstance(a, TensorDescriptor) else a
@@ -110,6 +177,7 @@ def _interpret(kernel, grid, args, meta) -> None:
     for (a, copy), old in zip(copies.values(), before, strict=True):
         if not torch.equal(copy.view(torch.int32), old.view(torch.int32)):  # outputs only: inputs may be saved for backward
             a.copy_(copy)
+    return lambda args: _interpret(kernel, grid, args, meta)
 
 
 def opaque(fake: Callable, mutates: tuple[str, ...] = ()) -> Callable:

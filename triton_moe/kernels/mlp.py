@@ -18,7 +18,8 @@ NOTE [Sorted rows]
 NOTE [Columns]
     y and d x are sums over a token's routes, which lie in the tiles of different experts: their products [N*TOP_K, D] are
     written out and then added in the order of the choices, so that a token does not depend on its batch. As that is by far the
-    largest tensor, it is made a few columns at a time.
+    largest tensor, it is made a few columns at a time: COLUMNS, but half as many for d x where an MLP stands alone, as the
+    tensor is then what its peak of memory comes from. Within a block the attention's peak is higher.
 
 On an H200, bfloat16, N = 32768, D = 1024, E 32, G 128, TOP_K 4, ReLU, forward and backward in a CUDA graph: up 84 us (cuBLAS of
 the same FLOPs on contiguous rows: 83), up_bwd 95, down 274 in 4 launches, the sums over choices 214 (with what reaches x through
@@ -306,7 +307,7 @@ def _config(name, x, R, N, K):
     return config
 
 
-def _down(a, w, order, offsets, top_k, bias, d_out, precision, dtype=None, b=None, c=None):
+def _down(a, w, order, offsets, top_k, bias, d_out, precision, most=COLUMNS, dtype=None, b=None, c=None):
     """a [R, K] in the order of the routes, w [E, K, >= d_out] -> y [R // top_k, d_out], y[n] = the sum of a w over n's routes, in
     a's dtype or `dtype`. With b [R // top_k, C] and c [C, d_out], y += b c: in the same pass where C is small."""
     groups, K, _ = w.shape
@@ -316,7 +317,7 @@ def _down(a, w, order, offsets, top_k, bias, d_out, precision, dtype=None, b=Non
     width = w.shape[2]
     columns = width
     if R * width > FEW_ELEMENTS:  # equal shares
-        columns = cdiv(cdiv(width, cdiv(width, COLUMNS)), 64) * 64
+        columns = cdiv(cdiv(width, cdiv(width, most)), 64) * 64
     parts = a.new_empty(R, _aligned(min(columns, width), a))
     for n in range(0, width, columns):
         w_here, y_here = w[:, :, n : n + columns], y[:, n : n + columns]
@@ -427,15 +428,16 @@ def mlp_backward(
     return dz, dkeys, dvalues, dbias, dweights[0] if tiles_n == 1 else dweights.sum(0)
 
 
-def _mlp_backward_input_fake(dz, keys, order, offsets, top_k, dlogits, sel, precision, dtype):
+def _mlp_backward_input_fake(dz, keys, order, offsets, top_k, dlogits, sel, precision, dtype, columns):
     return dz.new_empty(dz.shape[0] // top_k, keys.shape[1], dtype=dtype)
 
 
 @opaque(_mlp_backward_input_fake)
 def mlp_backward_input(
     dz: torch.Tensor, keys: torch.Tensor, order: torch.Tensor, offsets: torch.Tensor, top_k: int,
-    dlogits: torch.Tensor | None, sel: torch.Tensor | None, precision: str, dtype: torch.dtype,
+    dlogits: torch.Tensor | None, sel: torch.Tensor | None, precision: str, dtype: torch.dtype, columns: int,
 ) -> torch.Tensor:  # fmt: skip
-    """-> dx [N, D] in `dtype`, with what reaches x through its gate, dlogits [N, E] sel [E, D], where given."""
+    """-> dx [N, D] in `dtype`, with what reaches x through its gate, dlogits [N, E] sel [E, D], where given. At most so many
+    columns at a time: NOTE [Columns]."""
     gate = (None, None) if dlogits is None else (dlogits.contiguous(), sel.contiguous())
-    return _down(dz, keys.transpose(1, 2), order, offsets, top_k, None, keys.shape[1], precision, dtype, *gate)
+    return _down(dz, keys.transpose(1, 2), order, offsets, top_k, None, keys.shape[1], precision, columns, dtype, *gate)

@@ -1,0 +1,314 @@
+"""A composition done again from its recording is the composition."""
+
+import threading
+
+import pytest
+import torch
+
+from triton_moe import functional as F
+from triton_moe import replay, tuning
+from triton_moe.kernels import common
+
+N_HEADS, E, P, D, G = 2, 3, 8, 24, 16
+
+
+def head_weights(device, dtype=torch.float32, E=E, xl=False):
+    def w(*shape):
+        return torch.randn(*shape, device=device, dtype=dtype) / 5
+
+    HP = N_HEADS * P
+    experts = w(N_HEADS * E, D, P), w(N_HEADS * E, P, D), w(N_HEADS * E, D), w(N_HEADS * E, D)
+    return F.SwitchHeadWeights(w(HP, D), w(HP, D), *experts, w(HP, D) if xl else None)
+
+
+def moe_weights(device, dtype=torch.float32, bias=True):
+    def w(*shape):
+        return torch.randn(*shape, device=device, dtype=dtype) / 5
+
+    biases = (w(E, G), w(D)) if bias else (None, None)
+    return F.SigmaMoEWeights(w(E, D, G), w(E, G, D), w(E, D), *biases)
+
+
+def recorded(monkeypatch, call, functions):
+    """`call`() with each of the named functions recorded -> {name: (function, tensors, constants, recording)}."""
+    found = {}
+    for name in functions:
+        function = getattr(F, name).__wrapped__
+
+        def recording(tensors, *constants, name=name, function=function):
+            if common.recorder is not None:  # inside another, of which it is a part
+                return function(tensors, *constants)
+            device = next(t for t in tensors if t is not None).device
+            result, made = replay.record(function, tensors, constants, device)
+            found[name] = function, tensors, constants, made
+            return result
+
+        monkeypatch.setattr(F, name, recording)
+    call()
+    monkeypatch.undo()
+    return found
+
+
+def renewed(tensors):
+    """Other values in the same places; what counts, or masks, stays."""
+    storages = {}
+    for t in tensors:
+        if t is not None:
+            storages.setdefault(t.untyped_storage()._cdata, t.untyped_storage().clone())
+
+    def again(t):
+        new = torch.empty(0, dtype=t.dtype, device=t.device)
+        return new.set_(storages[t.untyped_storage()._cdata], t.storage_offset(), t.shape, t.stride())
+
+    new = [None if t is None else again(t) for t in tensors]
+    for t in new:
+        if t is not None and t.is_floating_point():
+            t.mul_(-1.25)
+    return tuple(new)
+
+
+def assert_same(found, names):
+    assert set(found) == set(names)
+    for name, (function, tensors, constants, recording) in found.items():
+        assert recording is not None, name
+        for given in (tensors, renewed(tensors)):
+            before = [None if t is None else t.clone() for t in given]
+            assert recording.fits(given)
+            expected, got = function(given, *constants), recording(given)
+            assert len(expected) == len(got)
+            for i, (a, b) in enumerate(zip(expected, got, strict=True)):
+                assert (a is None) == (b is None), (name, i)
+                if a is not None:
+                    assert a.dtype == b.dtype and a.shape == b.shape and a.stride() == b.stride(), (name, i)
+                    assert torch.equal(a, b), (name, i)
+            for i, t in enumerate(given):
+                assert t is None or torch.equal(t, before[i]), "an input was written"
+            storages = {t.untyped_storage()._cdata for t in given if t is not None}
+            for a, b in zip(expected, got, strict=True):
+                if a is not None and a.untyped_storage()._cdata in storages:
+                    assert a.data_ptr() == b.data_ptr(), "what was given was copied"
+
+
+@pytest.mark.parametrize("position", ["rope", "xl"])
+def test_a_recording_is_switchhead(device, monkeypatch, position):
+    torch.manual_seed(0)
+    x = torch.randn(2, 9, D, device=device, requires_grad=True)
+    weights = head_weights(device, xl=position == "xl")
+    options = {
+        "top_k": 2,
+        "position": F.XL() if position == "xl" else F.RoPE(),
+        "training": True,
+        "expert_dropout": 0.2,
+        "seed": 3,
+    }
+    names = "_head_forward", "_head_backward"
+    found = recorded(monkeypatch, lambda: F.switchhead(x, weights, **options).square().sum().backward(), names)
+    assert_same(found, names)
+
+
+def test_a_recording_is_switchhead_with_memory_and_masks(device, monkeypatch):
+    torch.manual_seed(1)
+    memory = torch.randn(2, 12, D, device=device)
+    mask = torch.zeros(2, 12, dtype=torch.bool, device=device)
+    mask[1, 10:] = True
+    x = memory[:, -5:].clone().requires_grad_()
+    options = {"top_k": 1, "k_src": memory, "key_padding_mask": mask, "dropout": 0.1, "training": True, "seed": 5}
+    names = "_head_forward", "_head_backward"
+    weights = head_weights(device)
+    found = recorded(monkeypatch, lambda: F.switchhead(x, weights, **options).square().sum().backward(), names)
+    assert_same(found, names)
+
+
+def test_a_recording_is_sigma_moe(device, monkeypatch):
+    torch.manual_seed(2)
+    x = torch.randn(11, D, device=device, requires_grad=True)
+    names = "_moe_forward", "_moe_backward"
+    call = lambda: F.sigma_moe(x, moe_weights(device), top_k=2)[0].square().sum().backward()  # noqa: E731
+    assert_same(recorded(monkeypatch, call, names), names)
+
+
+def test_a_recording_is_switchall(device, monkeypatch):
+    torch.manual_seed(3)
+    x = torch.randn(2, 7, D, device=device, requires_grad=True)
+    norm = torch.ones(D, device=device), torch.zeros(D, device=device)
+    weights = F.SwitchAllWeights(norm, head_weights(device), norm, moe_weights(device))  # the same norm twice
+    names = "_block_forward", "_block_backward"
+
+    def call():
+        y, logits = F.switchall(x, weights, top_k=2, moe_top_k=2, dropout=0.1, training=True, seed=7)
+        (y.square().sum() + F.entropy_regularizer(logits)).backward()
+
+    assert_same(recorded(monkeypatch, call, names), names)
+
+
+def test_a_recording_is_attention_on_parts_of_one_tensor(device, monkeypatch):
+    torch.manual_seed(4)
+    qkv = torch.randn(1, 13, 3 * N_HEADS, 16, device=device, requires_grad=True)
+    q, k, v = qkv.chunk(3, 2)
+    names = "_attention_forward", "_attention_backward"
+    found = recorded(monkeypatch, lambda: F.attention(q, k, v, position=F.RoPE()).square().sum().backward(), names)
+    assert_same(found, names)
+    _, tensors, _, recording = found["_attention_forward"]
+    assert recording.together and not recording.fits([None if t is None else t.clone() for t in tensors])
+
+
+def test_a_recording_is_gating_backward(device, monkeypatch):
+    torch.manual_seed(5)
+    x = torch.randn(10, D, device=device, requires_grad=True)
+    sel = torch.randn(N_HEADS * E, D, device=device, requires_grad=True)
+    names = ("_gating_backward",)
+    call = lambda: F.gating(x, sel, n_heads=N_HEADS, top_k=2).weights.square().sum().backward()  # noqa: E731
+    assert_same(recorded(monkeypatch, call, names), names)
+
+
+def test_what_reads_values_or_foreign_tensors_is_not_recorded(device):
+    x, foreign = torch.randn(4, device=device), torch.ones(4, device=device)
+    for function in (
+        lambda tensors: (tensors[0] * tensors[0].sum().item(),),
+        lambda tensors: (tensors[0] + foreign,),
+        lambda tensors: (tensors[0].view(torch.int16) + 1,),
+    ):
+        result, recording = replay.record(function, (x,), (), x.device)
+        assert recording is None and torch.equal(result[0], function((x,))[0])
+        assert common.recorder is None
+
+
+def test_a_recording_frees_what_it_needs_no_more(device):
+    def function(tensors):
+        a = tensors[0] + 1
+        b = a * 2
+        return (b - 1,)
+
+    x = torch.randn(5, device=device)
+    _, recording = replay.record(function, (x,), (), x.device)
+    alive = []
+    recording.steps.append(lambda slots, addresses, stream: alive.extend(slots))
+    assert torch.equal(recording((x,))[0], function((x,))[0])
+    assert [t is None for t in alive] == [False, True, True, False]
+
+
+@pytest.fixture
+def recordings(monkeypatch):
+    """An empty store."""
+    monkeypatch.setattr(replay, "_recordings", type(replay._recordings)())
+    monkeypatch.setattr(replay, "_seen", type(replay._seen)())
+    return replay._recordings
+
+
+def test_the_third_call_records_and_what_differs_is_told_apart(device, recordings, monkeypatch):
+    monkeypatch.setattr(replay, "possible", lambda: True)
+    if device == "cpu":
+        monkeypatch.setattr(replay, "here", lambda device: True)
+    ran = []
+
+    @replay.replayed
+    def function(tensors, factor):
+        ran.append(factor)
+        return (tensors[0] * factor,)
+
+    x = torch.randn(6, 4, device=device)
+    for _ in range(5):
+        assert torch.equal(function((x,), 3)[0], x * 3)
+    assert ran == [3] * 3 and len(recordings) == 1
+    for other in (x.T, x[:3], x.double(), x.flatten()[1:]):  # strides, shape, dtype, alignment
+        for _ in range(4):
+            assert torch.equal(function((other,), 3)[0], other * 3)
+    assert len(ran) == 15 and len(recordings) == 5
+    function((x,), 4)
+    assert ran[-1] == 4
+    monkeypatch.setattr(tuning, "generation", tuning.generation + 1)  # other configurations
+    function((x,), 3)
+    assert len(ran) == 17
+    monkeypatch.setattr(replay, "RECORDINGS", 2)
+    for n in range(1, 5):
+        for _ in range(3):
+            function((x[:n],), 3)
+    assert len(recordings) == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_fifth_call_is_the_first(device, recordings, autocast):
+    """Through the public functions, with other values at each call, bitwise; and in a CUDA graph."""
+    torch.manual_seed(6)
+    norm = torch.ones(D, device=device), torch.zeros(D, device=device)
+    weights = F.SwitchAllWeights(norm, head_weights(device), norm, moe_weights(device))
+    leaves = [t.requires_grad_() for part in weights for t in part if t is not None]
+    xs = [torch.randn(2, 33, D, device=device, requires_grad=True) for _ in range(3)]
+
+    def gradients(x):
+        with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+            y, _ = F.switchall(x, weights, top_k=2, moe_top_k=2)
+        return [y.detach(), *torch.autograd.grad(y.float().square().sum(), [x, *leaves], allow_unused=True)]
+
+    first = [gradients(x) for x in xs]  # the last of them is written down
+    assert len(recordings) == 2  # forward and backward
+    for x, expected in zip(xs, first, strict=True):
+        for a, b in zip(expected, gradients(x), strict=True):
+            assert (a is None and b is None) or torch.equal(a, b)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = gradients(xs[1])
+    graph.replay()
+    for a, b in zip(first[1], captured, strict=True):
+        assert (a is None and b is None) or torch.equal(a, b)
+
+
+@pytest.mark.gpu
+def test_threads_share_a_recording(device, recordings):
+    torch.manual_seed(7)
+    weights = moe_weights(device)
+    xs = [torch.randn(65, D, device=device) for _ in range(4)]
+    expected = [F.sigma_moe(x, weights, top_k=2)[0] for x in xs]
+    assert len(recordings) == 1
+    wrong = []
+
+    def work(i):
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for _ in range(50):
+                if not torch.equal(F.sigma_moe(xs[i], weights, top_k=2)[0], expected[i]):
+                    wrong.append(i)
+
+    torch.cuda.synchronize()
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_a_check_is_remembered_by_what_it_may_ask(device, monkeypatch):
+    seen = []
+
+    @replay.remembered
+    def check(x, *, scale=1.0, weights=()):
+        seen.append(scale)
+        if scale == 0:
+            raise ValueError("scale")
+        return scale
+
+    x = torch.randn(3, 4, device=device)
+    for _ in range(3):
+        assert check(x, scale=2.0) == 2.0
+    assert len(seen) == 1
+    check(x + 1, scale=2.0)  # values do not count
+    assert len(seen) == 1
+    for other in (x[:2], x.double()):
+        check(other, scale=2.0)
+    check(x, scale=True)
+    check(x, scale=1)
+    check(x, weights=(x,))
+    check(x, weights=(x[:1],))
+    assert len(seen) == 7
+    with torch.no_grad():
+        check(x, scale=2.0)
+    check(x, scale=[2.0])  # no key: asked every time
+    check(x, scale=[2.0])
+    assert len(seen) == 10
+    for _ in range(2):
+        with pytest.raises(ValueError, match="scale"):  # what failed fails again
+            check(x, scale=0)
+    with torch.autocast(device, torch.bfloat16):
+        check(x, scale=2.0)
+    assert len(seen) == 13
