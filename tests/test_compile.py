@@ -59,7 +59,7 @@ SPILLS_36: dict[tuple[str, str, str], int] = {
 }
 
 # kernels/sets.py: 16-bit inputs only.
-HALF_ONLY = {"_set_tiles_kernel", "_gather_kernel", "_visited_kernel", "_pack_kernel", "_spread_kernel"}
+HALF_ONLY = {"_gather_kernel", "_pack_kernel", "_spread_kernel"}
 
 # A kernel for each thing compile_case has to notice, and one that it must leave alone.
 SAMPLES = """

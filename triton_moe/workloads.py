@@ -66,10 +66,10 @@ def _projection(make, H, E, TOP_K, P, D, N=4096, width=0, alone=True):
     if make.dtype == torch.float64:
         return _exact_projection(x, w_v, w_o, dv, dy, base + dlogits @ sel, routing[0], routing[1], wanted, alone)
     v, u = projection.value_forward(x, w_v, *routing, True, precision)
-    gates = projection.value_backward_gates(dv, u, TOP_K)
+    gated, order_b, gates = projection.value_backward_rows(dv, u, *routing)
     results = {"v": v, "value dgates": gates}
     for name, added in ((" alone", (None, None, None)), ("", (base, dlogits, sel)))[not alone :]:
-        value = projection.value_backward(dv, x, w_v, routing[0], *routing[1:], *added, precision, None, None, wanted)
+        value = projection.value_backward(dv, gated, order_b, x, w_v, *routing, *added, precision, None, None, wanted)
         results |= dict(zip(("value dx" + name, "value dw"), value, strict=True))
     results["y"] = projection.output_forward(v, w_o, *routing, precision)
     output = projection.output_backward(dy, v, w_o, *routing, precision, None, wanted)
