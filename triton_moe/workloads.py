@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .kernels import attention, cast, common, gating, mlp, position, projection, sets
+from .kernels import attention, cast, common, gating, mlp, position, projection, sets, xl as transformer_xl
 
 
 class Inputs:
@@ -96,8 +96,10 @@ def _attention(make, P, H=4, Hkv=None, causal=True, window=0, padding=False, pac
     if packed:
         B = 1
     q, k, v, do = (make(B, n, h, P) for n, h in ((T, H), (S, Hkv), (S, Hkv), (T, H)))
-    q_pos = position.xl_query(make(B, T, H, xl, fan=xl), xl, S - T, False) if xl else None
-    k_pos = position.xl_keys(q, S, xl) if xl else None
+    q_pos = k_pos = None
+    if xl:
+        weight = make(H * P, xl, fan=xl)
+        q_pos, k_pos = transformer_xl.xl_query(q, weight, S, window, causal, common.input_precision(make.dtype))
     mask = torch.zeros(B, S, dtype=torch.bool, device=make.device) if padding else None
     cu_seqlens = torch.arange(17, dtype=torch.int32, device=make.device) * (T // 16) if packed else None
     args = q, k, v, q_pos, k_pos, mask, cu_seqlens
@@ -109,12 +111,13 @@ def _attention(make, P, H=4, Hkv=None, causal=True, window=0, padding=False, pac
 
 
 def _position(make, P, D, H=4, T=1024):
-    q, a = make(8, T, H, P), make(8, T, H, D)
+    q, weight = make(8, T, H, P), make(H * P, D, fan=D)
     for conjugate in (False, True):
         position.rope_rotate_(q, P // 4 * 2, 10000.0, 0, conjugate)
-    y = position.xl_query(a, D, T, False)
-    position.xl_query(y, D, T, True)
-    return {"keys": position.xl_keys(q, 2 * T, D)}
+    span = 2 * T, 0, True, common.input_precision(make.dtype)
+    q_pos, k_pos = transformer_xl.xl_query(q, weight, *span)
+    transformer_xl.xl_query_backward_(q_pos, torch.zeros_like(q), q, weight, *span)
+    return {"keys": k_pos}
 
 
 def _cast(make, H, E, P, D, N=4096):
