@@ -432,21 +432,21 @@ def _attention_forward(q, k, v, pos, content_bias, position_bias, mask, cu_seqle
     H, P = q.shape[2:]
     S = k.shape[1]
     offset = S - q.shape[1]
-    position_q = q_pos = k_pos = None
+    position_q = q_pos = k_pos = narrow = None
     if c.rotated:
         q, k = rope_rotate(q, c.rotated, c.base, offset, False), rope_rotate(k, c.rotated, c.base, 0, False)
     elif c.kind == "xl":
         position_q = q if position_bias is None else q + position_bias
-        q_pos, k_pos = xl_query(position_q, pos, S, c.window, c.causal, c.precision)
+        q_pos, k_pos, narrow = xl_query(position_q, pos, S, c.window, c.causal, c.precision)
         q = q if content_bias is None else q + content_bias
     o, lse = attention_forward(q, k, v, q_pos, k_pos, mask, cu_seqlens, c.causal, c.window, c.scale, c.precision)
-    return o, lse, (q, k, v, pos, content_bias, position_bias, mask, cu_seqlens, position_q, q_pos, k_pos, o, lse)
+    return o, lse, (q, k, v, pos, content_bias, position_bias, mask, cu_seqlens, position_q, q_pos, k_pos, o, lse, narrow)
 
 
 def _attention_backward(do, dlse, saved, c: _AttentionConfig, joint: bool = False):
     """-> dq, dk, dv, d pos, d content_bias, d position_bias (None where the input was None); with `joint`, dq and dk side by side
     and None."""
-    q, k, v, pos, content_bias, position_bias, mask, cu_seqlens, position_q, q_pos, k_pos, o, lse = saved
+    q, k, v, pos, content_bias, position_bias, mask, cu_seqlens, position_q, q_pos, k_pos, o, lse, narrow = saved
     H, P = q.shape[2:]
     offset = k.shape[1] - q.shape[1]
     first, dk, dv, dq_pos = attention_backward(
@@ -460,7 +460,8 @@ def _attention_backward(do, dlse, saved, c: _AttentionConfig, joint: bool = Fals
     elif c.kind == "xl":
         dcontent = None if content_bias is None else _sum_leading(dq, 2)
         dposition_q = dq if position_bias is None else torch.zeros_like(dq)
-        dpos = xl_query_backward_(dq_pos, dposition_q, position_q, pos, k.shape[1], c.window, c.causal, c.precision)
+        sizes = pos.shape[1], k.shape[1], c.window, c.causal, c.precision
+        dpos = xl_query_backward_(dq_pos, dposition_q, position_q, narrow, *sizes)
         if position_bias is not None:
             dposition = _sum_leading(dposition_q, 2)
             dq += dposition_q  # a part of `first`

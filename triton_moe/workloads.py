@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .kernels import attention, cast, common, gating, mlp, position, projection, sets, xl as transformer_xl
+from .kernels import attention, cast, common, gating, mlp, position, projection, sets
+from .kernels import xl as transformer_xl
 
 
 class Inputs:
@@ -99,7 +100,7 @@ def _attention(make, P, H=4, Hkv=None, causal=True, window=0, padding=False, pac
     q_pos = k_pos = None
     if xl:
         weight = make(H * P, xl, fan=xl)
-        q_pos, k_pos = transformer_xl.xl_query(q, weight, S, window, causal, common.input_precision(make.dtype))
+        q_pos, k_pos, _ = transformer_xl.xl_query(q, weight, S, window, causal, common.input_precision(make.dtype))
     mask = torch.zeros(B, S, dtype=torch.bool, device=make.device) if padding else None
     cu_seqlens = torch.arange(17, dtype=torch.int32, device=make.device) * (T // 16) if packed else None
     args = q, k, v, q_pos, k_pos, mask, cu_seqlens
@@ -115,8 +116,8 @@ def _position(make, P, D, H=4, T=1024):
     for conjugate in (False, True):
         position.rope_rotate_(q, P // 4 * 2, 10000.0, 0, conjugate)
     span = 2 * T, 0, True, common.input_precision(make.dtype)
-    q_pos, k_pos = transformer_xl.xl_query(q, weight, *span)
-    transformer_xl.xl_query_backward_(q_pos, torch.zeros_like(q), q, weight, *span)
+    q_pos, k_pos, narrow = transformer_xl.xl_query(q, weight, *span)
+    transformer_xl.xl_query_backward_(q_pos, torch.zeros_like(q), q, narrow, D, *span)
     return {"keys": k_pos}
 
 

@@ -7,18 +7,20 @@
     dv_j = sum_i p_ij do_i                 dk_j = scale * sum_i ds_ij q_i
     dq_i = scale * sum_j ds_ij k_j         dq_pos_i = scale * sum_j ds_ij k_pos_j
 
-Query head h reads key head h // GROUP, GROUP = H // Hkv. q_pos and k_pos carry the Transformer-XL term (position.py): F
-channels, k_pos [S, F] a constant table. A query that sees no key has o = 0, lse = -inf and zero gradients.
+Query head h reads key head h // GROUP, GROUP = H // Hkv. q_pos and k_pos carry the Transformer-XL term (xl.py): F channels, k_pos
+[S, F] a constant table. Masks: masks.py. A query that sees no key has o = 0, lse = -inf and zero gradients.
 
 NOTE [Order]
-    The heads go in equal sections, one after the other, of as many as SECTION_BYTES hold the rows of, so that the second-level
-    cache keeps what their programs share; in a section the longest tiles of a causal mask start first. At T 1024 (NOTE [Hopper])
-    that takes the forward pass from 112 to 105 us, dq from 151 to 133 and dk with dv from 212 to 197.
+    The heads go in sections, one after the other, of as many as SECTION_BYTES hold the rows of, so that the second-level cache
+    keeps what their programs share; in a section the longest tiles of a causal mask start first. At T 1024 (NOTE [Hopper]) that
+    takes the forward pass from 112 to 105 us, dq from 151 to 133 and dk with dv from 212 to 197. All sections are as large as each
+    other, up to one head: a small one at the end would leave most of the device idle during its longest tiles.
 
-NOTE [Position scores]
-    q_pos . k_pos is one matrix product over all queries and heads, which torch does best: the kernels add its rows to their
-    scores, and torch makes dq_pos of their gradient. To stay linear in T this goes by as many tiles at a time as POSITION_BYTES
-    hold, at least one.
+NOTE [Position channels]
+    The Transformer-XL term is a second product of queries and keys, so a tile of queries holds the F channels of q_pos beside
+    those of q, a tile of keys those of k_pos, and dq_pos is made with dq: nothing has T^2 elements. That is for at most
+    WIDEST_POSITIONS channels of 16 bits. More, or float32, would not fit: then scores take POSITION_CHUNK channels at a time, and
+    so does dq_pos, in programs that make the scores once more.
 
 NOTE [Float32]
     What rounds float32 most is not the products but the differences. So without tf32 (EXACT) scores and lse stay in natural
@@ -72,8 +74,8 @@ def _tile(BLOCK_M: int, BLOCK_N: int, num_warps: int, num_stages: int, **others:
     return dict(BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=num_warps, num_stages=num_stages, **others)
 
 
-# "hopper" lists the widest head and its tiles; elsewhere heads of more than 128 channels are "half_wide". Position channels make
-# it "half_xl".
+# "hopper" lists the widest head and its tiles; elsewhere heads of more than 128 channels are "half_wide". "hopper_xl" lists the
+# largest 2 (P + F) + Pv, as shared memory limits it; elsewhere position channels, and anywhere too many of them, make it "half_xl".
 CONFIGS = {
     "attention_forward": {
         "hopper": (
@@ -85,9 +87,15 @@ CONFIGS = {
             (160, _tile(64, 32, 4, 3)),
             (256, _tile(128, 64, 8, 2)),
         ),
+        "hopper_xl": (
+            (640, _tile(64, 64, 4, 2)),
+            (900, _tile(128, 64, 8, 2)),
+            (1160, _tile(128, 32, 8, 2)),
+            (1792, _tile(64, 32, 8, 2)),
+        ),
         "half": _tile(64, 32, 4, 2),
         "half_wide": _tile(64, 32, 8, 1),
-        "half_xl": _tile(64, 64, 4, 2),
+        "half_xl": _tile(64, 32, 4, 1),
         "float32": _tile(32, 32, 8, 1),
         "interpret": _tile(256, 256, 1, 1),
     },
@@ -96,8 +104,15 @@ CONFIGS = {
             (64, _tile(128, 64, 4, 2)),
             (96, _tile(64, 64, 4, 3)),
             (128, _tile(64, 64, 4, 2)),
-            (160, _tile(32, 64, 4, 2)),
+            (160, _tile(32, 64, 4, 3)),
             (256, _tile(32, 32, 4, 2)),
+        ),
+        "hopper_xl": (
+            (640, _tile(64, 128, 8, 2)),
+            (900, _tile(32, 128, 8, 3)),
+            (1000, _tile(32, 128, 8, 2)),
+            (1420, _tile(32, 64, 4, 2)),
+            (1792, _tile(32, 32, 4, 2)),
         ),
         "hopper_spare": (  # grouped heads and key padding take registers
             (64, _tile(128, 64, 4, 2)),
@@ -107,7 +122,7 @@ CONFIGS = {
         ),
         "half": _tile(32, 32, 4, 2),
         "half_wide": _tile(16, 32, 4, 1),
-        "half_xl": _tile(32, 64, 4, 2),
+        "half_xl": _tile(16, 32, 4, 1),
         "float32": _tile(16, 32, 8, 1),
         "interpret": _tile(256, 256, 1, 1),
     },
@@ -115,14 +130,21 @@ CONFIGS = {
         "hopper": (
             (64, _tile(64, 64, 4, 3)),
             (80, _tile(64, 64, 4, 2)),
-            (96, _tile(64, 64, 4, 3)),
+            (96, _tile(64, 32, 4, 3)),
             (112, _tile(128, 64, 8, 3)),
-            (160, _tile(64, 64, 4, 2)),
+            (128, _tile(64, 64, 4, 2)),
+            (160, _tile(128, 64, 8, 3)),
             (256, _tile(64, 16, 4, 3)),
+        ),
+        "hopper_xl": (
+            (640, _tile(64, 32, 4, 3)),
+            (900, _tile(128, 32, 8, 3)),
+            (1160, _tile(64, 32, 8, 2)),
+            (1792, _tile(64, 16, 8, 2)),
         ),
         "half": _tile(64, 32, 4, 2),
         "half_wide": _tile(32, 32, 4, 1),
-        "half_xl": _tile(64, 32, 4, 2),
+        "half_xl": _tile(32, 16, 4, 1),
         "float32": _tile(16, 16, 8, 1),
         "interpret": _tile(256, 256, 1, 1),
     },
@@ -135,8 +157,7 @@ SPACE = {  # what may be tuned; see tuning.py
 
 
 SECTION_BYTES = 8 << 20  # NOTE [Order]
-JOINT = True
-WIDEST_POSITIONS = 512  # NOTE [Position channels]
+WIDEST_POSITIONS, POSITION_CHUNK = 512, 512 if INTERPRET else 64  # NOTE [Position channels]
 
 
 @triton.jit
@@ -151,11 +172,13 @@ def _exp(x):
 
 
 @triton.jit
-def _place(tiles, section):
+def _place(tiles, sections):
     """The tile, in order of launch, and the head of this program. See NOTE [Order]."""
     pid = tl.program_id(0)
-    first = pid // (tiles * section) * section
-    width = tl.minimum(section, tl.num_programs(0) // tiles - first)
+    heads = (tl.num_programs(0) // tiles).to(tl.int64)
+    section = ((pid // tiles + 1) * sections.to(tl.int64) - 1) // heads
+    first = (section * heads // sections).to(tl.int32)
+    width = ((section + 1) * heads // sections).to(tl.int32) - first
     pid -= first * tiles
     return pid // width, first + pid % width
 
@@ -264,10 +287,10 @@ def _times(x, factor):
     return parts
 
 
-@triton.jit(do_not_specialize=["section", "tiles"])
+@triton.jit(do_not_specialize=["sections", "tiles"])
 def _attention_fwd_kernel(
     q_ptr, k_ptr, v_ptr, q_pos_ptr, k_pos_ptr, padding_ptr, bounds_ptr, o_ptr, lse_ptr,
-    T, S, H: tl.constexpr, window, section, tiles,
+    T, S, H: tl.constexpr, window, sections, tiles,
     stride_qb, stride_qt: tl.constexpr, stride_qh: tl.constexpr,
     stride_kb, stride_kt: tl.constexpr, stride_kh: tl.constexpr,
     stride_vb, stride_vt: tl.constexpr, stride_vh: tl.constexpr,
@@ -277,7 +300,7 @@ def _attention_fwd_kernel(
     CHUNKS_P: tl.constexpr, CHUNKS_PV: tl.constexpr, CHUNKS_F: tl.constexpr, BLOCK_F: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    tile, head = _place(tiles, section)
+    tile, head = _place(tiles, sections)
     b = head // H
     h = head % H
     hk = h // GROUP
@@ -369,10 +392,10 @@ def _probability(s, lse, norm, visible, scale, EXACT: tl.constexpr, MASKED: tl.c
     return p
 
 
-@triton.jit(do_not_specialize=["section", "tiles"])
+@triton.jit(do_not_specialize=["sections", "tiles"])
 def _attention_bwd_dkdv_kernel(
     do_ptr, q_ptr, k_ptr, v_ptr, q_pos_ptr, k_pos_ptr, padding_ptr, bounds_ptr, stats_ptr, dk_ptr, dv_ptr,
-    T, S, H: tl.constexpr, window, section, tiles,
+    T, S, H: tl.constexpr, window, sections, tiles,
     stride_dob, stride_dot: tl.constexpr, stride_doh: tl.constexpr,
     stride_qb, stride_qt: tl.constexpr, stride_qh: tl.constexpr,
     stride_kb, stride_kt: tl.constexpr, stride_kh: tl.constexpr,
@@ -385,7 +408,7 @@ def _attention_bwd_dkdv_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     h_kv: tl.constexpr = H // GROUP
-    tile, head = _place(tiles, section)
+    tile, head = _place(tiles, sections)
     b = head // h_kv
     hk = head % h_kv
     first = tile * BLOCK_N  # the keys that most queries of a causal mask see first
@@ -422,7 +445,9 @@ def _attention_bwd_dkdv_kernel(
                 s = _dot_rows(k, both, PRECISION)  # [BLOCK_N, BLOCK_M]
                 if BLOCK_F > 0:
                     s = tl.trans(s)
-                    s = _add_positions(s, q_pos_ptr, k_pos_ptr, h, t, first, mask_t, keep, H, F, BLOCK_M, BLOCK_N, BLOCK_F, PRECISION)
+                    s = _add_positions(
+                        s, q_pos_ptr, k_pos_ptr, h, t, first, mask_t, keep, H, F, BLOCK_M, BLOCK_N, BLOCK_F, PRECISION
+                    )
                     s = tl.trans(s)
                 do = _load_rows(do_ptr, b, h, t, stride_dob, stride_dot, stride_doh, mask_t, LOAD_PV, CHUNKS_PV, BLOCK_M)
                 EARLY: tl.constexpr = BLOCK_M == 64  # Triton waits for dp; if before p, no longer for dv
@@ -452,11 +477,11 @@ def _attention_bwd_dkdv_kernel(
     _store_rows(dv_ptr, dv, b, hk, first, stride_dvb, stride_dvt, stride_dvh, mask_n, PV, CHUNKS_PV, BLOCK_N)
 
 
-@triton.jit(do_not_specialize=["section", "tiles"])
+@triton.jit(do_not_specialize=["sections", "tiles"])
 def _attention_bwd_dq_kernel(
     do_ptr, q_ptr, k_ptr, v_ptr, q_pos_ptr, k_pos_ptr, padding_ptr, bounds_ptr,
     o_ptr, lse_ptr, dlse_ptr, stats_ptr, dq_pos_ptr, out_ptr,
-    T, S, H: tl.constexpr, window, section, tiles,
+    T, S, H: tl.constexpr, window, sections, tiles,
     stride_dob, stride_dot: tl.constexpr, stride_doh: tl.constexpr,
     stride_qb, stride_qt: tl.constexpr, stride_qh: tl.constexpr,
     stride_kb, stride_kt: tl.constexpr, stride_kh: tl.constexpr,
@@ -468,9 +493,9 @@ def _attention_bwd_dq_kernel(
     CHUNKS_P: tl.constexpr, CHUNKS_PV: tl.constexpr, CHUNKS_F: tl.constexpr, BLOCK_F: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, OUT: tl.constexpr,
 ):  # fmt: skip
-    """OUT "dq", and with position scores their gradient ds; or "delta", which is launched for EXACT and first. The first kernel
-    writes the statistics that the others load."""
-    tile, head = _place(tiles, section)
+    """OUT "dq", and dq_pos where the position channels are held whole; "dq_pos", BLOCK_F channels a program, where they are not;
+    or "delta", which is launched for EXACT and first. The first launch writes the statistics that the others load."""
+    tile, head = _place(tiles, sections)
     b = head // H
     h = head % H
     hk = h // GROUP
@@ -519,12 +544,8 @@ def _attention_bwd_dq_kernel(
     total = tl.zeros((BLOCK_M,), tl.float32)
     if OUT == "delta":
         acc = (total,)
-    elif OUT == "both":
-        acc = _zero_chunks(BLOCK_M, CHUNKS_P) + _zero_chunks(BLOCK_M, CHUNKS_F)
     elif OUT == "dq":
-        acc = _zero_chunks(BLOCK_M, CHUNKS_P)
-    elif BLOCK_F == 0:
-        acc = _zero_chunks(BLOCK_M, CHUNKS_F)
+        acc = _zero_chunks(BLOCK_M, CHUNKS_P) + _zero_chunks(BLOCK_M, CHUNKS_F)
     else:
         cols = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
         acc = (_zeros(BLOCK_M, BLOCK_F),)
@@ -553,9 +574,7 @@ def _attention_bwd_dq_kernel(
                     ds += dlse[:, None]
                 ds *= p
                 ds = ds.to(k[0].dtype)
-                if OUT == "dq_pos" and BLOCK_F == 0:
-                    acc = _add_dots(acc, ds, k[len(CHUNKS_P) :], PRECISION)
-                elif OUT == "dq_pos":
+                if OUT == "dq_pos":
                     rows_n = k_pos_ptr + n.to(tl.int64) * F
                     part = _load_chunk(rows_n, tl.arange(0, BLOCK_N) * F, cols, keep, False, F)
                     acc = _add_dots(acc, ds, (part,), PRECISION)
@@ -567,16 +586,14 @@ def _attention_bwd_dq_kernel(
         tl.store(stats_ptr + plane, acc[0] / total, mask=mask_t)
         tl.store(stats_ptr + 2 * plane, 1.0 / total, mask=mask_t)
         tl.store(stats_ptr + 3 * plane, dlse, mask=mask_t)
-    elif OUT == "dq_pos" and BLOCK_F > 0:
+    elif OUT == "dq":
+        acc = _times(acc, scale)
+        _store_rows(out_ptr, acc, b, h, first, stride_outb, stride_outt, stride_outh, mask_t, P, CHUNKS_P, BLOCK_M)
+        if len(CHUNKS_F) > 0:
+            _store_rows(dq_pos_ptr, acc[len(CHUNKS_P) :], b, h, first, 0, H * F, F, mask_t, F, CHUNKS_F, BLOCK_M)
+    else:
         ptrs = dq_pos_ptr + (first.to(tl.int64) * H + h) * F + (tl.arange(0, BLOCK_M) * (H * F))[:, None] + cols[None, :]
         tl.store(ptrs, (acc[0] * scale).to(dq_pos_ptr.dtype.element_ty), mask=mask_t[:, None] & (cols < F)[None, :])
-    else:
-        acc = _times(acc, scale)
-        if OUT != "dq_pos":
-            _store_rows(out_ptr, acc, b, h, first, stride_outb, stride_outt, stride_outh, mask_t, P, CHUNKS_P, BLOCK_M)
-        if OUT != "dq":
-            start_f: tl.constexpr = 0 if OUT == "dq_pos" else len(CHUNKS_P)
-            _store_rows(dq_pos_ptr, acc[start_f:], b, h, first, 0, H * F, F, mask_t, F, CHUNKS_F, BLOCK_M)
 
 
 def _exact(dtype: torch.dtype, precision: str) -> bool:
@@ -584,10 +601,9 @@ def _exact(dtype: torch.dtype, precision: str) -> bool:
     return dtype == torch.float32 and precision == "ieee"
 
 
-def _section(x: Tensor, y: Tensor, heads: int) -> int:
-    """See NOTE [Order]: how many of all `heads` at a time, whose programs read the rows of x and y, [B, S, H, P]."""
-    sections = min(heads, cdiv((x.numel() + y.numel()) * x.element_size(), SECTION_BYTES))
-    return cdiv(heads, max(1, sections))  # all alike: a small one at the end would leave the device idle
+def _sections(x: Tensor, y: Tensor, heads: int) -> int:
+    """See NOTE [Order]: into how many the `heads` go, whose programs read the rows of x and y, [B, S, H, P]."""
+    return max(1, min(heads, cdiv((x.numel() + y.numel()) * x.element_size(), SECTION_BYTES)))
 
 
 def _aligned(x: Tensor) -> bool:
@@ -621,7 +637,7 @@ def _positions(q_pos: Tensor | None) -> dict:
     F = 0 if q_pos is None else q_pos.shape[-1]
     if F == 0 or (q_pos.element_size() == 2 and F <= WIDEST_POSITIONS):
         return dict(F=F, CHUNKS_F=_chunks(F, q_pos.dtype) if F else (), BLOCK_F=0)
-    return dict(F=F, CHUNKS_F=(), BLOCK_F=512 if INTERPRET else 64)
+    return dict(F=F, CHUNKS_F=(), BLOCK_F=POSITION_CHUNK)
 
 
 def _hopper(x: Tensor) -> bool:
@@ -639,7 +655,9 @@ def _config(kernel: str, q: Tensor, k: Tensor, v: Tensor, q_pos: Tensor | None, 
         if width > 128 and not INTERPRET:
             config |= {"BLOCK_M": max(16, config["BLOCK_M"] // 2), "BLOCK_N": max(16, config["BLOCK_N"] // 2)}
     elif q_pos is not None:
-        config = configs["half_xl"]
+        F = q_pos.shape[-1]
+        wide = 2 * (q.shape[-1] + F) + v.shape[-1] if _hopper(q) and F <= WIDEST_POSITIONS else 1 << 30
+        config = next((tile for widest, tile in configs["hopper_xl"] if wide <= widest), configs["half_xl"])
     elif _hopper(q):
         config = next(tile for widest, tile in configs[rung] if width <= widest)
     else:
@@ -692,7 +710,7 @@ def attention_forward(
     launch(
         _attention_fwd_kernel, (number * B * H,),
         q, k, v, *_contiguous(q_pos, k_pos), *masks, o, lse,
-        T, S, H, min(window, T + S), _section(k, v, B * H), number,
+        T, S, H, min(window, T + S), _sections(k, v, B * H), number,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *o.stride()[:3], scale,
         LOAD_P=min(q.shape[-1], k.shape[-1]), LOAD_PV=v.shape[-1], PV=PV, GROUP=H // Hkv, IS_CAUSAL=causal,
         HAS_WINDOW=window > 0, PRECISION=precision, EXACT=_exact(q.dtype, precision),
@@ -756,11 +774,10 @@ def attention_backward(
     config = _tuned(_attention_bwd_dq_kernel, config, q, k, v, q_pos, key_padding_mask, cu_seqlens, causal, window, precision)
     number, strides = cdiv(T, config["BLOCK_M"]), (*inputs, *o.stride()[:3], *dq.stride()[:3])
     arguments = (do, q, k, v, *positions, *masks, o, lse, dlse, stats, None if q_pos is None else dq_pos, dq)
-    scalars = (*sizes, _section(k, v, B * H), number)
-    wanted = ("dq",) if q_pos is None else ("both",) if flags["BLOCK_F"] == 0 and JOINT else ("dq", "dq_pos")
-    for out in ("delta",) * exact + wanted:
-        parts = cdiv(flags["F"], flags["BLOCK_F"]) if out == "dq_pos" and flags["BLOCK_F"] else 1
-        grid = (number * B * H, parts) if parts > 1 else (number * B * H,)
+    scalars = (*sizes, _sections(k, v, B * H), number)
+    parts = cdiv(flags["F"], flags["BLOCK_F"]) if flags["BLOCK_F"] else 0
+    for out in ("delta",) * exact + ("dq",) + ("dq_pos",) * (parts > 0):
+        grid = (number * B * H, parts if out == "dq_pos" else 1)
         launch(_attention_bwd_dq_kernel, grid, *arguments, *scalars, *strides, scale, **flags, **config, OUT=out)
 
     spare = key_padding_mask is not None or Hkv < H
@@ -768,6 +785,6 @@ def attention_backward(
     config = _tuned(_attention_bwd_dkdv_kernel, config, q, k, v, q_pos, key_padding_mask, cu_seqlens, causal, window, precision)
     number, strides = cdiv(S, config["BLOCK_N"]), (*inputs, *dk.stride()[:3], *dv.stride()[:3])
     arguments = (do, q, k, v, *positions, *masks, stats, dk, dv)
-    scalars = (*sizes, _section(q, do, B * Hkv), number)
+    scalars = (*sizes, _sections(q, do, B * Hkv), number)
     launch(_attention_bwd_dkdv_kernel, (number * B * Hkv,), *arguments, *scalars, *strides, scale, **flags, **config)
     return first, second, dv, dq_pos
