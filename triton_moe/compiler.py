@@ -253,7 +253,7 @@ CASES = {  # op: shapes of its workload, published ones and what lies at the edg
         {"P": 100, "padding": True, "causal": False, "Hkv": 2},
         {"P": 128},
         {"P": 256},
-        {"P": 76, "H": 2, "Hkv": 2, "xl": 412},
+        {"P": 112, "H": 2, "Hkv": 2, "xl": 1024, "T": 512},
     ],
     "position": [{"P": 82, "D": 412}],
     "cast": [{"H": 4, "E": 4, "P": 100, "D": 1024}],

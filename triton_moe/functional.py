@@ -36,7 +36,7 @@ from .kernels.cast import assemble, cast
 from .kernels.common import cdiv, input_precision
 from .kernels.gating import MAX_EXPERTS, Plan, gating_backward, gating_forward, plan_shapes, routing_plan
 from .kernels.mlp import COLUMNS, mlp_backward, mlp_backward_input, mlp_forward
-from .kernels.position import rope_rotate, rope_rotate_, xl_keys, xl_query
+from .kernels.position import rope_rotate, rope_rotate_
 from .kernels.projection import (
     dropout_rows,
     output_backward,
@@ -46,6 +46,7 @@ from .kernels.projection import (
     value_forward,
 )
 from .kernels.sets import fits
+from .kernels.xl import xl_query, xl_query_backward_
 from .replay import remembered, replayed
 
 __all__ = [
@@ -443,16 +444,15 @@ def _attention_forward(tensors, c: _AttentionConfig):
     H, P = q.shape[2:]
     S = k.shape[1]
     offset = S - q.shape[1]
-    position_q = q_pos = k_pos = None
+    position_q = q_pos = k_pos = narrow = None
     if c.rotated:
         q, k = rope_rotate(q, c.rotated, c.base, offset, False), rope_rotate(k, c.rotated, c.base, 0, False)
     elif c.kind == "xl":
         position_q = q if position_bias is None else q + position_bias
-        a = torch.einsum("bthp,hpd->bthd", position_q, pos.view(H, P, pos.shape[1]))
-        q_pos, k_pos = xl_query(a, a.shape[-1], offset, False), xl_keys(q, S, a.shape[-1])
+        q_pos, k_pos, narrow = xl_query(position_q, pos, S, c.window, c.causal, c.precision)
         q = q if content_bias is None else q + content_bias
     o, lse = attention_forward(q, k, v, q_pos, k_pos, mask, cu_seqlens, c.causal, c.window, c.scale, c.precision)
-    return o, lse, q, k, v, pos, content_bias, position_bias, mask, cu_seqlens, position_q, q_pos, k_pos, o, lse
+    return o, lse, q, k, v, pos, content_bias, position_bias, mask, cu_seqlens, position_q, q_pos, k_pos, o, lse, narrow
 
 
 @replayed
@@ -464,7 +464,7 @@ def _attention_backward(tensors, c: _AttentionConfig, joint: bool = False):
 
 
 def _attention_gradients(
-    do, dlse, q, k, v, pos, content_bias, position_bias, mask, cu_seqlens, position_q, q_pos, k_pos, o, lse, c, joint
+    do, dlse, q, k, v, pos, content_bias, position_bias, mask, cu_seqlens, position_q, q_pos, k_pos, o, lse, narrow, c, joint
 ):
     H, P = q.shape[2:]
     offset = k.shape[1] - q.shape[1]
@@ -477,12 +477,13 @@ def _attention_gradients(
         rope_rotate_(dq, c.rotated, c.base, offset, True)
         rope_rotate_(dk, c.rotated, c.base, 0, True)
     elif c.kind == "xl":
-        da = xl_query(dq_pos, pos.shape[-1], offset, True)
-        dposition_q = torch.einsum("bthd,hpd->bthp", da, pos.view(H, P, pos.shape[1]))
-        dpos = torch.einsum("bthp,bthd->hpd", position_q, da).reshape(pos.shape)
         dcontent = None if content_bias is None else _sum_leading(dq, 2)
-        dposition = None if position_bias is None else _sum_leading(dposition_q, 2)
-        dq += dposition_q  # a part of `first`
+        dposition_q = dq if position_bias is None else torch.zeros_like(dq)
+        sizes = pos.shape[1], k.shape[1], c.window, c.causal, c.precision
+        dpos = xl_query_backward_(dq_pos, dposition_q, position_q, narrow, *sizes)
+        if position_bias is not None:
+            dposition = _sum_leading(dposition_q, 2)
+            dq += dposition_q  # a part of `first`
     return first, None if joint else dk, dv, dpos, dcontent, dposition
 
 
@@ -1195,7 +1196,7 @@ class _BlockConfig(NamedTuple):
     moe: _MoEConfig
 
 
-HEAD_SAVED = 25 + 2 * ROUTE  # tensors that `_head_forward` keeps
+HEAD_SAVED = 26 + 2 * ROUTE  # tensors that `_head_forward` keeps
 
 
 def _norm_forward(x, weight, bias, eps):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .kernels import attention, cast, common, gating, mlp, position, projection, sets
+from .kernels import xl as transformer_xl
 
 
 class Inputs:
@@ -108,8 +109,10 @@ def _attention(make, P, H=4, Hkv=None, causal=True, window=0, padding=False, pac
     if make.dtype == torch.float64:
         dlse = make(B, H, T) if padding else None
         return _exact_attention(q, k, v, do, dlse, causal, window, mask, cu_seqlens)
-    q_pos = position.xl_query(make(B, T, H, xl, fan=xl), xl, S - T, False) if xl else None
-    k_pos = position.xl_keys(q, S, xl) if xl else None
+    q_pos = k_pos = None
+    if xl:
+        weight = make(H * P, xl, fan=xl)
+        q_pos, k_pos, _ = transformer_xl.xl_query(q, weight, S, window, causal, common.input_precision(make.dtype))
     args = q, k, v, q_pos, k_pos, mask, cu_seqlens
     options = causal, window, P**-0.5, common.input_precision(make.dtype)
     o, lse = attention.attention_forward(*args, *options)
@@ -119,12 +122,13 @@ def _attention(make, P, H=4, Hkv=None, causal=True, window=0, padding=False, pac
 
 
 def _position(make, P, D, H=4, T=1024):
-    q, a = make(8, T, H, P), make(8, T, H, D)
+    q, weight = make(8, T, H, P), make(H * P, D, fan=D)
     for conjugate in (False, True):
         position.rope_rotate_(q, P // 4 * 2, 10000.0, 0, conjugate)
-    y = position.xl_query(a, D, T, False)
-    position.xl_query(y, D, T, True)
-    return {"keys": position.xl_keys(q, 2 * T, D)}
+    span = 2 * T, 0, True, common.input_precision(make.dtype)
+    q_pos, k_pos, narrow = transformer_xl.xl_query(q, weight, *span)
+    transformer_xl.xl_query_backward_(q_pos, torch.zeros_like(q), q, narrow, D, *span)
+    return {"keys": k_pos}
 
 
 def _cast(make, H, E, P, D, N=4096):
