@@ -155,6 +155,7 @@ class Recording:
         self.steps: list[Callable] = []
         self.outputs: list[tuple | None] = []
         self.together: list[tuple[int, int, int]] = []  # of those given, which begin so many bytes after which other
+        self.constants: list[tuple[int, Tensor]] = []
 
     def fits(self, tensors) -> bool:
         return all(
@@ -166,6 +167,8 @@ class Recording:
         more = self.slots - self.given
         slots = [*tensors, *[None] * more]
         addresses = [0 if t is None else t.data_ptr() for t in tensors] + [0] * more
+        for slot, t in self.constants:
+            slots[slot], addresses[slot] = t, t.data_ptr()
         stream = 0 if common.INTERPRET else common.current_stream()(self.device.index)
         autocast = torch.is_autocast_enabled(self.device.type)  # what it did is among the steps
         torch.set_autocast_enabled(self.device.type, False)
@@ -231,6 +234,9 @@ class Recorder(TorchDispatchMode):
 
     def spec(self, t: Tensor) -> tuple:
         slot = self.slot_of(t)
+        if slot is None and storage(t) in common.constants:
+            slot = self.new(t)
+            self.recording.constants.append((slot, t))
         if slot is None:
             raise Unreplayable("a tensor that was not given")
         self.last[slot] = len(self.recording.steps)

@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import INTERPRET, cdiv, launch, next_power_of_2, opaque, rows
+from .common import INTERPRET, cdiv, constant, launch, next_power_of_2, opaque, rows
 from .position import angles
 
 BASE = 10000.0
@@ -207,7 +207,7 @@ def _basis(D: int, span: int, shift: int) -> tuple[np.ndarray, np.ndarray]:
 def _basis_on(D: int, span: int, shift: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """The frequencies in quarter turns and M, float64, whose products autocast leaves alone."""
     frequencies, M = _basis(D, span, shift)
-    return torch.from_numpy(frequencies * (2 / math.pi)).to(device), torch.from_numpy(M).to(device)
+    return tuple(constant(torch.from_numpy(a).to(device)) for a in (frequencies * (2 / math.pi), M))
 
 
 def _constants(x: Tensor, D: int, S: int, window: int, causal: bool, precision: str) -> tuple[Tensor, Tensor, int]:
