@@ -1,10 +1,14 @@
 """The tuner without a GPU: a measurer that makes its times up, so that interrupted and whole runs must agree."""
 
 import argparse
+import dataclasses
+import functools
 import itertools
 import json
 import os
 import random
+import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -13,11 +17,12 @@ import zlib
 from pathlib import Path
 
 import pytest
+import torch
 
-from triton_moe import autotune, tuning
+from triton_moe import autotune, tuning, workloads
 from triton_moe.compiler import Compiled, candidates, steps
 from triton_moe.kernels import mlp, sets
-from triton_moe.measure import Failed, Measurer, gain
+from triton_moe.measure import Failed, Measurer, gain, truth
 
 HERE = tuning.Device("Test GPU", "sm_90", 232448)
 DEFAULTS = {
@@ -144,6 +149,16 @@ def test_the_best_right_configuration_is_adopted(whole, capsys):
     )
 
 
+def test_a_run_ends_with_a_table(whole, capsys):
+    assert tune(whole[0], Made(), resume=True) == 0
+    lines = capsys.readouterr().out.splitlines()
+    at = next(i for i, line in enumerate(lines) if re.match(r"kernel +default us +tuned us +gain +noise +tried", line))
+    assert [line.split()[0] for line in lines[at + 1 : at + 5]] == ["gather", "pack", "up", "up"]
+    assert all(line.count("%") == 2 and "warps=" in line and "N=" in line for line in lines[at + 1 : at + 5])
+    means = [line for line in lines if "times as fast in the geometric mean" in line]
+    assert [line.split(":")[0] for line in means] == ["gather", "pack", "up"]
+
+
 def test_nothing_is_measured_twice(whole):
     folder, made = whole
     groups = [(key, config) for key, config, rounds in made.asked if rounds == autotune.ROUNDS]
@@ -254,6 +269,7 @@ def row(registers=128, spill=0, shared=65536, **config):
 def test_the_rank_of_what_the_compiler_says():
     plain = autotune.cost(row(), 232448)
     assert autotune.cost(row(spill=256), 232448) > 2 * plain
+    assert autotune.cost(dataclasses.replace(row(), warning=True), 232448) > plain
     assert autotune.cost(row(registers=255, shared=200_000), 232448) > plain
     assert autotune.cost(row(BLOCK_M=32, BLOCK_N=32), 232448) > plain
 
@@ -282,6 +298,36 @@ def test_search_comes_close_to_the_best_of_synthetic_sweeps():
     assert statistics.median(regrets) < 0.01 and statistics.mean(regrets) < 0.02 < statistics.mean(blind)
 
 
+# Every configuration of two kernels, as an NVIDIA H200 ran them (Triton 3.6.0): its values, registers, bytes that spill, bytes
+# of shared memory, and its time relative to the default's beside it.
+SWEEPS = json.loads((Path(__file__).parent / "sweeps.json").read_text())
+
+
+@pytest.mark.parametrize("sweep", SWEEPS, ids=lambda sweep: sweep["kernel"])
+def test_search_finds_the_best_of_recorded_sweeps(sweep):
+    default, names = sweep["default"], list(sweep["default"])
+    times = {tuple(default.values()): 1.0} | {tuple(values): ratio for values, *_, ratio in sweep["rows"]}
+    space = {name: sorted({values[i] for values in times}) for i, name in enumerate(names)}
+    key = tuning.Key(sweep["kernel"], "half", tuple(sweep["widths"].items()), tuple(sweep["sizes"]))
+    configs = [c for c in candidates(space, key, default) if tuple(c.values()) in times]
+    assert len(configs) == len(times) > 40
+    facts = {tuple(values): (registers, spill, shared) for values, registers, spill, shared, _ in sweep["rows"]}
+    facts[tuple(default.values())] = tuple(sweep["default_facts"])
+    p = autotune.Problem("", "bfloat16", {}, "", key, "", space, configs)
+    for i, c in enumerate(configs):
+        p.costs[i] = autotune.cost(Compiled("", "", "sm_90", "bfloat16", "", c, 0.0, *facts[tuple(c.values())]), HERE.shared)
+    best = min(times.values())
+    assert best < 0.93  # there is something to find
+    rank = sorted(range(1, len(configs)), key=lambda i: p.costs[i])
+    assert min(times[tuple(configs[i].values())] for i in rank[: len(rank) // 3]) == best  # survives a cut to a third
+    while len(p.ratios) < 12:
+        for i in autotune.next_group(p, autotune.GROUP):
+            p.ratios[i] = times[tuple(configs[i].values())]
+    assert min(p.ratios.values()) == best
+    blind = [min(1.0, *random.Random(seed).sample(list(times.values()), 12)) / best - 1 for seed in range(100)]
+    assert statistics.mean(blind) > 0.04
+
+
 # ---- the process that measures
 
 
@@ -297,7 +343,7 @@ def answer(pipe):
 
 
 def test_the_measuring_process_may_die_hang_or_lose_its_gpu():
-    measurer = Measurer(15, answer)
+    measurer = Measurer(60, answer)
     try:
         measurer.open("mlp")
         for what, message, deaths in (("fail", "check fail", 0), ("die", "exit 7", 1), ("break", "check break", 2)):
@@ -323,6 +369,35 @@ def test_a_bench_measures_what_is_right(tmp_path):
     assert len(tuning.read(written).entries) == 1 and "gating_fwd: 1." in result.stdout
     rows = [json.loads(line) for line in next(tmp_path.glob("journal.*.jsonl")).read_text().splitlines()]
     assert sum(row["kind"] == "time" and row["error"] is None for row in rows) >= 4
+
+
+# ---- what is right
+
+WORKLOADS = [
+    ("gating", {"sides": 2, "H": 2, "E": 5, "TOP_K": 2, "D": 24, "N": 33}),
+    ("projection", {"H": 2, "E": 3, "TOP_K": 2, "P": 16, "D": 24, "N": 40, "width": 12}),
+    ("projection", {"H": 1, "E": 5, "TOP_K": 1, "P": 16, "D": 24, "N": 21, "alone": False}),
+    ("mlp", {"E": 3, "G": 16, "TOP_K": 2, "D": 24, "N": 40}),
+    ("mlp", {"E": 3, "G": 16, "TOP_K": 2, "D": 24, "N": 40, "activation": "geglu", "bias": True}),
+    ("attention", {"P": 16, "B": 2, "T": 32, "H": 4, "Hkv": 2, "padding": True, "window": 9}),
+    ("attention", {"P": 16, "T": 64, "packed": True, "causal": False}),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("op", "shape"), WORKLOADS, ids=str)
+def test_workloads_agree_with_the_reference(op, shape, dtype, device):
+    assert workloads.has_twin(op, shape)
+    run = workloads.WORKLOADS[op]
+    default, exact = (run(workloads.Inputs(device, d, dtype), **shape) for d in (dtype, torch.float64))
+    right = truth(exact, default, dtype)
+    assert {name for name, result in default.items() if result.numel()} <= set(right)
+    for name in [name for name in right if right[name].numel()]:
+        missing = default[name].clone()
+        missing[(0,) * missing.ndim] = torch.nan
+        for wrong in (default[name] * 1.1, missing):
+            with pytest.raises(AssertionError, match=f"^{name} of the default"):
+                truth(exact, default | {name: wrong}, dtype)
 
 
 # ---- real lookups
@@ -375,6 +450,14 @@ def cli(*args: str, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=env, cwd=Path(__file__).parents[1])
 
 
+def start(*args: str, **environment: str) -> subprocess.Popen:
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | environment
+    heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell starts what it runs beside itself deaf
+    command, root = [sys.executable, "-m", "triton_moe", *args], Path(__file__).parents[1]
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env=env, cwd=root, preexec_fn=heard, **pipes)
+
+
 @pytest.mark.skipif(os.path.exists("/dev/nvidiactl"), reason="there is a GPU")
 def test_without_a_gpu_it_says_so(tmp_path):
     result = cli("autotune", "gating", TRITON_MOE_CONFIG_DIR=str(tmp_path))
@@ -408,15 +491,65 @@ def test_a_dry_run_compiles_ranks_and_resumes(tmp_path):
     path = tmp_path / "shapes.json"
     shape = {"H": 2, "E": 4, "TOP_K": 2, "P": 64, "D": 64, "N": 4096, "alone": False}
     path.write_text(json.dumps([{"op": "projection", "dtype": "bfloat16", "shape": shape}]))
-    command = ("autotune", "--dry-run", "--shapes", str(path), "--budget", "4s", "--jobs", "1")
+    command = ("autotune", "--dry-run", "--target", "sm_90", "--shapes", str(path), "--budget", "4s", "--jobs", "1")
     first = cli(*command, TRITON_MOE_CONFIG_DIR=str(tmp_path))
     assert first.returncode == 0 and "gather" in first.stdout and "compiled and fit" in first.stdout, first.stderr
+    path, lines = tmp_path / "journal.sm_90.jsonl", [0]
+    for sent, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)):  # both once it has written more lines
+        lines.append(path.read_bytes().count(b"\n"))
+        process = start(*command, "--resume", "--budget", "200s", TRITON_MOE_CONFIG_DIR=str(tmp_path))
+        while path.read_bytes().count(b"\n") < lines[-1] + 2 and process.poll() is None:
+            time.sleep(0.1)
+        process.send_signal(sent)
+        _, error = process.communicate(timeout=100)
+        assert (process.returncode, "Traceback" in error) == (code, False)
+    assert lines == sorted(lines)
     second = cli(*command, "--resume", TRITON_MOE_CONFIG_DIR=str(tmp_path))
     assert second.returncode == 0, second.stderr
-    rows = [json.loads(line) for line in (tmp_path / "journal.sm_90.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
     done = [json.dumps([row["key"], row["config"]]) for row in rows]
     assert len(done) == len(set(done)) > 0 and {row["kind"] for row in rows} == {"compile"}
     assert not list(tmp_path.glob("*.*.json"))  # nothing was measured, so there is nothing to adopt
+
+
+KINDS = """
+from pathlib import Path
+from triton_moe import compiler, doctor, tuning, workloads
+import argparse, sys
+
+here, sister = tuning.Device("Test GPU", "sm_89", 101376), tuning.Device("Test GPU Ti", "sm_89", 101376)
+shape = {"E": 32, "G": 128, "TOP_K": 4, "D": 1024, "N": 32768}
+workloads.PRESETS["paper"] = [("mlp", "bfloat16", shape)]
+found = [(k, key, d) for k, key, d in compiler.lookups("mlp", "sm_89", "bfloat16", shape) if key.kernel in tuning.space("mlp")]
+for (kernel, key, default), device, source in zip(found, (here, sister, here), (None, None, "0" * 16)):
+    config = {name: values[0] for name, values in tuning.space("mlp")[key.kernel].items()}
+    entry = tuning.Entry(key, source or tuning.source_hash(kernel), config, "3.6.0", 1, 2, 0)
+    tuning.save(Path(sys.argv[1]), "mlp", device, [entry])
+tuning.reload()
+for line in tuning.explain("mlp", device=here, **shape):
+    print("explain", line)
+compiler.this_gpu = lambda: here
+doctor.run(argparse.Namespace(preset="paper"))
+print(tuning.digest(here) == tuning.digest(here) != tuning.digest(sister))
+"""
+
+
+def test_the_doctor_and_explain_say_which_and_why(tmp_path):
+    environment = {"TRITON_MOE_CONFIG_DIR": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | environment
+    env["PYTHONPATH"] = str(Path(__file__).parents[1])
+    command = [sys.executable, "-c", KINDS, str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    why = [line.split(". ", 1)[1] for line in lines if line.startswith("explain")]
+    counts = {kind: sum(line.startswith(kind) for line in why) for kind in ("exact", "borrowed", "default")}
+    assert counts == {"exact": 1, "borrowed": 1, "default": len(why) - 2} and len(why) > 4
+    assert sum("is stale" in line for line in why) == 1 and any("tuned on Test GPU Ti" in line for line in why)
+    told = next(line for line in lines if line.endswith(" stale") or " stale," in line)
+    assert {part.strip() for part in told.split(",")} > {"1 exact", "1 borrowed", "1 stale"}
+    assert any(line.startswith("next       python -m triton_moe autotune --preset paper") for line in lines)
+    assert any(line.startswith("digest") for line in lines) and lines[-1] == "True"
 
 
 def test_the_doctor_finds_what_is_wrong(tmp_path):

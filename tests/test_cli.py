@@ -83,7 +83,7 @@ def test_compile_prints_a_row_of_numbers(tmp_path):
     assert result.returncode == 0, result.stderr
     row = r"^position +rope_rotate_kernel +bfloat16 +sm_90 +(\d+) +(\d+) +(\d+) +\d+\.\d  P="
     registers, spills, shared = map(int, re.search(row, result.stdout, re.MULTILINE).groups())
-    first = json.loads(path.read_text())[0]
+    first = json.loads(path.read_text().splitlines()[0])
     assert (first["registers"], first["spill_bytes"], first["shared_bytes"]) == (registers, spills, shared)
     assert 0 < registers <= 255
     assert ": 0 failed," in result.stdout.splitlines()[-1]

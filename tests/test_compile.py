@@ -3,12 +3,14 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+import triton
 
 from triton_moe import compiler
 from triton_moe.kernels import common
@@ -46,8 +48,18 @@ SPILLS: dict[tuple[str, str, str], int] = {
     ("_gather_kernel", "half", "gfx942"): 40,
 }
 
+# Where Triton 3.6 spills more than later ones.
+SPILLS_36: dict[tuple[str, str, str], int] = {
+    ("_attention_bwd_dkdv_kernel", "float32", "gfx942"): 268,
+    ("_attention_fwd_kernel", "half", "sm_80"): 8,
+    ("_gating_fwd_kernel", "float32", "sm_100"): 16,
+    ("_grouped_gemm_kernel", "float32", "sm_100"): 16,
+    ("_spread_kernel", "half", "sm_80"): 72,
+    ("_spread_kernel", "half", "sm_90"): 48,
+}
+
 # kernels/sets.py: 16-bit inputs only.
-HALF_ONLY = {"_set_tiles_kernel", "_gather_kernel", "_visited_kernel", "_pack_kernel", "_spread_kernel"}
+HALF_ONLY = {"_gather_kernel", "_pack_kernel", "_spread_kernel"}
 
 # A kernel for each thing compile_case has to notice, and one that it must leave alone.
 SAMPLES = """
@@ -100,7 +112,7 @@ def compiled(tmp_path_factory, *options: str) -> list[dict]:
     path = tmp_path_factory.mktemp("compile") / "rows.json"
     result = child("-m", "triton_moe", "compile", "--json", str(path), *options, timeout=1200)
     assert path.exists(), result.stderr
-    return json.loads(path.read_text())
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -138,8 +150,10 @@ def test_defaults_do_not_spill(rows):
         if row["spill_bytes"]:
             key = row["kernel"], "float32" if row["dtype"] == "float32" else "half", row["target"]
             most[key] = max(most.get(key, 0), row["spill_bytes"])
-    assert {key: spilled for key, spilled in most.items() if spilled > SPILLS.get(key, 0)} == {}
-    assert set(SPILLS) <= set(most), "an exception nobody needs any more"
+    old = triton.__version__.startswith("3.6.")
+    allowed = SPILLS | SPILLS_36 if old else SPILLS
+    assert {key: spilled for key, spilled in most.items() if spilled > allowed.get(key, 0)} == {}
+    assert set(SPILLS_36 if old else SPILLS) <= set(most), "an exception nobody needs any more"
 
 
 def test_no_float_atomics(rows):
@@ -170,12 +184,30 @@ def test_what_a_row_says(tmp_path):
         assert (spilling["spill_bytes"] > 0) == (target != "gfx942"), spilling
 
 
-def test_sets_fit_gpus_with_less_shared_memory(tmp_path_factory):
-    """Their tiles depend on the architecture; those of other kernels are no larger than for sm_80."""
-    options = ("--target", "sm_120", "--op", "projection", "--dtype", "bfloat16")
-    rows = compiled(tmp_path_factory, *options)
+def test_defaults_fit_gpus_with_less_shared_memory(tmp_path_factory):
+    rows = compiled(tmp_path_factory, "--target", "sm_86", "sm_120", "--dtype", "bfloat16")
     assert [(row["kernel"], row["target"], row["error"]) for row in rows if row["error"]] == []
     assert [row for row in rows if row["shared_bytes"] > compiler.TARGETS[row["target"]][1]] == []
+    assert {(row["op"], row["target"]) for row in rows} == {(op, t) for op in compiler.CASES for t in ("sm_86", "sm_120")}
+
+
+WARNED = """
+from triton_moe import compiler
+
+shape = {"E": 2, "G": 512, "TOP_K": 2, "D": 512, "N": 4096}
+((_, key, _),) = [found for found in compiler.lookups("mlp", "sm_90", "bfloat16", shape) if found[1].kernel == "up"]
+for warps in (4, 8):
+    config = {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "num_warps": warps, "num_stages": 3}
+    row = compiler.compile_candidate("sm_90", "bfloat16", "mlp", shape, key, config)
+    print(row.error, row.warning, row.spill_bytes > 0)
+"""
+
+
+def test_what_the_assembler_warns_of(tmp_path, monkeypatch):
+    """128 x 256 float32 sums are all registers of four warps."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))  # from the cache comes no warning
+    result = child("-c", WARNED, timeout=300)
+    assert result.stdout.splitlines() == ["None True True", "None False False"], result.stderr
 
 
 def test_a_cache_filled_ahead_of_time_is_all_that_a_second_run_needs(tmp_path):
@@ -187,12 +219,74 @@ def test_a_cache_filled_ahead_of_time_is_all_that_a_second_run_needs(tmp_path):
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*") if path.is_file()} == files
 
 
-def test_each_job_has_a_process_that_may_die(tmp_path):
-    jobs = [(os._exit, (3,), 60), (time.sleep, (60,), 0.5), (math.sqrt, (-1,), 60), (math.sqrt, (4,), 60)]
-    results = [(job, result) for f, job, seconds in jobs for job, result in compiler.each(f, [job], 1, seconds)]
-    assert [job for job, _ in results] == [job for _, job, _ in jobs]
-    died, late, failed, done = (result for _, result in results)
-    assert "died (exit 3)" in died and "no result after 0.5 s" in late and failed.startswith("ValueError") and done == 2.0
+def test_the_whole_space_is_compiled_in_parts(tmp_path):
+    """Ended after each second, and cut within a line: nothing is compiled twice, and what was compiled is a fair sample."""
+    shapes, report = tmp_path / "shapes.json", tmp_path / "rows.jsonl"
+    shapes.write_text(json.dumps([{"op": "attention", "dtype": "bfloat16", "shape": {"P": 32, "B": 1, "H": 1, "T": 64}}]))
+    options = ("--all", "--target", "sm_90", "gfx942", "--shapes", str(shapes), "--json", str(report), "--jobs", "1")
+    for seconds in (6, 3):
+        result = child("-m", "triton_moe", "compile", *options, "--budget", f"{seconds}s", "--resume", timeout=300)
+        assert result.returncode == 0, result.stderr
+        names = [name for name, _ in compiler._reported(report)]
+        summary = re.findall(r"^(\w+): (\d+) kernels compiled of (\d+)", result.stdout, re.MULTILINE)
+        assert sum(int(n) for _, n, _ in summary) == len(names) > 0
+        report.write_bytes(report.read_bytes()[:-9])
+    assert names == sorted(set(names))
+    assert all(int(whole) > 100 for _, _, whole in summary)
+    command = child("-m", "triton_moe", "compile", "--resume", timeout=100)
+    assert command.returncode == 2 and "--json" in command.stderr
+
+
+def odd(what):
+    if what == "die":
+        os._exit(3)
+    if what == "sleep":
+        time.sleep(60)
+    return os.getpid(), math.sqrt(what)
+
+
+COUNTED = """
+import sys
+from triton import knobs
+compiled = []
+knobs.compilation.listener = lambda src, metadata, metadata_group, times, cache_hit: compiled.append((src.name, cache_hit))
+import torch
+from triton_moe import workloads
+workloads.WORKLOADS["position"](workloads.Inputs("cuda", torch.bfloat16), P=64, D=128)
+torch.cuda.synchronize()
+print(len(compiled), [name for name, cache_hit in compiled if not cache_hit])
+"""
+
+
+@pytest.mark.gpu
+def test_after_compile_cache_the_first_call_compiles_nothing(tmp_path, monkeypatch):
+    shapes, cache = tmp_path / "shapes.json", tmp_path / "cache"
+    shapes.write_text(json.dumps([{"op": "position", "dtype": "bfloat16", "shape": {"P": 64, "D": 128}}]))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "empty"))
+    cold = child("-c", COUNTED, timeout=300)
+    assert "_rope_rotate_kernel" in cold.stdout, cold.stderr
+    assert child("-m", "triton_moe", "compile", "--cache", str(cache), "--shapes", str(shapes), timeout=300).returncode == 0
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(cache))
+    warm = child("-c", COUNTED, timeout=300)
+    count, rest = warm.stdout.strip().split(" ", 1)
+    assert (int(count) >= 4, rest) == (True, "[]"), warm.stderr
+
+
+@pytest.mark.parametrize("life", [200, 1])
+def test_a_job_may_end_its_process_and_the_others_go_on(monkeypatch, life):
+    monkeypatch.setattr(compiler, "LIFE", life)
+    jobs = [("die",), (-1,), (4,), (9,), ("sleep",), (16,)]
+    results = dict(compiler.each(odd, jobs, 1, 8.0))
+    assert list(results) == jobs
+    assert (
+        "died (exit 3)" in results["die",]
+        and results["sleep",] == "no result after 8 s"
+        and results[-1,].startswith("ValueError")
+    )
+    assert [root for _, root in (results[4,], results[9,], results[16,])] == [2.0, 3.0, 4.0]
+    assert (results[4,][0] == results[9,][0]) == (life > 1) and results[9,][0] != results[16,][0]
+    many = list(compiler.each(odd, [(n,) for n in range(20)], 3, 60.0))
+    assert sorted(job for job, _ in many) == [(n,) for n in range(20)] and all(root == math.sqrt(n) for (n,), (_, root) in many)
 
 
 def test_compiling_in_the_interpreter_is_refused(monkeypatch):

@@ -177,7 +177,7 @@ def check_plan(experts, E, sets):
     """routing_plan of experts [sides, N, H, K] against stable sorts by torch."""
     stacked = kernels.routing_plan(experts, E, sets)
     N, H, K = experts.shape[1:]
-    assert all(t.dtype == torch.int32 for t in stacked)
+    assert all(t.dtype == torch.int32 for t in stacked[:-1]) and stacked[-1].dtype == torch.int64
     for side, e in enumerate(experts):
         plan = kernels.Plan(*(t[side] for t in stacked))
         heads = torch.arange(H, device=e.device)[:, None]
@@ -188,23 +188,54 @@ def check_plan(experts, E, sets):
             signature, sorted_heads = torch.zeros_like(ranks[:, 0]), next(h for h in range(H, 0, -1) if S**h < 2**31 or h == 1)
             for rank in ranks.T[:sorted_heads]:
                 signature = signature * S + torch.where(signature % 2 == 1, S - 1 - rank, rank)
-            keys["token_order"] = signature // -(-(S**sorted_heads) // kernels.MAX_SIGNATURES)
-        else:
-            assert plan.set_order.numel() == plan.set_offsets.numel() == plan.token_order.numel() == 0
+            if kernels.sets.joint(E, K):
+                keys["token_order"] = signature // -(-(S**sorted_heads) // kernels.MAX_SIGNATURES)
+            check_tiles(plan, keys, e, H * S)
+            if plan.rank.numel():
+                assert torch.equal(plan.rank[plan.order.long()].long(), torch.arange(N * H * K, device=e.device))
+        assert [list(t.shape) for t in plan] == [list(shape) for shape in kernels.plan_shapes(N, H, E, K, sets)]
         for name, key in keys.items():
             assert torch.equal(getattr(plan, name).long(), key.sort(stable=True).indices), name
-        for name, count in (("offsets", H * E), ("set_offsets", H * math.comb(E, K) if sets else -1)):
-            key = keys.get(name.replace("offsets", "order"))
-            if key is not None:
-                counts = torch.zeros(count, dtype=torch.int64, device=e.device).index_add_(0, key, torch.ones_like(key))
-                assert getattr(plan, name).tolist() == [0, *counts.cumsum(0).tolist()], name
+        counts = torch.bincount(keys["order"], minlength=H * E)
+        assert plan.offsets.tolist() == [0, *counts.cumsum(0).tolist()]
+
+
+def check_tiles(plan, keys, e, groups):
+    """What `gather` and `spread` are told of their tiles."""
+    (N, H, K), TILE = e.shape, kernels.sets.TILE
+    S = groups // H
+    counts = torch.bincount(keys["set_order"], minlength=groups)
+    ends = counts.cumsum(0)
+    expected = {
+        (first, end, group // S): group
+        for group, (begin, end) in enumerate(zip((ends - counts).tolist(), ends.tolist(), strict=True))
+        for first in range(begin, end, TILE)
+    }
+    used = plan.set_tiles[: len(expected)].tolist()
+    assert sorted(tuple(entry[:3]) for entry in used) == sorted(expected)
+    rows = e.flatten(0, 1).tolist()
+    assert all(entry[3:] == sorted(rows[plan.set_order[entry[0]]]) for entry in used)
+    assert not plan.set_tiles[len(expected) :, :2].any()
+
+    together = "token_order" in keys
+    first, passes = 0, [plan.token_order] if together else plan.set_order.view(H, N)
+    chosen, E = e.tolist(), plan.offsets.shape[0] // H
+    for h, (order, visited) in enumerate(zip(passes, plan.visited.view(len(passes), -1, 2).tolist(), strict=True)):
+        for tile, (bits, block) in zip(order.split(TILE) if N else (), visited, strict=True):
+            experts = {i * E + x for n in tile.tolist() for i in range(H) for x in chosen[n][i]} if together else None
+            if experts is None:
+                experts = {x for item in tile.tolist() for x in chosen[item // H][h]}
+            assert {i for i in range(64) if bits >> i & 1} == experts
+            assert first <= block  # blocks of packed rows do not overlap
+            first = block + len(experts)
+    assert first * TILE <= kernels.sets.packed_shape(N, H, E, K, 8)[0]
 
 
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Chunks and tiles that a small problem has several of."""
     monkeypatch.setattr(kernels, "CHUNK", 32)
-    monkeypatch.setattr(kernels, "ROWS", 16)
+    monkeypatch.setattr(kernels.sets, "TILE", 16)
 
 
 @pytest.mark.smoke
@@ -240,15 +271,17 @@ def test_neighbouring_sets_differ_in_one_expert(device):
         sets = revolving_door(E, K)
         assert all(len(a - b) == 1 for a, b in itertools.pairwise(sets))
         experts = torch.tensor([sorted(s, reverse=True) for s in sets], dtype=torch.int32, device=device)[None, :, None]
-        assert kernels.routing_plan(experts, E, True)[2].tolist() == [list(range(len(sets)))]
+        plan = kernels.routing_plan(experts, E, True)
+        assert plan[3].tolist() == [list(range(len(sets)))]
+        assert plan[4][0, :, 3:].tolist() == [sorted(s) for s in sets] + [[0] * K]
 
 
 def test_experts_by_hand_may_repeat(device):
     """Then what the sets mean is nobody's concern, but every item keeps one place."""
     experts = torch.full((1, 70, 2, 3), 4, dtype=torch.int32, device=device)
     experts[:, ::2] = torch.tensor([0, 0, 2], dtype=torch.int32, device=device)
-    order, _, set_order, _, token_order = kernels.routing_plan(experts, 5, True)
-    for t in (order, set_order, token_order):
+    order, _, rank, set_order, _, token_order, _ = kernels.routing_plan(experts, 5, True)
+    for t in (order, rank, set_order, token_order):
         assert torch.equal(t[0].sort().values.long(), torch.arange(t.numel(), device=device))
 
 

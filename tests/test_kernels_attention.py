@@ -10,7 +10,8 @@ from triton_moe import functional as F
 from triton_moe.kernels import attention
 from triton_moe.kernels.attention import CONFIGS, attention_backward, attention_forward
 from triton_moe.kernels.common import input_precision
-from triton_moe.kernels.position import rope_rotate, xl_keys, xl_query
+from triton_moe.kernels.position import rope_rotate
+from triton_moe.kernels.xl import xl_query, xl_query_backward_
 from triton_moe.testing import assert_close
 
 DTYPES = [torch.float32, torch.float16]
@@ -146,9 +147,12 @@ def test_attention(device, dtype, case):
     check(device, dtype, **case)
 
 
-def test_position_scores_some_tiles_at_a_time(device, monkeypatch):
-    monkeypatch.setattr(attention, "POSITION_BYTES", 1)
-    check(device, torch.float32, T=300, S=320, H=1, P=8, F=10, with_dlse=False)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_position_channels_some_at_a_time(dtype, device, monkeypatch):
+    """Too many of them to be held whole: also in half precision, and not a multiple of what is taken at a time."""
+    monkeypatch.setattr(attention, "WIDEST_POSITIONS", 8)
+    monkeypatch.setattr(attention, "POSITION_CHUNK", 16)
+    check(device, dtype, T=40, S=50, H=4, Hkv=2, P=8, F=42, window=30)
 
 
 @pytest.mark.smoke
@@ -267,12 +271,15 @@ def test_large_scores(device):
 def test_compiled_by_dynamo(device):
     """The launchers are opaque operators: their fakes agree with them, and they trace without a graph break."""
     q, k = torch.randn(2, 5, 4, 8, device=device), torch.randn(2, 7, 2, 8, device=device)
-    v, q_pos, k_pos = torch.randn(2, 7, 2, 3, device=device), torch.randn(2, 5, 4, 6, device=device), xl_keys(k, 7, 6)
+    v, weight = torch.randn(2, 7, 2, 3, device=device), torch.randn(32, 6, device=device)
 
     def both(q, k, v):
         q = rope_rotate(q, 4, 1e4, 2, False)
+        q_pos, k_pos, narrow = xl_query(q, weight, 7, 0, True, "ieee")
         o, lse = attention_forward(q, k, v, q_pos, k_pos, None, None, True, 0, 1.0, "ieee")
-        return o, lse, *attention_backward(o, lse, q, k, v, q_pos, k_pos, None, None, o, lse, True, 0, 1.0, "ieee")
+        grads = attention_backward(o, lse, q, k, v, q_pos, k_pos, None, None, o, lse, True, 0, 1.0, "ieee")
+        dq = grads[0].clone()
+        return o, lse, *grads, xl_query_backward_(grads[3], dq, q, narrow, 6, 7, 0, True, "ieee"), dq
 
     compiled = torch.compile(both, fullgraph=True, backend="aot_eager")(q, k, v)
     for a, b in zip(compiled, both(q, k, v), strict=True):
@@ -300,42 +307,6 @@ def test_rope(device, dtype, n, P, offset):
     leaf = x.detach().requires_grad_()
     (dx_twin,) = torch.autograd.grad(rope_formula(leaf, n, 500.0, offset), leaf, dy)
     assert_close(rope_rotate(dy, n, 500.0, offset, True), dx, dx_twin)
-
-
-@pytest.mark.parametrize("D", [1, 2, 11, 24, 1030])
-@pytest.mark.parametrize("offset", [0, 6])
-def test_xl_term(device, D, offset):
-    """q_pos_i . k_pos_j == a_i . R_{j-i}, and the conjugate is the transpose."""
-    T, S, H = 5, 5 + offset, 3
-    a = torch.randn(2, T, H, D, device=device)
-    channel = torch.arange(D, device=device)
-    m = torch.arange(S, device=device) - (offset + torch.arange(T, device=device)[:, None])
-    angle = m[..., None] * 10000.0 ** (-2.0 * (channel // 2).double() / D)
-    R = torch.where(channel % 2 == 0, angle.sin(), angle.cos())  # [T, S, D]
-    truth = torch.einsum("bthd,tsd->bths", a.double(), R)
-
-    q_pos, k_pos = xl_query(a, D, offset, False), xl_keys(a, S, D)
-    assert q_pos.shape == (2, T, H, D + D % 2) and k_pos.shape == (S, D + D % 2)
-    scores = torch.einsum("bthf,sf->bths", q_pos.double(), k_pos.double())
-    twin = torch.einsum("bthd,tsd->bths", a, R.float())
-    assert_close(scores.float(), truth, twin, ulps=16.0)
-
-    g = torch.randn_like(q_pos)
-    da = xl_query(g, D, offset, True)
-    assert da.shape == a.shape
-    torch.testing.assert_close((da.double() * a).sum(), (g.double() * q_pos).sum(), rtol=1e-5, atol=1e-4)
-
-
-def test_xl_half_precision(device):
-    a = torch.randn(1, 4, 2, 10, device=device)
-    for dtype in (torch.float16, torch.bfloat16):
-        half = a.to(dtype)
-        assert_close(
-            xl_query(half, 10, 2, False),
-            xl_query(half.float(), 10, 2, False).double(),
-            xl_query(half.float(), 10, 2, False).to(dtype),
-        )
-        assert torch.equal(xl_keys(half, 7, 10), xl_keys(a, 7, 10).to(dtype))
 
 
 @pytest.mark.parametrize("heads, kv_heads", [(3, 3), (6, 2)])

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from triton_moe import functional as F
 from triton_moe import testing
-from triton_moe.kernels.position import rope_rotate, rope_rotate_, xl_keys, xl_query
+from triton_moe.kernels.position import rope_rotate, rope_rotate_
 
 
 @given(data=st.data(), P=st.integers(1, 24), offset=st.integers(0, 10**6))
@@ -50,14 +50,6 @@ def test_scores_depend_on_distance_alone(data, offset, device):
         return torch.einsum("bthp,bshp->ts", *(rope_rotate(x, 8, 10000.0, start, False) for x in (q, k)))
 
     torch.testing.assert_close(scores(0), scores(offset), rtol=1e-4, atol=1e-5)
-
-
-@given(data=st.data(), D=st.integers(1, 20), shift=st.integers(0, 5))
-def test_the_transformer_xl_term_depends_on_distance_alone(data, D, shift, device):
-    a = data.draw(testing.tensors((1, 3, 1, D), device=device)).expand(1, 3, 1, D).contiguous()
-    near = torch.einsum("bthf,sf->ts", xl_query(a, D, 2, False), xl_keys(a, 8, D))
-    far = torch.einsum("bthf,sf->ts", xl_query(a, D, 2 + shift, False), xl_keys(a, 8 + shift, D))
-    torch.testing.assert_close(near, far[:, shift:], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("position", [None, F.RoPE(0.0)])

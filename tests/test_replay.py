@@ -236,6 +236,13 @@ def test_a_recording_frees_what_it_needs_no_more(device):
     assert [t is None for t in alive] == [False, True, True, False]
 
 
+def test_indices_are_recorded(device):
+    x, order = torch.randn(5, device=device), torch.tensor([3, 1, 0], device=device)
+    function = lambda tensors: (tensors[0][tensors[1]],)  # noqa: E731
+    _, recording = replay.record(function, (x, order), (), x.device)
+    assert torch.equal(recording((x + 1, order.flip(0)))[0], (x + 1)[order.flip(0)])
+
+
 @pytest.fixture
 def recordings(monkeypatch):
     """An empty store."""

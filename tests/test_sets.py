@@ -25,9 +25,13 @@ class Value(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dv):
-        *saved, u = ctx.saved_tensors
-        gates = projection.value_backward_gates(dv, u, saved[2].shape[2])
-        return *projection.value_backward(dv, *saved, None, None, None, "ieee"), gates, None
+        x, w, weights, experts, *plan, u = ctx.saved_tensors
+        gated, order_b, gates = projection.value_backward_rows(dv, u, weights, experts, *plan)
+        return (
+            *projection.value_backward(dv, gated, order_b, x, w, weights, experts, *plan, None, None, None, "ieee"),
+            gates,
+            None,
+        )
 
 
 class Output(torch.autograd.Function):
@@ -79,7 +83,10 @@ def test_what_else_reaches_x_is_added(joint, always, device, monkeypatch):
     half = {"device": device, "dtype": torch.float16}
     x, w, dv = randn(N, D, **half).detach(), randn(H * E, D, P, **half).detach(), randn(N, H, P, **half).detach()
     base, dlogits, sel = randn(N, D, **half).detach(), randn(N, H * E, **half).detach(), randn(H * E, D, **half).detach()
-    args = dv, x, w, randn(N, H, K, device=device).detach(), experts, *plan_of(experts, E)
+    plan, u = plan_of(experts, E), randn(N * H * K, P, **half).detach()
+    weights = randn(N, H, K, device=device).detach()
+    gated, order_b, _ = projection.value_backward_rows(dv, u, weights, experts, *plan)
+    args = dv, gated, order_b, x, w, weights, experts, *plan
     plain, dw = projection.value_backward(*args, None, None, None, "ieee")
     added, dw_again = projection.value_backward(*args, base, dlogits, sel, "ieee")
     assert torch.equal(dw, dw_again)

@@ -14,7 +14,6 @@ import importlib.util
 import json
 import math
 import os
-import re
 import statistics
 import sys
 import time
@@ -23,12 +22,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from . import tuning
+from .compiler import seconds
 
 OPS = ("gating", "projection", "mlp", "attention")
 PRESETS = ("paper", "moeut", "llm")
 GROUP, ROUNDS, CONFIRM = 6, 9, 31  # configurations measured in turns; rounds of those; rounds of the last comparison
 LEAST_GAIN = 0.01  # of the default's time
-COMPILE = 0.65  # of the budget; on an H200 with 16 processes 8 configurations a second, and then 20 of them measured in one
+COMPILE = 0.5  # of the budget; a core compiles two configurations a second, and 20 to 30 of them are measured in one
 IN_BLOCK, IN_MULTIPROCESSOR = 1024, 65536  # bytes of shared memory a block costs besides its own; registers
 
 
@@ -139,8 +139,8 @@ def _lines(path: Path) -> Iterator[dict]:
 
 
 def cost(row, shared: int) -> float:
-    """A guess at relative time from what the compiler says: spills are slow, few warps on a multiprocessor hide little, small
-    tiles load more for each product."""
+    """A guess at relative time from what the compiler says: spills are slow, and products that wait for one another; few warps on
+    a multiprocessor hide little, small tiles load more for each product."""
     warps = row.config["num_warps"]
     blocks = min(
         (shared + IN_BLOCK) // (row.shared_bytes + IN_BLOCK),
@@ -149,7 +149,7 @@ def cost(row, shared: int) -> float:
     )
     sides = sorted(v for k, v in row.config.items() if k in ("BLOCK_M", "BLOCK_N", "BLOCK_I", "BLOCK_J", "BLOCK_P"))[-2:]
     small = 1 / sides[0] + 1 / sides[-1] if sides else 0.0
-    return (1 + row.spill_bytes / 64) * (1 + 4 / (max(1, blocks) * warps)) * (1 + 16 * small)
+    return (1.5 if row.warning else 1) * (1 + row.spill_bytes / 64) * (1 + 4 / (max(1, blocks) * warps)) * (1 + 16 * small)
 
 
 def next_group(problem: Problem, n: int) -> list[int]:
@@ -188,13 +188,14 @@ def compile_stage(found: list[Problem], device: tuning.Device, journal: Journal,
     from tqdm import tqdm
 
     from . import compiler
+    from .workloads import has_twin
 
     todo = []
     for n in range(max((len(p.configs) for p in found), default=0)):
         todo += [(p, n) for p in found if n < len(p.configs) and n not in p.costs and n not in p.failed]
     workloads = {json.dumps(p.workload): p.workload for p in found if measured}
     whole = [(op, d, shape, d) for op, d, shape in workloads.values()]
-    whole += [(op, "float32", shape, d) for op, d, shape in workloads.values() if d != "float32"]
+    whole += [(op, "float32", shape, d) for op, d, shape in workloads.values() if d != "float32" and not has_twin(op, shape)]
 
     def work():  # what the measuring process runs besides candidates comes first: its workloads, and their truth
         for op, dtype, shape, stored in whole:
@@ -218,7 +219,7 @@ def compile_stage(found: list[Problem], device: tuning.Device, journal: Journal,
             facts = (
                 {}
                 if isinstance(row, str)
-                else {k: getattr(row, k) for k in ("registers", "spill_bytes", "shared_bytes", "seconds")}
+                else {k: getattr(row, k) for k in ("registers", "spill_bytes", "shared_bytes", "warning", "seconds")}
             )
             error = error and error.strip().splitlines()[-1][:300]
             journal.add("compile", device.arch, problem, problem.configs[i], cost=worth, error=error, **facts)
@@ -419,17 +420,12 @@ def as_json(found: list[Problem]) -> list[dict]:
 # ---- the command
 
 
-def seconds(text: str) -> float:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text)
-    if not match:
-        raise argparse.ArgumentTypeError(f"must look like 90s, 10m or 1h, got {text!r}")
-    return float(match[1]) * {"s": 1, "": 1, "m": 60, "h": 3600}[match[2]]
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("op", nargs="*", metavar="OP", help=f"some of {', '.join(OPS)} (default: all)")
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--preset", choices=PRESETS, default="paper", help="shapes of published models, or of larger ones")
+    which.add_argument(
+        "--preset", nargs="+", choices=PRESETS, default=["paper"], help="shapes of published models, or of larger ones"
+    )
     which.add_argument(
         "--shapes", type=Path, metavar="FILE", help='your own: [{"op": "mlp", "dtype": "bfloat16", "shape": {...}}]'
     )
@@ -439,7 +435,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--resume", action="store_true", help="go on with the journal of an earlier run")
     parser.add_argument("--dry-run", action="store_true", help="compile and rank only; needs no GPU")
-    parser.add_argument("--target", default="sm_90", help="for a dry run without a GPU (default sm_90)")
+    parser.add_argument("--target", help="what a dry run compiles for (default: this GPU; sm_90 where there is none)")
     parser.add_argument("--report", type=Path, metavar="PATH", help="also write the results to a file (JSON)")
 
 
@@ -462,16 +458,19 @@ def run(args: argparse.Namespace) -> int:
         if args.shapes:
             shapes = workloads.read_shapes(args.shapes, ops)
         else:
-            shapes = [row for row in workloads.PRESETS[args.preset] if row[0] in ops]
+            shapes = [row for name in args.preset for row in workloads.PRESETS[name] if row[0] in ops]
     except ValueError as error:
         return fail(error)
-    device = compiler.this_gpu()
+    device = None if args.target else compiler.this_gpu()
     if device is None:
+        target = args.target or "sm_90"
         if not args.dry_run:
-            return fail("torch sees no GPU; --dry-run compiles and ranks without one")
-        if args.target not in compiler.TARGETS:
+            return fail(
+                "--target is for --dry-run" if args.target else "torch sees no GPU; --dry-run compiles and ranks without one"
+            )
+        if target not in compiler.TARGETS:
             return fail(f"--target must be one of {', '.join(compiler.TARGETS)}")
-        device = tuning.Device(args.target, args.target, compiler.TARGETS[args.target][1])
+        device = tuning.Device(target, target, compiler.TARGETS[target][1])
     chosen = os.environ.get("TRITON_MOE_CONFIG_DIR")
     folder = Path(chosen) if chosen else tuning.user_folder()
     measurer = None

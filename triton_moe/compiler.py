@@ -1,7 +1,7 @@
 """Compile every kernel as its launcher would launch it, for any target, on a machine without a GPU.
 
     python -m triton_moe compile --target sm_90 --op attention
-    python -m triton_moe compile --all --target sm_90 --json report.json      every configuration that may be tuned
+    python -m triton_moe compile --all --target all --json report.jsonl       every configuration that may be tuned
     python -m triton_moe compile --cache DIR --shapes FILE                    ahead of time, for the GPU of this machine
 
 The workloads run on `meta` tensors: the launchers allocate, look their configuration up and launch as ever, but `common.launch`
@@ -13,8 +13,11 @@ scratch on AMD.
 """
 
 import argparse
+import hashlib
+import io
 import itertools
 import json
+import math
 import os
 import re
 import signal
@@ -23,6 +26,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import redirect_stdout, suppress
 from dataclasses import asdict, dataclass
 from multiprocessing import connection, forkserver, get_context
 from pathlib import Path
@@ -39,6 +43,7 @@ TARGETS = {  # name: (backend, architecture, threads of a warp), bytes of shared
 MAIN_TARGETS = ["sm_80", "sm_90", "sm_100", "gfx942"]
 DTYPES = ("float16", "bfloat16", "float32")
 TIMEOUT = 120  # seconds for one configuration; a sound one takes 0.2 to 16
+LIFE = 200  # configurations a process compiles, for what Triton keeps of each
 
 FLOAT_ATOMIC = {
     "ptx": re.compile(r"^\s*(?:@!?%\w+\s+)?(?:atom|red|cp\.reduce)\.[\w.:]*\.(?:f|bf)(?:16|32|64)", re.MULTILINE),
@@ -61,6 +66,7 @@ class Compiled:
     spill_bytes: int | None = None
     shared_bytes: int | None = None
     float_atomics: bool | None = None
+    warning: bool = False  # of the assembler: matrix products wait for one another
     error: str | None = None
 
 
@@ -88,17 +94,21 @@ def compile_case(
     only:   compile a kernel only if this returns True for it
     stored: as of workloads.Inputs
     """
-    label = " ".join(f"{name}={value}" for name, value in shape.items())
+    from triton import knobs
+
     rows, seen = [], set()
 
     def compile_kernel(kernel, grid, args, meta):
         if only is not None and not only(kernel):
             return
         config = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in meta.items()}
-        row = Compiled(op, kernel.__name__, target, dtype, label, config, 0.0)
+        row = Compiled(op, kernel.__name__, target, dtype, _text(shape), config, 0.0)
         start = time.perf_counter()
         try:
-            compiled = kernel.warmup(*args, grid=grid, **meta)
+            with knobs.nvidia.scope(), redirect_stdout(io.StringIO()) as log:
+                knobs.nvidia.dump_ptxas_log = True
+                compiled = kernel.warmup(*args, grid=grid, **meta)
+            row.warning = "Potential Performance Loss" in log.getvalue()
             if compiled.hash in seen:  # the same kernel again, for other tensors
                 return
             seen.add(compiled.hash)
@@ -110,6 +120,10 @@ def compile_case(
 
     _on_meta(target, dtype, op, shape, choose, compile_kernel, stored)
     return rows
+
+
+def _text(shape: dict) -> str:
+    return " ".join(f"{name}={value}" for name, value in shape.items())
 
 
 def _on_meta(target, dtype, op, shape, choose, on_launch, stored="") -> None:
@@ -239,7 +253,7 @@ CASES = {  # op: shapes of its workload, published ones and what lies at the edg
         {"P": 100, "padding": True, "causal": False, "Hkv": 2},
         {"P": 128},
         {"P": 256},
-        {"P": 76, "H": 2, "Hkv": 2, "xl": 412},
+        {"P": 112, "H": 2, "Hkv": 2, "xl": 1024, "T": 512},
     ],
     "position": [{"P": 82, "D": 412}],
     "cast": [{"H": 4, "E": 4, "P": 100, "D": 1024}],
@@ -253,7 +267,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES), help="default: all")
     parser.add_argument("--all", action="store_true", help="every configuration of the search spaces, not only the defaults")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (default: one a core)")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="also write the rows, with their configurations, to a file")
+    parser.add_argument(
+        "--json", type=Path, metavar="PATH", help="also write each row, with its configuration, as a line of a file"
+    )
+    parser.add_argument(
+        "--budget", type=seconds, default=math.inf, metavar="TIME", help="of --all, such as 90s, 10m, 1h: then stop"
+    )
+    parser.add_argument("--resume", action="store_true", help="of --all: what the --json file has is not compiled again")
     parser.add_argument("--cache", type=Path, metavar="DIR", help="fill this Triton cache, for this GPU or else for --target")
     parser.add_argument(
         "--shapes", type=Path, metavar="FILE", help="of shapes instead of the built-in ones, as autotune takes it"
@@ -263,6 +283,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from . import workloads
 
+    if args.resume and not (args.all and args.json):
+        print("triton-moe compile: --resume is for --all and --json", file=sys.stderr)
+        return 2
     if args.json and not args.json.parent.is_dir():
         raise NotADirectoryError(f"--json: no directory {args.json.parent}")
     if args.shapes:
@@ -279,41 +302,80 @@ def run(args: argparse.Namespace) -> int:
     start = time.perf_counter()
     print(f"{'op':<11}{'kernel':<28}{'dtype':<10}{'target':<8}{'regs':>5}{'spill B':>9}{'shared B':>10}{'s':>7}  shape")
     sys.stdout.flush()
-    rows = []
+    rows, names = [], {}
     if args.all:
-        function, jobs = compile_candidate, list(_whole_space(jobs))
-    for job, result in each(function, jobs, args.jobs, TIMEOUT if args.all else 10 * TIMEOUT):
+        function, names = compile_candidate, whole_space(jobs)
+        jobs = list(names.values())
+        if args.resume:
+            known = {name: row for name, row in _reported(args.json) if name in names}
+            rows = list(known.values())
+            jobs = [job for name, job in names.items() if name not in known]
+    name_of = {id(job): name for name, job in names.items()}
+    report = open(args.json, "a" if args.resume else "w") if args.json else None  # noqa: SIM115
+    if report and report.tell():
+        print(file=report)  # after a line that may have been cut
+    in_time = itertools.takewhile(lambda _: time.perf_counter() - start < args.budget, jobs)
+    for job, result in each(function, in_time, args.jobs, TIMEOUT if args.all else 10 * TIMEOUT):
         if isinstance(result, str):  # the process died
             target, dtype, op, shape = job[:4]
-            label = " ".join(f"{name}={value}" for name, value in shape.items())
-            result = Compiled(op, "?", str(target), dtype, label, job[-1] if args.all else {}, 0.0, error=result)
+            kernel, config = (f"_{job[4].kernel}_kernel", job[5]) if args.all else ("?", {})
+            result = Compiled(op, kernel, str(target), dtype, _text(shape), config, 0.0, error=result)
         for row in result if isinstance(result, list) else [result]:
             rows.append(row)
             print(_line(row), flush=True)
-    failed = [row for row in rows if row.error]
-    print(
-        f"{len(rows)} kernels compiled in {time.perf_counter() - start:.0f} s: {len(failed)} failed, "
-        f"{sum(bool(row.spill_bytes) for row in rows)} spill registers, {sum(map(too_large, rows))} want more shared memory than "
-        f"a block has, {sum(bool(row.float_atomics) for row in rows)} use float atomics"
-    )
-    if args.json:
-        args.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
-    return 1 if failed and not args.all else 0
+            if report:
+                print(json.dumps(asdict(row) | ({"name": name_of[id(job)]} if args.all else {})), file=report, flush=True)
+    for target in dict.fromkeys(row.target for row in rows):
+        some = [row for row in rows if row.target == target]
+        print(
+            f"{target}: {len(some)} kernels compiled"
+            f"{f' of {sum(job[0] == target for job in names.values())}' if args.all else ''}: "
+            f"{sum(row.error is not None for row in some)} failed, {sum(bool(row.spill_bytes) for row in some)} spill registers, "
+            f"of {sum(row.warning for row in some)} the assembler warns, "
+            f"{sum(map(too_large, some))} want more shared memory than a block has, "
+            f"{sum(bool(row.float_atomics) for row in some)} use float atomics"
+        )
+    print(f"{len(rows)} rows, {time.perf_counter() - start:.0f} s")
+    return 1 if not args.all and any(row.error for row in rows) else 0
+
+
+def seconds(text: str) -> float:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"must look like 90s, 10m or 1h, got {text!r}")
+    return float(match[1]) * {"s": 1, "": 1, "m": 60, "h": 3600}[match[2]]
 
 
 def too_large(row: Compiled) -> bool:
     return row.target in TARGETS and (row.shared_bytes or 0) > TARGETS[row.target][1]
 
 
-def _whole_space(jobs: list[tuple]) -> Iterator[tuple]:
+def whole_space(jobs: list[tuple]) -> dict[str, tuple]:
+    """The arguments of `compile_candidate` for all configurations of all lookups that these workloads make, by a name of all
+    that decides the outcome. They are sorted by name, which is a hash: any first part of them is a fair sample."""
+    import triton
+
     from . import tuning
 
+    found = {}
     for target, dtype, op, shape in jobs:
         for kernel, key, default in lookups(op, target, dtype, shape):
-            space = tuning.space(tuning.op_of(kernel)).get(key.kernel)
-            if space is not None:
+            file = tuning.op_of(kernel)
+            space = tuning.space(file).get(key.kernel)
+            if space is not None and (file != "gating" or op == "gating"):
+                what = target, dtype, key, tuning.source_hash(kernel), triton.__version__
                 for config in candidates(space, key, default):
-                    yield target, dtype, op, shape, key, config
+                    name = hashlib.sha256(json.dumps([*what, config]).encode()).hexdigest()[:16]
+                    found.setdefault(name, (target, dtype, op, shape, key, config))
+    return dict(sorted(found.items()))
+
+
+def _reported(path: Path) -> Iterator[tuple[str, Compiled]]:
+    """The rows of an earlier run; a line that was being written when it ended is none."""
+    for line in path.read_text().splitlines() if path.exists() else ():
+        with suppress(ValueError, KeyError, TypeError):
+            row = json.loads(line)
+            yield row.pop("name"), Compiled(**row)
 
 
 def this_gpu():
@@ -339,10 +401,11 @@ def compile_for(device, dtype: str, op: str, shape: dict) -> list[Compiled]:
 
 
 def each(function: Callable, jobs: Iterable[tuple], processes: int, seconds: float) -> Iterator[tuple[tuple, Any]]:
-    """(job, function(*job)) in the order in which they end. Each job has a process of its own, so that one which crashes or
-    runs longer than `seconds`, and is then killed, only costs its own result: a string instead, which says what happened.
+    """(job, function(*job)) in the order in which they end. A process that crashes, or runs longer than `seconds` and is then
+    killed, only costs the result of the job it had: a string instead, which says what happened; another one takes its place.
 
-    Processes are forked from a server that has the modules loaded. They do not hear Ctrl-C, which is for the caller.
+    A process does many jobs, for the first takes Triton five times as long as others; it is forked from a server that has the
+    modules loaded, and does not hear Ctrl-C, which is for the caller.
     """
     context = get_context("forkserver")
     context.set_forkserver_preload(["triton_moe.workloads"])
@@ -351,32 +414,41 @@ def each(function: Callable, jobs: Iterable[tuple], processes: int, seconds: flo
         forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-    waiting, running = iter(jobs), {}
+    waiting, running, idle = iter(jobs), {}, []
     try:
         while True:
             while len(running) < processes and (job := next(waiting, None)) is not None:
-                ours, theirs = context.Pipe(duplex=False)
-                process = context.Process(target=_child, args=(theirs, function, job), daemon=True)
-                process.start()
-                theirs.close()
-                running[ours] = job, process, time.monotonic() + seconds
+                if idle:
+                    pipe, process, done = idle.pop()
+                else:
+                    (pipe, theirs), done = context.Pipe(), 0
+                    process = context.Process(target=_child, args=(theirs, function), daemon=True)
+                    process.start()
+                    theirs.close()
+                running[pipe] = job, process, done, time.monotonic() + seconds
+                with suppress(OSError):  # it died meanwhile: the answer is none
+                    pipe.send(job)
             if not running:
                 return
-            first = min(deadline for _, _, deadline in running.values())
+            first = min(deadline for *_, deadline in running.values())
             ready = connection.wait(list(running), max(0.0, first - time.monotonic()))
             late = [pipe for pipe, (*_, deadline) in running.items() if deadline <= time.monotonic() and pipe not in ready]
             for pipe in [*ready, *late]:
-                job, process, _ = running.pop(pipe)
+                job, process, done, _ = running[pipe]
                 try:
-                    result = pipe.recv() if pipe in ready else f"no result after {seconds:g} s"
+                    result, more = (pipe.recv(), done + 1 < LIFE) if pipe in ready else (f"no result after {seconds:g} s", False)
                 except (EOFError, OSError):
                     process.join()
-                    result = f"the process died (exit {process.exitcode})"
-                _kill(process)
-                pipe.close()
+                    result, more = f"the process died (exit {process.exitcode})", False
+                del running[pipe]
+                if more:
+                    idle.append((pipe, process, done + 1))
+                else:
+                    _kill(process)
+                    pipe.close()
                 yield job, result
     finally:
-        for _, process, _ in running.values():
+        for process in [process for _, process, *_ in running.values()] + [process for _, process, _ in idle]:
             _kill(process)
 
 
@@ -389,17 +461,22 @@ def _kill(process) -> None:
     process.join()
 
 
-def _child(pipe, function: Callable, job: tuple) -> None:
+def _child(pipe, function: Callable) -> None:
     os.setsid()
     warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in (1, 2):  # Triton prints the whole program when ptxas refuses it, and MLIR what it thinks of it
         os.dup2(nowhere, stream)
-    try:
-        result = function(*job)
-    except Exception as error:
-        result = f"{type(error).__name__}: {error}"
-    pipe.send(result)
+    while True:
+        try:
+            job = pipe.recv()
+        except EOFError:
+            return
+        try:
+            result = function(*job)
+        except Exception as error:
+            result = f"{type(error).__name__}: {error}"
+        pipe.send(result)
 
 
 def _line(row: Compiled) -> str:

@@ -34,18 +34,19 @@ from . import _check
 from .kernels.attention import attention_backward, attention_forward
 from .kernels.cast import assemble, cast
 from .kernels.common import cdiv, input_precision
-from .kernels.gating import MAX_EXPERTS, Plan, gating_backward, gating_forward, routing_plan
+from .kernels.gating import MAX_EXPERTS, Plan, gating_backward, gating_forward, plan_shapes, routing_plan
 from .kernels.mlp import COLUMNS, mlp_backward, mlp_backward_input, mlp_forward
-from .kernels.position import rope_rotate, rope_rotate_, xl_keys, xl_query
+from .kernels.position import rope_rotate, rope_rotate_
 from .kernels.projection import (
     dropout_rows,
     output_backward,
     output_forward,
     value_backward,
-    value_backward_gates,
+    value_backward_rows,
     value_forward,
 )
 from .kernels.sets import fits
+from .kernels.xl import xl_query, xl_query_backward_
 from .replay import remembered, replayed
 
 __all__ = [
@@ -237,6 +238,9 @@ def _add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return b if a is None else a if b is None else a + b
 
 
+ROUTE = 3 + len(Plan._fields)  # tensors that a gate and its plan make
+
+
 def _routing_plan(experts: Tensor, E: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """The plans of experts [sides, N, H, TOP_K], stacked, for projections in this dtype."""
     _, N, H, TOP_K = experts.shape
@@ -337,9 +341,10 @@ class _ValueProjection(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dv):
-        *saved, u = ctx.saved_tensors
-        dx, dw = value_backward(dv, *saved, None, None, None, ctx.precision)
-        return None, dx, dw, value_backward_gates(dv, u, saved[2].shape[2]), None, *[None] * len(Plan._fields)
+        x, w, weights, experts, *plan, u = ctx.saved_tensors
+        gated, order_b, dweights = value_backward_rows(dv, u, weights, experts, *plan)
+        dx, dw = value_backward(dv, gated, order_b, x, w, weights, experts, *plan, None, None, None, ctx.precision)
+        return None, dx, dw, dweights, None, *[None] * len(Plan._fields)
 
 
 class _OutputProjection(torch.autograd.Function):
@@ -411,12 +416,11 @@ def _routed(x: Tensor, N: int, w: Tensor, routing: Routing, tensors: dict, heads
     else:
         plan = _check.instance("routing.plan", routing.plan, Plan)
         _check.tensor("routing.plan.set_order", plan.set_order, ndim=1)
-        sizes = (experts.numel(), w.shape[0] + 1)
-        sizes += (N * H, H * math.comb(E, TOP_K) + 1, N) if plan.set_order.numel() else (0, 0, 0)
-        for name, t, size in zip(Plan._fields, plan, sizes, strict=True):
-            _check.tensor(f"routing.plan.{name}", t, size)
-            if t.dtype != torch.int32 or t.device != x.device:
-                raise TypeError(f"routing.plan.{name} must be int32 on {x.device}, got {t.dtype} on {t.device}")
+        for name, t, expected in zip(Plan._fields, plan, plan_shapes(N, H, E, TOP_K, plan.set_order.numel() > 0), strict=True):
+            _check.tensor(f"routing.plan.{name}", t, *expected)
+            dtype = torch.int64 if name == "visited" else torch.int32
+            if t.dtype != dtype or t.device != x.device:
+                raise TypeError(f"routing.plan.{name} must be {dtype} on {x.device}, got {t.dtype} on {t.device}")
     return routing, _cast(_compute_dtype(x), *tensors.values())
 
 
@@ -440,16 +444,15 @@ def _attention_forward(tensors, c: _AttentionConfig):
     H, P = q.shape[2:]
     S = k.shape[1]
     offset = S - q.shape[1]
-    position_q = q_pos = k_pos = None
+    position_q = q_pos = k_pos = narrow = None
     if c.rotated:
         q, k = rope_rotate(q, c.rotated, c.base, offset, False), rope_rotate(k, c.rotated, c.base, 0, False)
     elif c.kind == "xl":
         position_q = q if position_bias is None else q + position_bias
-        a = torch.einsum("bthp,hpd->bthd", position_q, pos.view(H, P, pos.shape[1]))
-        q_pos, k_pos = xl_query(a, a.shape[-1], offset, False), xl_keys(q, S, a.shape[-1])
+        q_pos, k_pos, narrow = xl_query(position_q, pos, S, c.window, c.causal, c.precision)
         q = q if content_bias is None else q + content_bias
     o, lse = attention_forward(q, k, v, q_pos, k_pos, mask, cu_seqlens, c.causal, c.window, c.scale, c.precision)
-    return o, lse, q, k, v, pos, content_bias, position_bias, mask, cu_seqlens, position_q, q_pos, k_pos, o, lse
+    return o, lse, q, k, v, pos, content_bias, position_bias, mask, cu_seqlens, position_q, q_pos, k_pos, o, lse, narrow
 
 
 @replayed
@@ -461,7 +464,7 @@ def _attention_backward(tensors, c: _AttentionConfig, joint: bool = False):
 
 
 def _attention_gradients(
-    do, dlse, q, k, v, pos, content_bias, position_bias, mask, cu_seqlens, position_q, q_pos, k_pos, o, lse, c, joint
+    do, dlse, q, k, v, pos, content_bias, position_bias, mask, cu_seqlens, position_q, q_pos, k_pos, o, lse, narrow, c, joint
 ):
     H, P = q.shape[2:]
     offset = k.shape[1] - q.shape[1]
@@ -474,12 +477,13 @@ def _attention_gradients(
         rope_rotate_(dq, c.rotated, c.base, offset, True)
         rope_rotate_(dk, c.rotated, c.base, 0, True)
     elif c.kind == "xl":
-        da = xl_query(dq_pos, pos.shape[-1], offset, True)
-        dposition_q = torch.einsum("bthd,hpd->bthp", da, pos.view(H, P, pos.shape[1]))
-        dpos = torch.einsum("bthp,bthd->hpd", position_q, da).reshape(pos.shape)
         dcontent = None if content_bias is None else _sum_leading(dq, 2)
-        dposition = None if position_bias is None else _sum_leading(dposition_q, 2)
-        dq += dposition_q  # a part of `first`
+        dposition_q = dq if position_bias is None else torch.zeros_like(dq)
+        sizes = pos.shape[1], k.shape[1], c.window, c.causal, c.precision
+        dpos = xl_query_backward_(dq_pos, dposition_q, position_q, narrow, *sizes)
+        if position_bias is not None:
+            dposition = _sum_leading(dposition_q, 2)
+            dq += dposition_q  # a part of `first`
     return first, None if joint else dk, dv, dpos, dcontent, dposition
 
 
@@ -826,7 +830,7 @@ def _head_forward(tensors, dtype: torch.dtype, c: _HeadConfig):
     then what `_head_backward` takes.
 
     The tensors kept are: the 11 inputs, as `_head_inputs` made them; what the gates on x made (weights, experts, logits and the
-    five of the plan, each with the sides as another first axis: value and output, or output alone); the same of the value gate
+    seven of the plan, each with the sides as another first axis: value and output, or output alone); the same of the value gate
     on k_src (None without one); u (None with one expert); then those of the attention.
     """
     *given, mask, cu_seqlens, seed = tensors
@@ -899,7 +903,8 @@ def _head_backward(tensors, dtypes, c: _HeadConfig):
 
 def _head_gradients(dy, dlogits_v, dlogits_o, saved, dtypes, c: _HeadConfig):
     x, k_src, v_src, qk, v, o, sel, _, _, _, seed = saved[:11]
-    route_x, route_k, u, attention_saved = saved[11:19], saved[19:27], saved[27], saved[28:]
+    after = 11 + 2 * ROUTE
+    route_x, route_k, u, attention_saved = saved[11 : 11 + ROUTE], saved[11 + ROUTE : after], saved[after], saved[after + 1 :]
     sel_v, sel_o = _sel_sides(sel, v)
     (weights_v, experts_v, _, *plan_v), (weights_o, experts_o, _, *plan_o) = _sides(route_x, route_k)
     a = attention_saved[11]
@@ -942,7 +947,10 @@ def _head_gradients(dy, dlogits_v, dlogits_o, saved, dtypes, c: _HeadConfig):
             dx += dk2
 
     # the gates
-    dweights_v: Any = None if v.ndim == 2 else value_backward_gates(dvalues, u, c.top_k)
+    of_values: Any = (None, None, None)
+    if v.ndim == 3:
+        of_values = value_backward_rows(dvalues, u, weights_v, experts_v, *plan_v)
+    gated, order_b, dweights_v = of_values
     sel_k = dgate_k = dsel_k = None
     sel_x, dweights, dlogits = sel_o, dweights_o[None], dlogits_o
     if route_k[0] is not None:
@@ -964,7 +972,7 @@ def _head_gradients(dy, dlogits_v, dlogits_o, saved, dtypes, c: _HeadConfig):
         """The gradient of the source of values, with what else reaches it, and of v."""
         if v.ndim == 3:
             added = base, dgate, sel, c.precision, dtype, dtypes[5], c.width
-            return value_backward(dvalues, v2, v, weights_v, experts_v, *plan_v, *added)
+            return value_backward(dvalues, gated, order_b, v2, v, weights_v, experts_v, *plan_v, *added)
         flat = dvalues.view(B * S, H * P)
         d = flat @ v if base is None else base.addmm_(flat, v)
         return d if dgate is None else d.addmm_(dgate, sel), rows(flat.t() @ v2)
@@ -1188,7 +1196,7 @@ class _BlockConfig(NamedTuple):
     moe: _MoEConfig
 
 
-HEAD_SAVED = 41  # tensors that `_head_forward` keeps
+HEAD_SAVED = 26 + 2 * ROUTE  # tensors that `_head_forward` keeps
 
 
 def _norm_forward(x, weight, bias, eps):
@@ -1393,7 +1401,7 @@ def _chosen_experts(saved: Saved) -> tuple[Tensor, ...]:
     """What a forward chose, for the reference to follow: [N, H, TOP_K] for values and for outputs, of a block the MLP's too."""
     block = saved.config[0] == "switchall"
     head: Any = saved.tensors[11:] if block else saved.tensors
-    of_x, of_k_src = head[12], head[20]
+    of_x, of_k_src = head[12], head[12 + ROUTE]
     return ((of_x if of_k_src is None else of_k_src)[0], of_x[-1], *([head[HEAD_SAVED + 9][0]] if block else []))
 
 

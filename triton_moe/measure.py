@@ -19,6 +19,7 @@ from .testing import assert_close, poisoned
 
 FOLLOWERS = {"grouped_dw": "_sum_chunks_kernel"}  # launches that a kernel's tiles make longer or shorter
 WARM_UP = 0.05  # seconds
+LARGEST_ERROR = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}  # of the default; twice it, of the others
 
 
 class Bench:
@@ -26,8 +27,7 @@ class Bench:
         self.op, self.dtype, self.shape = op, getattr(torch, dtype), shape
         with tuning.overriding(lambda kernel, key, default: default):  # whatever has been tuned before
             self.twin = self.run(self.dtype)
-            exact = self.twin if self.dtype == torch.float32 else self.run(torch.float32)
-        self.truth = {name: value.double() for name, value in exact.items()}
+            self.truth = truth(self.run(torch.float64 if workloads.has_twin(op, shape) else torch.float32), self.twin, self.dtype)
         self.graphs: dict[tuple, tuple[torch.cuda.CUDAGraph, list]] = {}  # and its launches, for they hold its tensors
         self.flush = torch.empty(
             2 * torch.cuda.get_device_properties().L2_cache_size + (1 << 26), dtype=torch.int8, device="cuda"
@@ -56,8 +56,8 @@ class Bench:
                 results = self.run(self.dtype)
         finally:
             common.on_launch = None
-        for name, result in results.items():
-            assert_close(result, self.truth[name], self.twin[name], name=name, ulps=16)
+        for name, right in self.truth.items():
+            assert_close(results[name], right, self.twin[name], name=name, ulps=16)
         if not launches:
             raise AssertionError("no launch to time")
         graph = torch.cuda.CUDAGraph()
@@ -94,6 +94,16 @@ class Bench:
     def forget(self, key: tuning.Key, configs: list[dict[str, int]]) -> None:
         for config in configs:
             self.graphs.pop((key, tuple(config.values())), None)
+
+
+def truth(exact: dict[str, torch.Tensor], default: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """In float64, what candidates that compute in `dtype` are compared with; but first the default itself."""
+    right = {name: exact[name].double() for name in default if name in exact}
+    for name, value in right.items():
+        off = float((default[name] - value).norm() / value.norm()) if value.numel() else 0.0
+        if not off <= LARGEST_ERROR[dtype]:
+            raise AssertionError(f"{name} of the default configurations is wrong, by {off:.2g} of its norm")
+    return right
 
 
 def serve(pipe) -> None:

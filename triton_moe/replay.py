@@ -155,6 +155,7 @@ class Recording:
         self.steps: list[Callable] = []
         self.outputs: list[tuple | None] = []
         self.together: list[tuple[int, int, int]] = []  # of those given, which begin so many bytes after which other
+        self.constants: list[tuple[int, Tensor]] = []
 
     def fits(self, tensors) -> bool:
         return all(
@@ -166,6 +167,8 @@ class Recording:
         more = self.slots - self.given
         slots = [*tensors, *[None] * more]
         addresses = [0 if t is None else t.data_ptr() for t in tensors] + [0] * more
+        for slot, t in self.constants:
+            slots[slot], addresses[slot] = t, t.data_ptr()
         stream = 0 if common.INTERPRET else common.current_stream()(self.device.index)
         autocast = torch.is_autocast_enabled(self.device.type)  # what it did is among the steps
         torch.set_autocast_enabled(self.device.type, False)
@@ -231,6 +234,9 @@ class Recorder(TorchDispatchMode):
 
     def spec(self, t: Tensor) -> tuple:
         slot = self.slot_of(t)
+        if slot is None and storage(t) in common.constants:
+            slot = self.new(t)
+            self.recording.constants.append((slot, t))
         if slot is None:
             raise Unreplayable("a tensor that was not given")
         self.last[slot] = len(self.recording.steps)
@@ -260,7 +266,7 @@ class Recorder(TorchDispatchMode):
         outputs = result if isinstance(result, (tuple, list)) else [result]
         if not all(isinstance(t, Tensor) or t is None for t in outputs):
             raise Unreplayable(f"{func} returns no tensor")
-        if torch.Tag.dynamic_output_shape in func.tags:
+        if torch.Tag.dynamic_output_shape in func.tags and not indexes_by_number(func, args):
             raise Unreplayable(f"{func} returns a shape that depends on values")
         copied = any(t is not None and self.slot_of(t) is None for t in outputs)  # a view may have to copy: `contiguous`, `to`
         if func in ALLOCATIONS:
@@ -329,6 +335,12 @@ class Recorder(TorchDispatchMode):
             if recording.given <= slot and last < len(steps):
                 steps[last] = released(steps[last], slot)
         return recording
+
+
+def indexes_by_number(func, args) -> bool:
+    """x[i], whose shape is known; not x[mask]."""
+    masks = (torch.bool, torch.uint8)
+    return func is aten.index.Tensor and all(i is None or i.dtype not in masks for i in args[1])
 
 
 def released(step: Callable, slot: int) -> Callable:

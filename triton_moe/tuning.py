@@ -411,9 +411,20 @@ def dump(op: str, device: Device, entries: list[Entry], path: Path) -> bytes:
 def _locked(folder: Path):
     import fcntl
 
-    with open(folder / ".lock", "a") as file:  # the lock goes with the process
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+    path = folder / ".lock"
+    while True:
+        with open(path, "a") as file:  # the lock goes with the process
+            fcntl.flock(file, fcntl.LOCK_EX)
+            try:
+                held = os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+            except FileNotFoundError:
+                held = False
+            if held:
+                try:
+                    yield
+                finally:
+                    path.unlink(missing_ok=True)  # whoever waits for it finds it gone, and makes another
+                return
 
 
 def write_atomically(path: Path, data: bytes) -> None:

@@ -1,7 +1,7 @@
 """One forward and backward pass of each op through its launchers: what `compile` compiles and `autotune` measures.
 
 A workload takes an `Inputs`, which makes its tensors, and a shape in the letters of the kernels; it returns its results by name.
-On meta tensors nothing runs.
+On meta tensors nothing runs. In float64, what the tuner takes for the truth, plain PyTorch runs instead of the kernels.
 """
 
 import inspect
@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from .kernels import attention, cast, common, gating, mlp, position, projection, sets
+from .kernels import xl as transformer_xl
 
 
 class Inputs:
     """Makes the tensors of a workload: empty ones on `meta`, elsewhere random ones.
 
     They hold values of `stored` and have the dtype that is computed in. Two Inputs that differ in the latter only give the same
-    values, and the same experts, so float32 results can be the truth for bfloat16.
+    values, and the same experts, so results in float64 are the truth for all others.
     """
 
     def __init__(self, device: str, dtype: torch.dtype, stored: torch.dtype | None = None):
@@ -41,11 +42,13 @@ class Inputs:
         x, sel = self(N, D, dtype=self.stored), self(H * E, D, fan=D, dtype=self.stored)
         weights, experts, _ = gating.gating_forward(x, sel, None, 1, H, TOP_K, "sigmoid", 0.0, 0)
         plan = gating.routing_plan(experts, E, sets.fits(N, H, E, TOP_K, self.dtype))
-        return weights[0], experts[0], *(t[0] for t in plan)
+        return weights[0].to(torch.promote_types(self.dtype, torch.float32)), experts[0], *(t[0] for t in plan)
 
 
 def _gating(make, sides, H, E, TOP_K, D, mode="sigmoid", dropout=0.0, N=4096):
     x, sel, seed = make(N, D), make(sides * H * E, D, fan=D), make.seed() if dropout else None
+    if make.dtype == torch.float64:
+        return _exact_gating(make, x, sel, sides, H, TOP_K, mode)
     weights, experts, logits = gating.gating_forward(x, sel, seed, sides, H, TOP_K, mode, dropout, 0)
     gating.routing_plan(experts, E, sets.fits(N, H, E, TOP_K, make.dtype))
     dweights, dlogits = make(*weights.shape, dtype=torch.float32), make(*logits.shape, dtype=torch.float32)
@@ -61,12 +64,14 @@ def _projection(make, H, E, TOP_K, P, D, N=4096, width=0, alone=True):
     x, w_v, w_o = make(N, D), make(H * E, D, P, fan=D), make(H * E, P, D, fan=H * TOP_K * P)
     dv, dy, base, dlogits, sel = make(N, H, P), make(N, D), make(N, D), make(N, H * E), make(H * E, D, fan=D)
     routing = make.routing(N, H, E, TOP_K, D)
+    if make.dtype == torch.float64:
+        return _exact_projection(x, w_v, w_o, dv, dy, base + dlogits @ sel, routing[0], routing[1], wanted, alone)
     v, u = projection.value_forward(x, w_v, *routing, True, precision)
-    gates = projection.value_backward_gates(dv, u, TOP_K)
+    gated, order_b, gates = projection.value_backward_rows(dv, u, *routing)
     results = {"v": v, "value dgates": gates}
-    for added in ((None, None, None), (base, dlogits, sel))[not alone :]:
-        value = projection.value_backward(dv, x, w_v, routing[0], *routing[1:], *added, precision, None, None, wanted)
-        results |= dict(zip(("value dx", "value dw"), value, strict=True))
+    for name, added in ((" alone", (None, None, None)), ("", (base, dlogits, sel)))[not alone :]:
+        value = projection.value_backward(dv, gated, order_b, x, w_v, *routing, *added, precision, None, None, wanted)
+        results |= dict(zip(("value dx" + name, "value dw"), value, strict=True))
     results["y"] = projection.output_forward(v, w_o, *routing, precision)
     output = projection.output_backward(dy, v, w_o, *routing, precision, None, wanted)
     results |= dict(zip(("output da", "output dw", "output dgates"), output, strict=True))
@@ -77,15 +82,18 @@ def _projection(make, H, E, TOP_K, P, D, N=4096, width=0, alone=True):
 def _mlp(make, E, G, TOP_K, D, activation="relu", bias=False, dropout=0.0, N=4096):
     x, keys = make(N, D), make(E, D, 2 * G if activation in ("swiglu", "geglu") else G, fan=D)
     values, dy = make(E, G, D, fan=G * TOP_K), make(N, D)
-    biases = (make(*keys.shape[::2]), make(D)) if bias else (None, None)
-    args = keys, values, *biases, make.seed() if dropout else None, *make.routing(N, 1, E, TOP_K, D)[:4]
+    b, o_bias = (make(*keys.shape[::2]), make(D)) if bias else (None, None)
+    weights, experts, *plan = make.routing(N, 1, E, TOP_K, D)[:4]
+    args = keys, values, b, o_bias, make.seed() if dropout else None, weights, experts, *plan
     options = activation, dropout, 0, common.input_precision(make.dtype)
     dlogits, sel = make(N, E), make(E, D, fan=D)
+    if make.dtype == torch.float64:
+        return _exact_mlp(x, dy, keys, values, b, o_bias, weights, experts, activation, dlogits @ sel)
     y, z = mlp.mlp_forward(x, *args, *options)
     dz, *gradients = mlp.mlp_backward(dy, x, *args, z, *options)
     results = {"y": y, **dict(zip(("dkeys", "dvalues", "dbias", "dweights"), gradients, strict=True))}
-    for gate in ((None, None), (dlogits, sel)):
-        results["dx"] = mlp.mlp_backward_input(dz, keys, *args[-2:], TOP_K, *gate, options[-1], make.dtype, mlp.COLUMNS)
+    for name, gate, columns in (("dx alone", (None, None), mlp.COLUMNS), ("dx", (dlogits, sel), mlp.COLUMNS // 2)):
+        results[name] = mlp.mlp_backward_input(dz, keys, *plan, TOP_K, *gate, options[-1], make.dtype, columns)
     return results
 
 
@@ -96,10 +104,15 @@ def _attention(make, P, H=4, Hkv=None, causal=True, window=0, padding=False, pac
     if packed:
         B = 1
     q, k, v, do = (make(B, n, h, P) for n, h in ((T, H), (S, Hkv), (S, Hkv), (T, H)))
-    q_pos = position.xl_query(make(B, T, H, xl, fan=xl), xl, S - T, False) if xl else None
-    k_pos = position.xl_keys(q, S, xl) if xl else None
     mask = torch.zeros(B, S, dtype=torch.bool, device=make.device) if padding else None
     cu_seqlens = torch.arange(17, dtype=torch.int32, device=make.device) * (T // 16) if packed else None
+    if make.dtype == torch.float64:
+        dlse = make(B, H, T) if padding else None
+        return _exact_attention(q, k, v, do, dlse, causal, window, mask, cu_seqlens)
+    q_pos = k_pos = None
+    if xl:
+        weight = make(H * P, xl, fan=xl)
+        q_pos, k_pos, _ = transformer_xl.xl_query(q, weight, S, window, causal, common.input_precision(make.dtype))
     args = q, k, v, q_pos, k_pos, mask, cu_seqlens
     options = causal, window, P**-0.5, common.input_precision(make.dtype)
     o, lse = attention.attention_forward(*args, *options)
@@ -109,12 +122,13 @@ def _attention(make, P, H=4, Hkv=None, causal=True, window=0, padding=False, pac
 
 
 def _position(make, P, D, H=4, T=1024):
-    q, a = make(8, T, H, P), make(8, T, H, D)
+    q, weight = make(8, T, H, P), make(H * P, D, fan=D)
     for conjugate in (False, True):
         position.rope_rotate_(q, P // 4 * 2, 10000.0, 0, conjugate)
-    y = position.xl_query(a, D, T, False)
-    position.xl_query(y, D, T, True)
-    return {"keys": position.xl_keys(q, 2 * T, D)}
+    span = 2 * T, 0, True, common.input_precision(make.dtype)
+    q_pos, k_pos, narrow = transformer_xl.xl_query(q, weight, *span)
+    transformer_xl.xl_query_backward_(q_pos, torch.zeros_like(q), q, narrow, D, *span)
+    return {"keys": k_pos}
 
 
 def _cast(make, H, E, P, D, N=4096):
@@ -124,6 +138,90 @@ def _cast(make, H, E, P, D, N=4096):
     groups = ((q, q), (wide, D)), ((v,), (D, wide)), ((sel, sel), (H * E, D))
     other = torch.float16 if make.dtype == torch.float32 else make.dtype  # there is nothing to cast to float32
     return dict(zip(("qk", "v", "sel", "x"), (*cast.assemble(make.dtype, *groups), cast.cast(x, other)), strict=True))
+
+
+# ---- the same in float64, by plain PyTorch
+
+
+def has_twin(op: str, shape: dict) -> bool:
+    """Whether a workload can run in float64: not with random bits, nor with position scores of their own."""
+    return op in ("gating", "projection", "mlp", "attention") and not shape.get("dropout") and not shape.get("xl")
+
+
+def _exact_gating(make, x, sel, sides, H, TOP_K, mode):
+    from . import reference
+
+    # The experts are those that the kernel chooses in the dtype at hand: where two logits are equal, there is no right choice.
+    experts = gating.gating_forward(x.to(make.stored), sel.to(make.stored), None, sides, H, TOP_K, mode, 0.0, 0)[1]
+    found = [
+        reference.gating(x, sel_of_side, n_heads=H, top_k=TOP_K, mode=mode, experts=experts_of_side)
+        for sel_of_side, experts_of_side in zip(sel.chunk(sides), experts, strict=True)
+    ]
+    return {"weights": torch.stack([f.weights for f in found]), "logits": torch.stack([f.logits for f in found])}
+
+
+def _routed(weights, experts, h, products, D):
+    """[N, D]: for each token the sum over its routes of head h, weights times `products[e](tokens)`, expert by expert."""
+    N, H, TOP_K = weights.shape
+    flat, y = weights.reshape(-1), weights.new_zeros(N, D)
+    for e, product in enumerate(products):
+        n, k = (experts[:, h] == e).nonzero(as_tuple=True)
+        y = y.index_add(0, n, flat.index_select(0, (n * H + h) * TOP_K + k)[:, None] * product(n))
+    return y
+
+
+def _exact_projection(x, w_v, w_o, dv, dy, added, weights, experts, wanted, alone):
+    def project(rows, w):  # of each head, through its experts
+        E = len(w) // len(rows)
+        experts_of = [w[h * E : (h + 1) * E].unbind() for h in range(len(rows))]
+        products = [[lambda n, a=a, u=u: a.index_select(0, n) @ u for u in us] for a, us in zip(rows, experts_of, strict=True)]
+        return [_routed(weights, experts, h, each, w.shape[2]) for h, each in enumerate(products)]
+
+    H = weights.shape[1]
+    with torch.enable_grad():
+        x, w_v, w_o, weights = (a.detach().requires_grad_() for a in (x, w_v, w_o, weights))
+        v = torch.stack(project([x] * H, w_v), 1)
+        dx, dw_v, dgates_v = torch.autograd.grad(v, (x, w_v, weights), dv)
+        a = v.detach().requires_grad_()
+        y = sum(project(a.unbind(1), w_o))
+        da, dw_o, dgates_o = torch.autograd.grad(y, (a, w_o, weights), dy)
+    results = {"v": a.detach(), "value dgates": dgates_v, "value dx": dx + added, "value dw": dw_v[..., :wanted], "y": y.detach()}
+    results |= {"output da": da, "output dw": dw_o[:, :wanted], "output dgates": dgates_o}
+    return results | ({"value dx alone": dx} if alone else {})
+
+
+def _exact_mlp(x, dy, keys, values, bias, o_bias, weights, experts, activation, added):
+    from .reference.layers import _activation
+
+    with torch.enable_grad():
+        x, keys, values, weights = (a.detach().requires_grad_() for a in (x, keys, values, weights))
+        given = bias is not None
+        bias = (bias if given else torch.zeros_like(keys[:, 0])).detach().requires_grad_()
+        parts = zip(keys.unbind(), bias.unbind(), values.unbind(), strict=True)
+        products = [lambda n, k=k, b=b, v=v: _activation(activation, x.index_select(0, n) @ k + b) @ v for k, b, v in parts]
+        y = _routed(weights, experts, 0, products, values.shape[2])
+        dx, dkeys, dvalues, dbias, dweights = torch.autograd.grad(y, (x, keys, values, bias, weights), dy)
+    y = y.detach() if o_bias is None else y.detach() + o_bias
+    results = {"y": y, "dx alone": dx, "dx": dx + added, "dkeys": dkeys, "dvalues": dvalues, "dweights": dweights}
+    return results | {"dbias": dbias[: len(keys) * given]}
+
+
+def _exact_attention(q, k, v, do, dlse, causal, window, mask, cu_seqlens):
+    """One sequence at a time, for the memory of its scores."""
+    from . import reference
+
+    found = []
+    for b in range(len(q)):
+        with torch.enable_grad():
+            inputs = [a[b : b + 1].detach().requires_grad_() for a in (q, k, v)]
+            padding = None if mask is None else mask[b : b + 1]
+            options = {"causal": causal, "window": window or None, "key_padding_mask": padding, "cu_seqlens": cu_seqlens}
+            o, lse = reference.attention(*inputs, **options, return_lse=True)
+            both = [(o, do), (lse, dlse)][: 1 if dlse is None else 2]
+            gradients = torch.autograd.grad([a for a, _ in both], inputs, [d[b : b + 1] for _, d in both])
+        found.append((o.detach(), lse.detach(), *gradients))
+    results = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return dict(zip(("o", "lse", "dq", "dk", "dv"), results, strict=True))
 
 
 WORKLOADS: dict[str, Callable[..., dict[str, Tensor]]] = {

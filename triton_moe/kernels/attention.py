@@ -7,26 +7,20 @@
     dv_j = sum_i p_ij do_i                 dk_j = scale * sum_i ds_ij q_i
     dq_i = scale * sum_j ds_ij k_j         dq_pos_i = scale * sum_j ds_ij k_pos_j
 
-Query head h reads key head h // GROUP, GROUP = H // Hkv. q_pos and k_pos carry the Transformer-XL term (position.py): F
-channels, k_pos [S, F] a constant table. A query that sees no key has o = 0, lse = -inf and zero gradients.
-
-NOTE [Intervals]
-    The query with index t has position S - T + t, and every mask but key padding is an interval of keys for each query
-    (causal, window, packed sequence) and, from the other side, an interval of queries for each key. A tile loops from
-    the least lower end of its rows to the greatest upper end, so windows and packed sequences cost what they cover.
-
-    Most tiles lie inside the intervals of all their rows and need no mask: they have a loop of their own, after the others, whose
-    bounds are then no longer needed. With key padding every tile is masked.
+Query head h reads key head h // GROUP, GROUP = H // Hkv. q_pos and k_pos carry the Transformer-XL term (xl.py): F channels, k_pos
+[S, F] a constant table. Masks: masks.py. A query that sees no key has o = 0, lse = -inf and zero gradients.
 
 NOTE [Order]
-    The heads go in equal sections, one after the other, of as many as SECTION_BYTES hold the rows of, so that the second-level
-    cache keeps what their programs share; in a section the longest tiles of a causal mask start first. At T 1024 (NOTE [Hopper])
-    that takes the forward pass from 112 to 105 us, dq from 151 to 133 and dk with dv from 212 to 197.
+    The heads go in sections, one after the other, of as many as SECTION_BYTES hold the rows of, so that the second-level cache
+    keeps what their programs share; in a section the longest tiles of a causal mask start first. At T 1024 (NOTE [Hopper]) that
+    takes the forward pass from 112 to 105 us, dq from 151 to 133 and dk with dv from 212 to 197. All sections are as large as each
+    other, up to one head: a small one at the end would leave most of the device idle during its longest tiles.
 
-NOTE [Position scores]
-    q_pos . k_pos is one matrix product over all queries and heads, which torch does best: the kernels add its rows to their
-    scores, and torch makes dq_pos of their gradient. To stay linear in T this goes by as many tiles at a time as POSITION_BYTES
-    hold, at least one.
+NOTE [Position channels]
+    The Transformer-XL term is a second product of queries and keys, so a tile of queries holds the F channels of q_pos beside
+    those of q, a tile of keys those of k_pos, and dq_pos is made with dq: nothing has T^2 elements. That is for at most
+    WIDEST_POSITIONS channels of 16 bits. More, or float32, would not fit: then scores take POSITION_CHUNK channels at a time, and
+    so does dq_pos, in programs that make the scores once more.
 
 NOTE [Float32]
     What rounds float32 most is not the products but the differences. So without tf32 (EXACT) scores and lse stay in natural
@@ -62,6 +56,17 @@ from torch import Tensor
 
 from .. import tuning
 from .common import INTERPRET, cdiv, default_config, launch, next_power_of_2, opaque, rows
+from .masks import (
+    covering_tiles,
+    inside,
+    kept_keys,
+    key_range,
+    nth_tile,
+    padding_bytes,
+    query_range,
+    sequence_bounds,
+    visible_keys,
+)
 
 
 def _tile(BLOCK_M: int, BLOCK_N: int, num_warps: int, num_stages: int, **others: int) -> dict[str, int]:
@@ -69,8 +74,8 @@ def _tile(BLOCK_M: int, BLOCK_N: int, num_warps: int, num_stages: int, **others:
     return dict(BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=num_warps, num_stages=num_stages, **others)
 
 
-# "hopper" lists the widest head and its tiles; elsewhere heads of more than 128 channels are "half_wide". Position channels make
-# it "half_xl".
+# "hopper" lists the widest head and its tiles; elsewhere heads of more than 128 channels are "half_wide". "hopper_xl" lists the
+# largest 2 (P + F) + Pv, as shared memory limits it; elsewhere position channels, and anywhere too many of them, make it "half_xl".
 CONFIGS = {
     "attention_forward": {
         "hopper": (
@@ -82,9 +87,15 @@ CONFIGS = {
             (160, _tile(64, 32, 4, 3)),
             (256, _tile(128, 64, 8, 2)),
         ),
+        "hopper_xl": (
+            (640, _tile(64, 64, 4, 2)),
+            (900, _tile(128, 64, 8, 2)),
+            (1160, _tile(128, 32, 8, 2)),
+            (1792, _tile(64, 32, 8, 2)),
+        ),
         "half": _tile(64, 32, 4, 2),
         "half_wide": _tile(64, 32, 8, 1),
-        "half_xl": _tile(64, 64, 4, 2),
+        "half_xl": _tile(64, 32, 4, 1),
         "float32": _tile(32, 32, 8, 1),
         "interpret": _tile(256, 256, 1, 1),
     },
@@ -93,8 +104,15 @@ CONFIGS = {
             (64, _tile(128, 64, 4, 2)),
             (96, _tile(64, 64, 4, 3)),
             (128, _tile(64, 64, 4, 2)),
-            (160, _tile(32, 64, 4, 2)),
+            (160, _tile(32, 64, 4, 3)),
             (256, _tile(32, 32, 4, 2)),
+        ),
+        "hopper_xl": (
+            (640, _tile(64, 128, 8, 2)),
+            (900, _tile(32, 128, 8, 3)),
+            (1000, _tile(32, 128, 8, 2)),
+            (1420, _tile(32, 64, 4, 2)),
+            (1792, _tile(32, 32, 4, 2)),
         ),
         "hopper_spare": (  # grouped heads and key padding take registers
             (64, _tile(128, 64, 4, 2)),
@@ -104,7 +122,7 @@ CONFIGS = {
         ),
         "half": _tile(32, 32, 4, 2),
         "half_wide": _tile(16, 32, 4, 1),
-        "half_xl": _tile(32, 64, 4, 2),
+        "half_xl": _tile(16, 32, 4, 1),
         "float32": _tile(16, 32, 8, 1),
         "interpret": _tile(256, 256, 1, 1),
     },
@@ -112,14 +130,21 @@ CONFIGS = {
         "hopper": (
             (64, _tile(64, 64, 4, 3)),
             (80, _tile(64, 64, 4, 2)),
-            (96, _tile(64, 64, 4, 3)),
+            (96, _tile(64, 32, 4, 3)),
             (112, _tile(128, 64, 8, 3)),
-            (160, _tile(64, 64, 4, 2)),
+            (128, _tile(64, 64, 4, 2)),
+            (160, _tile(128, 64, 8, 3)),
             (256, _tile(64, 16, 4, 3)),
+        ),
+        "hopper_xl": (
+            (640, _tile(64, 32, 4, 3)),
+            (900, _tile(128, 32, 8, 3)),
+            (1160, _tile(64, 32, 8, 2)),
+            (1792, _tile(64, 16, 8, 2)),
         ),
         "half": _tile(64, 32, 4, 2),
         "half_wide": _tile(32, 32, 4, 1),
-        "half_xl": _tile(64, 32, 4, 2),
+        "half_xl": _tile(32, 16, 4, 1),
         "float32": _tile(16, 16, 8, 1),
         "interpret": _tile(256, 256, 1, 1),
     },
@@ -132,7 +157,7 @@ SPACE = {  # what may be tuned; see tuning.py
 
 
 SECTION_BYTES = 8 << 20  # NOTE [Order]
-POSITION_BYTES = 64 << 20  # NOTE [Position scores]
+WIDEST_POSITIONS, POSITION_CHUNK = 512, 512 if INTERPRET else 64  # NOTE [Position channels]
 
 
 @triton.jit
@@ -147,101 +172,15 @@ def _exp(x):
 
 
 @triton.jit
-def _place(tiles, section):
+def _place(tiles, sections):
     """The tile, in order of launch, and the head of this program. See NOTE [Order]."""
     pid = tl.program_id(0)
-    first = pid // (tiles * section) * section
-    width = tl.minimum(section, tl.num_programs(0) // tiles - first)
+    heads = (tl.num_programs(0) // tiles).to(tl.int64)
+    section = ((pid // tiles + 1) * sections.to(tl.int64) - 1) // heads
+    first = (section * heads // sections).to(tl.int32)
+    width = ((section + 1) * heads // sections).to(tl.int32) - first
     pid -= first * tiles
     return pid // width, first + pid % width
-
-
-@triton.jit
-def _key_range(offs_t, T, S, bounds_ptr, window, IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr):
-    """The keys [low, high) that the queries offs_t see; (S, 0) where there are none. Beyond T as for the last query."""
-    offs_t = tl.minimum(offs_t, T - 1)
-    position = offs_t + (S - T)
-    low = offs_t * 0
-    high = low + S
-    if IS_CAUSAL:
-        high = tl.minimum(high, position + 1)
-    if HAS_WINDOW:
-        low = tl.maximum(low, position - window + 1)
-        if not IS_CAUSAL:
-            high = tl.minimum(high, position + window)
-    if bounds_ptr is not None:
-        low = tl.maximum(low, tl.load(bounds_ptr + offs_t))
-        high = tl.minimum(high, tl.load(bounds_ptr + T + offs_t))
-    return tl.where(low < high, low, S), tl.where(low < high, high, 0)
-
-
-@triton.jit
-def _query_range(offs_n, T, S, bounds_ptr, window, IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr):
-    """The queries [low, high) that see the keys offs_n; (T, 0) where there are none. Beyond S as for the last key."""
-    offs_n = tl.minimum(offs_n, S - 1)
-    index = offs_n - (S - T)  # of the query at the key's position
-    low = offs_n * 0
-    high = low + T
-    if IS_CAUSAL:
-        low = tl.maximum(low, index)
-    if HAS_WINDOW:
-        high = tl.minimum(high, index + window)
-        if not IS_CAUSAL:
-            low = tl.maximum(low, index - window + 1)
-    if bounds_ptr is not None:  # S == T
-        low = tl.maximum(low, tl.load(bounds_ptr + offs_n))
-        high = tl.minimum(high, tl.load(bounds_ptr + T + offs_n))
-    return tl.where(low < high, low, T), tl.where(low < high, high, 0)
-
-
-@triton.jit
-def _tiles(low, high, BLOCK: tl.constexpr, ALL_MASKED: tl.constexpr):
-    """The tiles of BLOCK that cover all intervals [low, high): where the first starts, how many there are, and which of them,
-    [begin, end), lie inside every interval and need no mask."""
-    start = tl.min(low, 0)
-    count = tl.cdiv(tl.maximum(tl.max(high, 0) - start, 0), BLOCK)
-    begin = tl.minimum(tl.cdiv(tl.max(low, 0) - start, BLOCK), count)
-    end = tl.maximum((tl.min(high, 0) - start) // BLOCK, begin)
-    if ALL_MASKED:
-        end = begin
-    return start, count, begin, end
-
-
-@triton.jit
-def _nth(i, begin, end, MASKED: tl.constexpr):
-    """The i-th of the tiles that need a mask, or of those that need none."""
-    if MASKED:
-        return tl.where(i < begin, i, i + end - begin)
-    else:
-        return begin + i
-
-
-@triton.jit
-def _kept_keys(padding_ptr, offs_n, S):
-    """Which keys exist and are not padding: only these are ever read."""
-    keep = offs_n < S
-    if padding_ptr is not None:
-        keep = keep & (tl.load(padding_ptr + offs_n, mask=keep, other=1) == 0)
-    return keep
-
-
-@triton.jit
-def _visible(offs, low, high, LOW: tl.constexpr, HIGH: tl.constexpr):
-    """Which of the keys or queries offs lie in [low, high); without LOW or HIGH, all do on that side."""
-    if not HIGH:
-        return offs >= low
-    elif not LOW:
-        return offs < high
-    else:
-        return (offs >= low) & (offs < high)
-
-
-@triton.jit
-def _visible_keys(n, low, high, keep, padding_ptr, LOW: tl.constexpr, BLOCK_N: tl.constexpr):
-    visible = _visible(tl.arange(0, BLOCK_N)[None, :], (low - n)[:, None], (high - n)[:, None], LOW, True)
-    if padding_ptr is not None:
-        visible &= keep[None, :]
-    return visible
 
 
 @triton.jit
@@ -305,87 +244,76 @@ def _store_rows(
 
 
 @triton.jit
-def _dot_rows(a, b, CHUNKS: tl.constexpr, PRECISION: tl.constexpr):
+def _dot_rows(a, b, PRECISION: tl.constexpr):
     """A B^T."""
     s = tl.dot(a[0], tl.trans(b[0]), input_precision=PRECISION)
-    for i in tl.static_range(1, len(CHUNKS)):
+    for i in tl.static_range(1, len(a)):
         s = tl.dot(a[i], tl.trans(b[i]), s, input_precision=PRECISION)
     return s
 
 
 @triton.jit
-def _add_dots(acc, p, x, CHUNKS: tl.constexpr, PRECISION: tl.constexpr):
+def _add_positions(
+    s, q_pos_ptr, k_pos_ptr, h, t, n, mask_t, mask_n, H: tl.constexpr, F: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """s [BLOCK_M, BLOCK_N] + q_pos . k_pos of the queries from t and the keys from n on, BLOCK_F channels at a time."""
+    q_ptrs = q_pos_ptr + (t.to(tl.int64) * H + h) * F + (tl.arange(0, BLOCK_M) * (H * F))[:, None]
+    k_ptrs = k_pos_ptr + n.to(tl.int64) * F + (tl.arange(0, BLOCK_N) * F)[:, None]
+    for f in range(0, F, BLOCK_F):
+        cols = f + tl.arange(0, BLOCK_F)[None, :]
+        keep_q = cols < F if mask_t is None else (cols < F) & mask_t[:, None]
+        keep_k = cols < F if mask_n is None else (cols < F) & mask_n[:, None]
+        q = tl.load(q_ptrs + cols, mask=keep_q, other=0.0)
+        k = tl.load(k_ptrs + cols, mask=keep_k, other=0.0)
+        s = tl.dot(q, tl.trans(k), s, input_precision=PRECISION)
+    return s
+
+
+@triton.jit
+def _add_dots(acc, p, x, PRECISION: tl.constexpr):
     """acc + P X."""
     parts = ()
-    for i in tl.static_range(len(CHUNKS)):
+    for i in tl.static_range(len(acc)):
         parts = parts + (tl.dot(p, x[i], acc[i], input_precision=PRECISION),)
     return parts
 
 
 @triton.jit
-def _times(x, factor, CHUNKS: tl.constexpr):
+def _times(x, factor):
     parts = ()
-    for i in tl.static_range(len(CHUNKS)):
+    for i in tl.static_range(len(x)):
         parts = parts + (x[i] * factor,)
     return parts
 
 
-@triton.jit
-def _position_row(b, h, first, T, S, H: tl.constexpr, tile_0, tiles, BLOCK_M: tl.constexpr):
-    """Where the row of query `first` starts in [B, rows, H, S], the rows of the `tiles` tiles from tile_0 on."""
-    count = tl.minimum(tiles * BLOCK_M, T - tile_0 * BLOCK_M)
-    return ((b.to(tl.int64) * count + first - tile_0 * BLOCK_M) * H + h) * S
-
-
-@triton.jit
-def _sequence_bounds_kernel(cu_seqlens_ptr, bounds_ptr, n, T, steps, BLOCK: tl.constexpr):
-    """bounds [2, T]: first token and end of each token's sequence, (T, 0) for a token outside all of them."""
-    offs_t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mask_t = offs_t < T
-    low = offs_t * 0
-    high = low + n + 1
-    for _ in range(steps):  # bisection: low becomes the number of entries <= t
-        middle = (low + high) // 2
-        inside = low < high
-        below = tl.load(cu_seqlens_ptr + middle, mask=inside & mask_t, other=0) <= offs_t
-        low = tl.where(inside & below, middle + 1, low)
-        high = tl.where(inside & (below == 0), middle, high)
-    found = mask_t & (low > 0) & (low <= n)
-    start = tl.load(cu_seqlens_ptr + low - 1, mask=found, other=0)
-    end = tl.load(cu_seqlens_ptr + low, mask=found, other=0)
-    start = tl.minimum(tl.maximum(start, 0), T)
-    end = tl.minimum(tl.maximum(end, 0), T)
-    tl.store(bounds_ptr + offs_t, tl.where(found, start, T).to(tl.int32), mask=mask_t)
-    tl.store(bounds_ptr + T + offs_t, tl.where(found, end, 0).to(tl.int32), mask=mask_t)
-
-
-@triton.jit(do_not_specialize=["section", "tile_0", "tiles"])
+@triton.jit(do_not_specialize=["sections", "tiles"])
 def _attention_fwd_kernel(
-    q_ptr, k_ptr, v_ptr, position_ptr, padding_ptr, bounds_ptr, o_ptr, lse_ptr,
-    T, S, H: tl.constexpr, window, section, tile_0, tiles,
+    q_ptr, k_ptr, v_ptr, q_pos_ptr, k_pos_ptr, padding_ptr, bounds_ptr, o_ptr, lse_ptr,
+    T, S, H: tl.constexpr, window, sections, tiles,
     stride_qb, stride_qt: tl.constexpr, stride_qh: tl.constexpr,
     stride_kb, stride_kt: tl.constexpr, stride_kh: tl.constexpr,
     stride_vb, stride_vt: tl.constexpr, stride_vh: tl.constexpr,
     stride_ob, stride_ot: tl.constexpr, stride_oh: tl.constexpr, scale,
-    PV: tl.constexpr, LOAD_P: tl.constexpr, LOAD_PV: tl.constexpr, GROUP: tl.constexpr, IS_CAUSAL: tl.constexpr,
-    HAS_WINDOW: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
-    CHUNKS_P: tl.constexpr, CHUNKS_PV: tl.constexpr,
+    PV: tl.constexpr, F: tl.constexpr, LOAD_P: tl.constexpr, LOAD_PV: tl.constexpr, GROUP: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
+    CHUNKS_P: tl.constexpr, CHUNKS_PV: tl.constexpr, CHUNKS_F: tl.constexpr, BLOCK_F: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    tile, head = _place(tiles, section)
+    tile, head = _place(tiles, sections)
     b = head // H
     h = head % H
     hk = h // GROUP
     row = head.to(tl.int64) * T  # of lse
-    first = (tile_0 + tiles - 1 - tile) * BLOCK_M  # the longest rows of a causal mask first
+    first = (tiles - 1 - tile) * BLOCK_M  # the longest rows of a causal mask first
     offs_t = first + tl.arange(0, BLOCK_M)
     mask_t = offs_t < T
-    low, high = _key_range(offs_t, T, S, bounds_ptr, window, IS_CAUSAL, HAS_WINDOW)
+    low, high = key_range(offs_t, T, S, bounds_ptr, window, IS_CAUSAL, HAS_WINDOW)
     LOW: tl.constexpr = HAS_WINDOW or bounds_ptr is not None
     q = _load_rows(q_ptr, b, h, first, stride_qb, stride_qt, stride_qh, mask_t, LOAD_P, CHUNKS_P, BLOCK_M)
-    if position_ptr is not None:
-        position_ptr += _position_row(b, h, first, T, S, H, tile_0, tiles, BLOCK_M)
-        offs_position = (tl.arange(0, BLOCK_M) * (H * S))[:, None] + tl.arange(0, BLOCK_N)[None, :]
+    if q_pos_ptr is not None:
+        q_pos_ptr += b.to(tl.int64) * T * (H * F)
+        q = q + _load_rows(q_pos_ptr, b, h, first, 0, H * F, F, mask_t, F, CHUNKS_F, BLOCK_M)
     if padding_ptr is not None:
         padding_ptr += b.to(tl.int64) * S
 
@@ -393,19 +321,20 @@ def _attention_fwd_kernel(
     m = tl.full((BLOCK_M,), float("-inf"), tl.float32)  # running maximum
     total = tl.zeros((BLOCK_M,), tl.float32)  # running sum of exp(s - m)
     acc = _zero_chunks(BLOCK_M, CHUNKS_PV)
-    start, count, begin, end = _tiles(low, high, BLOCK_N, padding_ptr is not None)
+    start, count, begin, end = covering_tiles(low, high, BLOCK_N, padding_ptr is not None)
     for MASKED in tl.static_range(1, -1, -1):
         for i in range(count - (end - begin) if MASKED else end - begin):
-            n = start + _nth(i, begin, end, MASKED) * BLOCK_N
+            n = start + nth_tile(i, begin, end, MASKED) * BLOCK_N
             offs_n = n + tl.arange(0, BLOCK_N)
-            keep = _kept_keys(padding_ptr, offs_n, S) if MASKED else None
+            keep = kept_keys(padding_ptr, offs_n, S) if MASKED else None
             k = _load_rows(k_ptr, b, hk, n, stride_kb, stride_kt, stride_kh, keep, LOAD_P, CHUNKS_P, BLOCK_N)
-            s = _dot_rows(q, k, CHUNKS_P, PRECISION)  # [BLOCK_M, BLOCK_N]
-            if position_ptr is not None:
-                mask_position = mask_t[:, None] & (offs_n < S)[None, :]
-                s += tl.load(position_ptr + n + offs_position, mask=mask_position, other=0.0)
+            if q_pos_ptr is not None:
+                k = k + _load_rows(k_pos_ptr, b, h, n, 0, F, 0, keep, F, CHUNKS_F, BLOCK_N)
+            s = _dot_rows(q, k, PRECISION)  # [BLOCK_M, BLOCK_N]
+            if BLOCK_F > 0:
+                s = _add_positions(s, q_pos_ptr, k_pos_ptr, h, first, n, mask_t, keep, H, F, BLOCK_M, BLOCK_N, BLOCK_F, PRECISION)
             if MASKED:
-                s = tl.where(_visible_keys(n, low, high, keep, padding_ptr, LOW, BLOCK_N), s, float("-inf"))
+                s = tl.where(visible_keys(n, low, high, keep, padding_ptr, LOW, BLOCK_N), s, float("-inf"))
             if EXACT:
                 s *= scale
                 m_new = tl.maximum(m, tl.max(s, 1))
@@ -421,7 +350,7 @@ def _attention_fwd_kernel(
             m = m_new
             total = total * alpha + tl.sum(p, 1)
             v = _load_rows(v_ptr, b, hk, n, stride_vb, stride_vt, stride_vh, keep, LOAD_PV, CHUNKS_PV, BLOCK_N)
-            acc = _add_dots(_times(acc, alpha[:, None], CHUNKS_PV), p.to(v[0].dtype), v, CHUNKS_PV, PRECISION)
+            acc = _add_dots(_times(acc, alpha[:, None]), p.to(v[0].dtype), v, PRECISION)
 
     empty = total == 0.0  # not where a score was NaN
     total = tl.where(empty, 1.0, total)
@@ -429,7 +358,7 @@ def _attention_fwd_kernel(
         o = (tl.div_rn(acc[0], tl.broadcast_to(total[:, None], acc[0].shape)),)
         lse = m + tl.log(total)
     else:
-        o = _times(acc, (1.0 / total)[:, None], CHUNKS_PV)
+        o = _times(acc, (1.0 / total)[:, None])
         lse = (m + tl.log2(total)) * 0.6931471805599453  # ln 2
     _store_rows(o_ptr, o, b, h, first, stride_ob, stride_ot, stride_oh, mask_t, PV, CHUNKS_PV, BLOCK_M)
     tl.store(lse_ptr + row + offs_t, tl.where(empty, float("-inf"), lse), mask=mask_t)
@@ -463,65 +392,71 @@ def _probability(s, lse, norm, visible, scale, EXACT: tl.constexpr, MASKED: tl.c
     return p
 
 
-@triton.jit(do_not_specialize=["section", "tile_0", "tiles"])
+@triton.jit(do_not_specialize=["sections", "tiles"])
 def _attention_bwd_dkdv_kernel(
-    do_ptr, q_ptr, k_ptr, v_ptr, position_ptr, padding_ptr, bounds_ptr, stats_ptr, dk_ptr, dv_ptr,
-    T, S, H: tl.constexpr, window, section, tile_0, tiles,
+    do_ptr, q_ptr, k_ptr, v_ptr, q_pos_ptr, k_pos_ptr, padding_ptr, bounds_ptr, stats_ptr, dk_ptr, dv_ptr,
+    T, S, H: tl.constexpr, window, sections, tiles,
     stride_dob, stride_dot: tl.constexpr, stride_doh: tl.constexpr,
     stride_qb, stride_qt: tl.constexpr, stride_qh: tl.constexpr,
     stride_kb, stride_kt: tl.constexpr, stride_kh: tl.constexpr,
     stride_vb, stride_vt: tl.constexpr, stride_vh: tl.constexpr,
     stride_dkb, stride_dkt: tl.constexpr, stride_dkh: tl.constexpr,
     stride_dvb, stride_dvt: tl.constexpr, stride_dvh: tl.constexpr, scale,
-    P: tl.constexpr, PV: tl.constexpr, LOAD_P: tl.constexpr, LOAD_PV: tl.constexpr, GROUP: tl.constexpr, IS_CAUSAL: tl.constexpr,
-    HAS_WINDOW: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
-    CHUNKS_P: tl.constexpr, CHUNKS_PV: tl.constexpr,
+    P: tl.constexpr, PV: tl.constexpr, F: tl.constexpr, LOAD_P: tl.constexpr, LOAD_PV: tl.constexpr, GROUP: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
+    CHUNKS_P: tl.constexpr, CHUNKS_PV: tl.constexpr, CHUNKS_F: tl.constexpr, BLOCK_F: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     h_kv: tl.constexpr = H // GROUP
-    tile, head = _place(tiles, section)
+    tile, head = _place(tiles, sections)
     b = head // h_kv
     hk = head % h_kv
-    first = (tile_0 + tile) * BLOCK_N  # the keys that most queries of a causal mask see first
+    first = tile * BLOCK_N  # the keys that most queries of a causal mask see first
     offs_n = first + tl.arange(0, BLOCK_N)
     if padding_ptr is not None:
         padding_ptr += b.to(tl.int64) * S
     mask_n = offs_n < S
-    keep = _kept_keys(padding_ptr, offs_n, S)
-    low, high = _query_range(offs_n, T, S, bounds_ptr, window, IS_CAUSAL, HAS_WINDOW)
+    keep = kept_keys(padding_ptr, offs_n, S)
+    low, high = query_range(offs_n, T, S, bounds_ptr, window, IS_CAUSAL, HAS_WINDOW)
     k = _load_rows(k_ptr, b, hk, first, stride_kb, stride_kt, stride_kh, keep, LOAD_P, CHUNKS_P, BLOCK_N)
     v = _load_rows(v_ptr, b, hk, first, stride_vb, stride_vt, stride_vh, keep, LOAD_PV, CHUNKS_PV, BLOCK_N)
+    if q_pos_ptr is not None:
+        q_pos_ptr += b.to(tl.int64) * T * (H * F)
+        k = k + _load_rows(k_pos_ptr, b, hk, first, 0, F, 0, keep, F, CHUNKS_F, BLOCK_N)
 
     unit = scale if EXACT else scale * 1.4426950408889634  # log2(e)
     HIGH: tl.constexpr = HAS_WINDOW or bounds_ptr is not None
     plane = tl.num_programs(0) // tiles * GROUP  # rows of the statistics: B * H
     dk = _zero_chunks(BLOCK_N, CHUNKS_P)
     dv = _zero_chunks(BLOCK_N, CHUNKS_PV)
-    start, count, begin, end = _tiles(low, high, BLOCK_M, padding_ptr is not None)
+    start, count, begin, end = covering_tiles(low, high, BLOCK_M, padding_ptr is not None)
     for g in range(GROUP):
         h = hk * GROUP + g
         row = b * H + h
         for MASKED in tl.static_range(1, -1, -1):
             for i in range(count - (end - begin) if MASKED else end - begin):
-                t = start + _nth(i, begin, end, MASKED) * BLOCK_M
+                t = start + nth_tile(i, begin, end, MASKED) * BLOCK_M
                 offs_t = t + tl.arange(0, BLOCK_M)
                 mask_t = offs_t < T if MASKED else None
                 q = _load_rows(q_ptr, b, h, t, stride_qb, stride_qt, stride_qh, mask_t, LOAD_P, CHUNKS_P, BLOCK_M)
-                s = _dot_rows(k, q, CHUNKS_P, PRECISION)  # [BLOCK_N, BLOCK_M]
-                if position_ptr is not None:
-                    width = tl.minimum(tiles * BLOCK_N, S - tile_0 * BLOCK_N)
-                    position = position_ptr + ((b.to(tl.int64) * T + t) * H + h) * width + (first - tile_0 * BLOCK_N)
-                    offs_position = (tl.arange(0, BLOCK_M) * (H * width))[None, :] + tl.arange(0, BLOCK_N)[:, None]
-                    mask_position = mask_n[:, None] & (offs_t < T)[None, :]
-                    s += tl.load(position + offs_position, mask=mask_position, other=0.0)
+                both = q
+                if q_pos_ptr is not None:
+                    both = both + _load_rows(q_pos_ptr, b, h, t, 0, H * F, F, mask_t, F, CHUNKS_F, BLOCK_M)
+                s = _dot_rows(k, both, PRECISION)  # [BLOCK_N, BLOCK_M]
+                if BLOCK_F > 0:
+                    s = tl.trans(s)
+                    s = _add_positions(
+                        s, q_pos_ptr, k_pos_ptr, h, t, first, mask_t, keep, H, F, BLOCK_M, BLOCK_N, BLOCK_F, PRECISION
+                    )
+                    s = tl.trans(s)
                 do = _load_rows(do_ptr, b, h, t, stride_dob, stride_dot, stride_doh, mask_t, LOAD_PV, CHUNKS_PV, BLOCK_M)
                 EARLY: tl.constexpr = BLOCK_M == 64  # Triton waits for dp; if before p, no longer for dv
                 if EARLY:
-                    dp = _dot_rows(v, do, CHUNKS_PV, PRECISION)
+                    dp = _dot_rows(v, do, PRECISION)
                 visible = None
                 if MASKED:
                     low_t, high_t = (low - t)[:, None], (high - t)[:, None]
-                    visible = _visible(tl.arange(0, BLOCK_M)[None, :], low_t, high_t, IS_CAUSAL or HIGH, HIGH)
+                    visible = inside(tl.arange(0, BLOCK_M)[None, :], low_t, high_t, IS_CAUSAL or HIGH, HIGH)
                     if padding_ptr is not None:
                         visible &= keep[:, None]
                 lse = _load_stats(stats_ptr, row, t, T, float("inf"), BLOCK_M, MASKED)
@@ -529,53 +464,53 @@ def _attention_bwd_dkdv_kernel(
                 if EXACT:
                     norm = _load_stats(stats_ptr, row + 2 * plane, t, T, 0.0, BLOCK_M, MASKED)[None, :]
                 p = _probability(s, lse[None, :], norm, visible, unit, EXACT, MASKED)
-                dv = _add_dots(dv, p.to(do[0].dtype), do, CHUNKS_PV, PRECISION)
+                dv = _add_dots(dv, p.to(do[0].dtype), do, PRECISION)
                 if not EARLY:
-                    dp = _dot_rows(v, do, CHUNKS_PV, PRECISION)
+                    dp = _dot_rows(v, do, PRECISION)
                 ds = dp - _load_stats(stats_ptr, row + plane, t, T, 0.0, BLOCK_M, MASKED)[None, :]
                 if EXACT:
                     ds += _load_stats(stats_ptr, row + 3 * plane, t, T, 0.0, BLOCK_M, MASKED)[None, :]
-                dk = _add_dots(dk, (p * ds).to(q[0].dtype), q, CHUNKS_P, PRECISION)
+                dk = _add_dots(dk, (p * ds).to(q[0].dtype), q, PRECISION)
 
-    dk = _times(dk, scale, CHUNKS_P)
+    dk = _times(dk, scale)
     _store_rows(dk_ptr, dk, b, hk, first, stride_dkb, stride_dkt, stride_dkh, mask_n, P, CHUNKS_P, BLOCK_N)
     _store_rows(dv_ptr, dv, b, hk, first, stride_dvb, stride_dvt, stride_dvh, mask_n, PV, CHUNKS_PV, BLOCK_N)
 
 
-@triton.jit(do_not_specialize=["section", "tile_0", "tiles"])
+@triton.jit(do_not_specialize=["sections", "tiles"])
 def _attention_bwd_dq_kernel(
-    do_ptr, q_ptr, k_ptr, v_ptr, position_ptr, padding_ptr, bounds_ptr,
-    o_ptr, lse_ptr, dlse_ptr, stats_ptr, ds_ptr, out_ptr,
-    T, S, H: tl.constexpr, window, section, tile_0, tiles,
+    do_ptr, q_ptr, k_ptr, v_ptr, q_pos_ptr, k_pos_ptr, padding_ptr, bounds_ptr,
+    o_ptr, lse_ptr, dlse_ptr, stats_ptr, dq_pos_ptr, out_ptr,
+    T, S, H: tl.constexpr, window, sections, tiles,
     stride_dob, stride_dot: tl.constexpr, stride_doh: tl.constexpr,
     stride_qb, stride_qt: tl.constexpr, stride_qh: tl.constexpr,
     stride_kb, stride_kt: tl.constexpr, stride_kh: tl.constexpr,
     stride_vb, stride_vt: tl.constexpr, stride_vh: tl.constexpr,
     stride_ob, stride_ot: tl.constexpr, stride_oh: tl.constexpr,
     stride_outb, stride_outt: tl.constexpr, stride_outh: tl.constexpr, scale,
-    P: tl.constexpr, PV: tl.constexpr, LOAD_P: tl.constexpr, LOAD_PV: tl.constexpr, GROUP: tl.constexpr, IS_CAUSAL: tl.constexpr,
-    HAS_WINDOW: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
-    CHUNKS_P: tl.constexpr, CHUNKS_PV: tl.constexpr,
+    P: tl.constexpr, PV: tl.constexpr, F: tl.constexpr, LOAD_P: tl.constexpr, LOAD_PV: tl.constexpr, GROUP: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
+    CHUNKS_P: tl.constexpr, CHUNKS_PV: tl.constexpr, CHUNKS_F: tl.constexpr, BLOCK_F: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, OUT: tl.constexpr,
 ):  # fmt: skip
-    """OUT "dq", and with position scores their gradient ds; or "delta", which is launched for EXACT and first. The first kernel
-    writes the statistics that the others load."""
-    tile, head = _place(tiles, section)
+    """OUT "dq", and dq_pos where the position channels are held whole; "dq_pos", BLOCK_F channels a program, where they are not;
+    or "delta", which is launched for EXACT and first. The first launch writes the statistics that the others load."""
+    tile, head = _place(tiles, sections)
     b = head // H
     h = head % H
     hk = h // GROUP
     row = head.to(tl.int64) * T  # of lse
-    first = (tile_0 + tiles - 1 - tile) * BLOCK_M
+    first = (tiles - 1 - tile) * BLOCK_M
     offs_t = first + tl.arange(0, BLOCK_M)
     mask_t = offs_t < T
-    low, high = _key_range(offs_t, T, S, bounds_ptr, window, IS_CAUSAL, HAS_WINDOW)
+    low, high = key_range(offs_t, T, S, bounds_ptr, window, IS_CAUSAL, HAS_WINDOW)
     LOW: tl.constexpr = HAS_WINDOW or bounds_ptr is not None
     q = _load_rows(q_ptr, b, h, first, stride_qb, stride_qt, stride_qh, mask_t, LOAD_P, CHUNKS_P, BLOCK_M)
     do = _load_rows(do_ptr, b, h, first, stride_dob, stride_dot, stride_doh, mask_t, LOAD_PV, CHUNKS_PV, BLOCK_M)
-    if position_ptr is not None:
-        position_ptr += _position_row(b, h, first, T, S, H, tile_0, tiles, BLOCK_M)
-        ds_ptr += _position_row(b, h, first, T, S, H, tile_0, tiles, BLOCK_M)
-        offs_position = (tl.arange(0, BLOCK_M) * (H * S))[:, None] + tl.arange(0, BLOCK_N)[None, :]
+    if q_pos_ptr is not None:
+        q_pos_ptr += b.to(tl.int64) * T * (H * F)
+        dq_pos_ptr += b.to(tl.int64) * T * (H * F)
+        q = q + _load_rows(q_pos_ptr, b, h, first, 0, H * F, F, mask_t, F, CHUNKS_F, BLOCK_M)
     if padding_ptr is not None:
         padding_ptr += b.to(tl.int64) * S
 
@@ -586,7 +521,7 @@ def _attention_bwd_dq_kernel(
     dlse = tl.zeros((BLOCK_M,), tl.float32)
     norm = dlse + 1.0
     delta = dlse
-    if OUT == "delta" or (OUT == "dq" and not EXACT):
+    if OUT == "delta" or (OUT != "dq_pos" and not EXACT):
         lse = tl.load(lse_ptr + rows, mask=mask_t, other=float("inf"))
         lse = tl.where(lse == float("-inf"), float("inf"), lse)  # without a key p is then 0
         if dlse_ptr is not None:  # merging two empty rows makes it NaN
@@ -609,23 +544,27 @@ def _attention_bwd_dq_kernel(
     total = tl.zeros((BLOCK_M,), tl.float32)
     if OUT == "delta":
         acc = (total,)
+    elif OUT == "dq":
+        acc = _zero_chunks(BLOCK_M, CHUNKS_P) + _zero_chunks(BLOCK_M, CHUNKS_F)
     else:
-        acc = _zero_chunks(BLOCK_M, CHUNKS_P)
-    start, count, begin, end = _tiles(low, high, BLOCK_N, padding_ptr is not None)
+        cols = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
+        acc = (_zeros(BLOCK_M, BLOCK_F),)
+    start, count, begin, end = covering_tiles(low, high, BLOCK_N, padding_ptr is not None)
     for MASKED in tl.static_range(1, -1, -1):
         for i in range(count - (end - begin) if MASKED else end - begin):
-            n = start + _nth(i, begin, end, MASKED) * BLOCK_N
+            n = start + nth_tile(i, begin, end, MASKED) * BLOCK_N
             offs_n = n + tl.arange(0, BLOCK_N)
-            keep = _kept_keys(padding_ptr, offs_n, S) if MASKED else None
+            keep = kept_keys(padding_ptr, offs_n, S) if MASKED else None
             k = _load_rows(k_ptr, b, hk, n, stride_kb, stride_kt, stride_kh, keep, LOAD_P, CHUNKS_P, BLOCK_N)
-            s = _dot_rows(q, k, CHUNKS_P, PRECISION)  # [BLOCK_M, BLOCK_N]
-            if position_ptr is not None:
-                mask_position = mask_t[:, None] & (offs_n < S)[None, :]
-                s += tl.load(position_ptr + n + offs_position, mask=mask_position, other=0.0)
-            visible = _visible_keys(n, low, high, keep, padding_ptr, LOW, BLOCK_N) if MASKED else None
+            if q_pos_ptr is not None:
+                k = k + _load_rows(k_pos_ptr, b, h, n, 0, F, 0, keep, F, CHUNKS_F, BLOCK_N)
+            s = _dot_rows(q, k, PRECISION)  # [BLOCK_M, BLOCK_N]
+            if BLOCK_F > 0:
+                s = _add_positions(s, q_pos_ptr, k_pos_ptr, h, first, n, mask_t, keep, H, F, BLOCK_M, BLOCK_N, BLOCK_F, PRECISION)
+            visible = visible_keys(n, low, high, keep, padding_ptr, LOW, BLOCK_N) if MASKED else None
             p = _probability(s, lse[:, None], norm[:, None], visible, unit, EXACT, MASKED)
             v = _load_rows(v_ptr, b, hk, n, stride_vb, stride_vt, stride_vh, keep, LOAD_PV, CHUNKS_PV, BLOCK_N)
-            dp = _dot_rows(do, v, CHUNKS_PV, PRECISION)
+            dp = _dot_rows(do, v, PRECISION)
             if OUT == "delta":
                 total += tl.sum(p, 1)
                 acc = (acc[0] + tl.sum(p * dp, 1),)
@@ -634,34 +573,27 @@ def _attention_bwd_dq_kernel(
                 if EXACT:
                     ds += dlse[:, None]
                 ds *= p
-                acc = _add_dots(acc, ds.to(k[0].dtype), k, CHUNKS_P, PRECISION)
-                if position_ptr is not None:
-                    tl.store(ds_ptr + n + offs_position, ds * scale, mask=mask_position)
+                ds = ds.to(k[0].dtype)
+                if OUT == "dq_pos":
+                    rows_n = k_pos_ptr + n.to(tl.int64) * F
+                    part = _load_chunk(rows_n, tl.arange(0, BLOCK_N) * F, cols, keep, False, F)
+                    acc = _add_dots(acc, ds, (part,), PRECISION)
+                else:
+                    acc = _add_dots(acc, ds, k, PRECISION)
 
     if OUT == "delta":
         total = tl.where(total == 0.0, 1.0, total)
         tl.store(stats_ptr + plane, acc[0] / total, mask=mask_t)
         tl.store(stats_ptr + 2 * plane, 1.0 / total, mask=mask_t)
         tl.store(stats_ptr + 3 * plane, dlse, mask=mask_t)
-    else:
-        acc = _times(acc, scale, CHUNKS_P)
+    elif OUT == "dq":
+        acc = _times(acc, scale)
         _store_rows(out_ptr, acc, b, h, first, stride_outb, stride_outt, stride_outh, mask_t, P, CHUNKS_P, BLOCK_M)
-
-
-def _sequence_bounds(cu_seqlens: Tensor | None, T: int) -> Tensor | None:
-    """[2, T] int32: where each token's packed sequence starts and ends. Safe whatever cu_seqlens holds."""
-    if cu_seqlens is None:
-        return None
-    bounds = torch.empty(2, T, dtype=torch.int32, device=cu_seqlens.device)
-    n = cu_seqlens.numel() - 1
-    block = 1024 if INTERPRET else 128
-    arguments = (cu_seqlens.contiguous(), bounds, n, T, (n + 1).bit_length())
-    launch(_sequence_bounds_kernel, (cdiv(T, block),), *arguments, BLOCK=block, num_warps=4)
-    return bounds
-
-
-def _padding(key_padding_mask: Tensor | None) -> Tensor | None:
-    return None if key_padding_mask is None else key_padding_mask.contiguous().view(torch.uint8)
+        if len(CHUNKS_F) > 0:
+            _store_rows(dq_pos_ptr, acc[len(CHUNKS_P) :], b, h, first, 0, H * F, F, mask_t, F, CHUNKS_F, BLOCK_M)
+    else:
+        ptrs = dq_pos_ptr + (first.to(tl.int64) * H + h) * F + (tl.arange(0, BLOCK_M) * (H * F))[:, None] + cols[None, :]
+        tl.store(ptrs, (acc[0] * scale).to(dq_pos_ptr.dtype.element_ty), mask=mask_t[:, None] & (cols < F)[None, :])
 
 
 def _exact(dtype: torch.dtype, precision: str) -> bool:
@@ -669,10 +601,9 @@ def _exact(dtype: torch.dtype, precision: str) -> bool:
     return dtype == torch.float32 and precision == "ieee"
 
 
-def _section(x: Tensor, y: Tensor, heads: int) -> int:
-    """See NOTE [Order]: how many of all `heads` at a time, whose programs read the rows of x and y, [B, S, H, P]."""
-    sections = min(heads, cdiv((x.numel() + y.numel()) * x.element_size(), SECTION_BYTES))
-    return cdiv(heads, max(1, sections))  # all alike: a small one at the end would leave the device idle
+def _sections(x: Tensor, y: Tensor, heads: int) -> int:
+    """See NOTE [Order]: into how many the `heads` go, whose programs read the rows of x and y, [B, S, H, P]."""
+    return max(1, min(heads, cdiv((x.numel() + y.numel()) * x.element_size(), SECTION_BYTES)))
 
 
 def _aligned(x: Tensor) -> bool:
@@ -689,6 +620,10 @@ def _rows(x: Tensor) -> Tensor:
     return torch.nn.functional.pad(x, (0, channels)) if channels else x.clone(memory_format=torch.contiguous_format)
 
 
+def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if t is None else t.contiguous() for t in tensors]
+
+
 def _chunks(width: int, dtype: torch.dtype) -> tuple[int, ...]:
     """The head width as one or two powers of two, 80 = 64 + 16: what a tile spans."""
     chunk = next_power_of_2(width)
@@ -697,15 +632,12 @@ def _chunks(width: int, dtype: torch.dtype) -> tuple[int, ...]:
     return (chunk,)
 
 
-def _spans(tiles: int, q_pos: Tensor | None, scores_of_tile: int) -> list[tuple[int, int]]:
-    """(first, number) of the tiles of each launch: all at once, or with position scores as many as POSITION_BYTES hold."""
-    step = tiles if q_pos is None else max(1, POSITION_BYTES // max(1, scores_of_tile * q_pos.element_size()))
-    return [(first, min(step, tiles - first)) for first in range(0, tiles, max(1, step))]
-
-
-def _scores_of_queries(q_pos: Tensor | None, k_pos: Tensor | None, first: int, number: int) -> Tensor | None:
-    """q_pos . k_pos of `number` queries from `first` on, [B, rows, H, S]."""
-    return None if q_pos is None else q_pos[:, first : first + number] @ k_pos.t()
+def _positions(q_pos: Tensor | None) -> dict:
+    """How the kernels take the F position channels: whole, beside those of a head, or BLOCK_F at a time."""
+    F = 0 if q_pos is None else q_pos.shape[-1]
+    if F == 0 or (q_pos.element_size() == 2 and F <= WIDEST_POSITIONS):
+        return dict(F=F, CHUNKS_F=_chunks(F, q_pos.dtype) if F else (), BLOCK_F=0)
+    return dict(F=F, CHUNKS_F=(), BLOCK_F=POSITION_CHUNK)
 
 
 def _hopper(x: Tensor) -> bool:
@@ -723,7 +655,9 @@ def _config(kernel: str, q: Tensor, k: Tensor, v: Tensor, q_pos: Tensor | None, 
         if width > 128 and not INTERPRET:
             config |= {"BLOCK_M": max(16, config["BLOCK_M"] // 2), "BLOCK_N": max(16, config["BLOCK_N"] // 2)}
     elif q_pos is not None:
-        config = configs["half_xl"]
+        F = q_pos.shape[-1]
+        wide = 2 * (q.shape[-1] + F) + v.shape[-1] if _hopper(q) and F <= WIDEST_POSITIONS else 1 << 30
+        config = next((tile for widest, tile in configs["hopper_xl"] if wide <= widest), configs["half_xl"])
     elif _hopper(q):
         config = next(tile for widest, tile in configs[rung] if width <= widest)
     else:
@@ -772,17 +706,16 @@ def attention_forward(
     q, k, v = _rows(q), _rows(k), _rows(v)
     config = _config("attention_forward", q, k, v, q_pos)
     config = _tuned(_attention_fwd_kernel, config, q, k, v, q_pos, key_padding_mask, cu_seqlens, causal, window, precision)
-    masks, block = (_padding(key_padding_mask), _sequence_bounds(cu_seqlens, T)), config["BLOCK_M"]
-    for first, number in _spans(cdiv(T, block), q_pos, block * B * H * S):
-        launch(
-            _attention_fwd_kernel, (number * B * H,),
-            q, k, v, _scores_of_queries(q_pos, k_pos, first * block, number * block), *masks, o, lse,
-            T, S, H, min(window, T + S), _section(k, v, B * H), first, number,
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *o.stride()[:3], scale,
-            LOAD_P=min(q.shape[-1], k.shape[-1]), LOAD_PV=v.shape[-1], PV=PV, GROUP=H // Hkv, IS_CAUSAL=causal,
-            HAS_WINDOW=window > 0, PRECISION=precision, EXACT=_exact(q.dtype, precision),
-            CHUNKS_P=_chunks(P, q.dtype), CHUNKS_PV=_chunks(PV, q.dtype), **config,
-        )  # fmt: skip
+    masks, number = (padding_bytes(key_padding_mask), sequence_bounds(cu_seqlens, T)), cdiv(T, config["BLOCK_M"])
+    launch(
+        _attention_fwd_kernel, (number * B * H,),
+        q, k, v, *_contiguous(q_pos, k_pos), *masks, o, lse,
+        T, S, H, min(window, T + S), _sections(k, v, B * H), number,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *o.stride()[:3], scale,
+        LOAD_P=min(q.shape[-1], k.shape[-1]), LOAD_PV=v.shape[-1], PV=PV, GROUP=H // Hkv, IS_CAUSAL=causal,
+        HAS_WINDOW=window > 0, PRECISION=precision, EXACT=_exact(q.dtype, precision),
+        CHUNKS_P=_chunks(P, q.dtype), CHUNKS_PV=_chunks(PV, q.dtype), **_positions(q_pos), **config,
+    )  # fmt: skip
     return o, lse
 
 
@@ -827,37 +760,31 @@ def attention_backward(
     # B * H rows each of lse and delta, and for EXACT of norm and dlse
     stats = lse.new_empty((4 if exact else 2) * B * H, T)
 
-    masks = (_padding(key_padding_mask), _sequence_bounds(cu_seqlens, T))
+    positions = _contiguous(q_pos, k_pos)
+    masks = (padding_bytes(key_padding_mask), sequence_bounds(cu_seqlens, T))
     inputs = (*do.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
     sizes = (T, S, H, min(window, T + S))
     flags = dict(
         P=P, PV=PV, LOAD_P=min(q.shape[-1], k.shape[-1]), LOAD_PV=min(do.shape[-1], v.shape[-1]), GROUP=H // Hkv,
         IS_CAUSAL=causal, HAS_WINDOW=window > 0, PRECISION=precision, EXACT=exact,
-        CHUNKS_P=_chunks(P, q.dtype), CHUNKS_PV=_chunks(PV, q.dtype),
+        CHUNKS_P=_chunks(P, q.dtype), CHUNKS_PV=_chunks(PV, q.dtype), **_positions(q_pos),
     )  # fmt: skip
 
     config = _config("attention_dq", q, k, v, q_pos)
     config = _tuned(_attention_bwd_dq_kernel, config, q, k, v, q_pos, key_padding_mask, cu_seqlens, causal, window, precision)
-    block, strides = config["BLOCK_M"], (*inputs, *o.stride()[:3], *dq.stride()[:3])
-    for tile, number in _spans(cdiv(T, block), q_pos, block * B * H * S):
-        position = _scores_of_queries(q_pos, k_pos, tile * block, number * block)
-        ds = None if position is None else torch.zeros_like(position)
-        arguments = (do, q, k, v, position, *masks, o, lse, dlse, stats, ds, dq)
-        scalars = (*sizes, _section(k, v, B * H), tile, number)
-        for out in ("delta", "dq") if exact else ("dq",):
-            launch(
-                _attention_bwd_dq_kernel, (number * B * H,), *arguments, *scalars, *strides, scale, **flags, **config, OUT=out
-            )  # fmt: skip
-        if ds is not None:
-            dq_pos[:, tile * block : (tile + number) * block] = ds @ k_pos
+    number, strides = cdiv(T, config["BLOCK_M"]), (*inputs, *o.stride()[:3], *dq.stride()[:3])
+    arguments = (do, q, k, v, *positions, *masks, o, lse, dlse, stats, None if q_pos is None else dq_pos, dq)
+    scalars = (*sizes, _sections(k, v, B * H), number)
+    parts = cdiv(flags["F"], flags["BLOCK_F"]) if flags["BLOCK_F"] else 0
+    for out in ("delta",) * exact + ("dq",) + ("dq_pos",) * (parts > 0):
+        grid = (number * B * H, parts if out == "dq_pos" else 1)
+        launch(_attention_bwd_dq_kernel, grid, *arguments, *scalars, *strides, scale, **flags, **config, OUT=out)
 
     spare = key_padding_mask is not None or Hkv < H
     config = _config("attention_dkdv", q, k, v, q_pos, "hopper_spare" if spare else "hopper")
     config = _tuned(_attention_bwd_dkdv_kernel, config, q, k, v, q_pos, key_padding_mask, cu_seqlens, causal, window, precision)
-    block, strides = config["BLOCK_N"], (*inputs, *dk.stride()[:3], *dv.stride()[:3])
-    for tile, number in _spans(cdiv(S, block), q_pos, block * B * H * T):
-        position = None if q_pos is None else q_pos @ k_pos[tile * block : (tile + number) * block].t()  # [B, T, H, keys]
-        arguments = (do, q, k, v, position, *masks, stats, dk, dv)
-        scalars = (*sizes, _section(q, do, B * Hkv), tile, number)
-        launch(_attention_bwd_dkdv_kernel, (number * B * Hkv,), *arguments, *scalars, *strides, scale, **flags, **config)
+    number, strides = cdiv(S, config["BLOCK_N"]), (*inputs, *dk.stride()[:3], *dv.stride()[:3])
+    arguments = (do, q, k, v, *positions, *masks, stats, dk, dv)
+    scalars = (*sizes, _sections(q, do, B * Hkv), number)
+    launch(_attention_bwd_dkdv_kernel, (number * B * Hkv,), *arguments, *scalars, *strides, scale, **flags, **config)
     return first, second, dv, dq_pos

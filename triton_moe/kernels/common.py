@@ -67,6 +67,14 @@ on_launch: Callable | None = None
 # Writes down what `start` does; replay.py sets it.
 recorder: Any = None
 
+constants: dict[int, torch.Tensor] = {}  # by storage: tables that no argument's values have a part in, and that never change
+
+
+def constant(t: torch.Tensor) -> torch.Tensor:
+    """t, which stays as it is as long as the process lives."""
+    constants[t.untyped_storage()._cdata] = t
+    return t
+
 
 def launch(kernel, grid: tuple[int, ...], *args, **meta) -> None:
     """Start `kernel` on the device of its first argument; an empty grid starts nothing. See the notes above."""

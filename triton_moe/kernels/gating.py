@@ -28,7 +28,9 @@ NOTE [Counting sort]
     The routing plan is three stable sorts of every side: the routes by expert, the (token, head) rows by the set of experts that
     they chose, the tokens by their signature (sets.py says what these are for). Keys are few, so all sorts are counted, in the
     same three launches: how often each key occurs in each chunk of tokens; the sums over the chunks before each; each item's
-    place, which is where its key begins, what the earlier chunks hold of it, and its rank among its like in the chunk.
+    place, which is where its key begins, what the earlier chunks hold of it, and its rank among its like in the chunk. The last
+    launch also writes what sets.py wants to know of each tile. Two launches with large chunks, in which every program adds up the
+    counts of all chunks itself, need so many registers that they took twice the time.
     A set's key is its rank in the revolving-door order (Knuth, The Art of Computer Programming 4A, 7.2.1.3, algorithm R), in
     which neighbours differ in one expert. A signature's digits are the ranks of the heads, and a digit runs backwards where the
     digits before it make an odd number (reflected Gray code), so neighbouring signatures differ in one expert too. Signatures
@@ -44,6 +46,7 @@ import triton
 import triton.language as tl
 
 from .. import tuning
+from . import sets
 from .common import INTERPRET, cdiv, default_config, launch, next_power_of_2, opaque, rows, uniform
 
 MAX_EXPERTS = 1024  # per head: one tile holds all logits of a head
@@ -67,16 +70,21 @@ SPACE = {  # what may be tuned; see tuning.py
 class Plan(NamedTuple):
     """The orders of one side's routes r = (n*H + h)*TOP_K + j, int32.
 
-    order: [N*H*TOP_K], the routes sorted by expert h*E + e and then by themselves; offsets: [H*E + 1], where each expert's begin.
-    set_order: [N*H], the rows n*H + h sorted by head and chosen set; set_offsets: [H*C(E, TOP_K) + 1]; token_order: [N], the
-    tokens sorted by the sets of all heads. The last three are empty where nobody needs them.
+    order: [N*H*TOP_K], the routes sorted by expert h*E + e and then by themselves; offsets: [H*E + 1], where each expert's begin;
+    rank: [N*H*TOP_K], each route's place in that order. set_order: [N*H], the rows n*H + h sorted by head and chosen set;
+    set_tiles: [tiles, 3 + TOP_K], of each tile of a set its first row in that order, the end of its set, its head and experts;
+    token_order: [N], the tokens sorted by the sets of all heads; visited: [tiles, 2] int64, of each tile of tokens (or of a head's
+    rows) its experts, a bit each, and the number of its first block of packed rows (sets.py). rank and token_order are empty where
+    heads go one by one, all but the first two where nobody needs them.
     """
 
     order: torch.Tensor
     offsets: torch.Tensor
+    rank: torch.Tensor
     set_order: torch.Tensor
-    set_offsets: torch.Tensor
+    set_tiles: torch.Tensor
     token_order: torch.Tensor
+    visited: torch.Tensor
 
 
 @triton.jit
@@ -229,13 +237,16 @@ def _set_rank(experts_ptrs, mask, TOP_K: tl.constexpr, SETS: tl.constexpr):
 
 @triton.jit
 def _plan_count_kernel(
-    experts_ptr, keys_ptr, counts_ptr, N, chunks,
-    SORT_SETS: tl.constexpr, H: tl.constexpr, E: tl.constexpr, TOP_K: tl.constexpr, SETS: tl.constexpr,
+    experts_ptr, keys_ptr, counts_ptr, visited_ptr, N, chunks,
+    BY_SETS: tl.constexpr, JOINT: tl.constexpr, H: tl.constexpr, E: tl.constexpr, TOP_K: tl.constexpr, SETS: tl.constexpr,
     SORTED_HEADS: tl.constexpr, DIVISOR: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr,
+    TILE: tl.constexpr,
 ):  # fmt: skip
-    """counts[side, chunk]: how many of the chunk's items have each key; keys[side]: set ranks [N, H], then signatures [N]."""
+    """counts[side, chunk]: how many of the chunk's items have each key; keys[side]: set ranks [N, H], then signatures [N].
+
+    JOINT: visited[side] is made ready for `_plan_place_kernel`: no experts yet, and each tile's first block of packed rows."""
     route_blocks: tl.constexpr = (H * E + ROWS - 1) // ROWS
-    problems: tl.constexpr = route_blocks + 1 if SORT_SETS else route_blocks
+    problems: tl.constexpr = route_blocks + 1 if BY_SETS else route_blocks
     chunk = tl.program_id(0) // problems % chunks
     problem = tl.program_id(0) % problems
     side = (tl.program_id(0) // problems // chunks).to(tl.int64)
@@ -252,8 +263,12 @@ def _plan_count_kernel(
             e = tl.load(e_ptrs, mask=mask_row[:, None] & mask[None, :], other=-1)
             count += (e == (row % E)[:, None]).to(tl.int32)
         tl.store(counts_ptr + row, tl.sum(count, axis=1), mask=mask_row)
-    elif SORT_SETS:
+    elif BY_SETS:
         keys_ptr += side * N * (H + 1)
+        for column in tl.static_range(H * E, COLUMNS, 128):
+            offs_k = column + tl.arange(0, 128)
+            tl.store(counts_ptr + offs_k, tl.zeros((128,), tl.int32), mask=offs_k < COLUMNS)
+        tl.debug_barrier()
         signature = tl.zeros((CHUNK,), tl.int32)
         for h in range(H):
             rank = _set_rank(experts_ptr + (n * H + h) * TOP_K, mask, TOP_K, SETS)
@@ -261,9 +276,13 @@ def _plan_count_kernel(
             tl.atomic_add(counts_ptr + H * E + h * SETS + rank, 1, mask=mask, sem="relaxed")
             digit = tl.where(signature % 2 == 1, SETS - 1 - rank, rank)
             signature = tl.where(h < SORTED_HEADS, signature * SETS + digit, signature)
-        signature = signature // DIVISOR
-        tl.store(keys_ptr + N * H + n, signature, mask=mask)
-        tl.atomic_add(counts_ptr + H * (E + SETS) + signature, 1, mask=mask, sem="relaxed")
+        if JOINT:
+            signature = signature // DIVISOR
+            tl.store(keys_ptr + N * H + n, signature, mask=mask)
+            tl.atomic_add(counts_ptr + H * (E + SETS) + signature, 1, mask=mask, sem="relaxed")
+            visited_ptrs = visited_ptr + (side * ((N + TILE - 1) // TILE) + n // TILE) * 2
+            tl.store(visited_ptrs, n.to(tl.int64) * 0, mask=mask & (n % TILE == 0))
+            tl.store(visited_ptrs + 1, (n // TILE).to(tl.int64) * (H * E), mask=mask & (n % TILE == 0))
 
 
 @triton.jit
@@ -295,17 +314,65 @@ def _first_place(totals_ptr, row, KEYS: tl.constexpr, BLOCK_KEYS: tl.constexpr):
 
 
 @triton.jit
+def _tables(
+    totals_ptr, set_tiles_ptr, visited_ptr, N, program, programs, set_tiles,
+    JOINT: tl.constexpr, H: tl.constexpr, E: tl.constexpr, TOP_K: tl.constexpr, SETS: tl.constexpr, BLOCK_SETS: tl.constexpr,
+    TILE: tl.constexpr,
+):  # fmt: skip
+    """Of set_tiles the i-th tiles of all sets and, unless JOINT, of visited those of all heads; i is program, + programs, .."""
+    offs_s = tl.arange(0, BLOCK_SETS)
+    count = tl.load(totals_ptr + offs_s, mask=offs_s < H * SETS, other=0)
+    end = tl.cumsum(count, 0)
+    tiles = (count + TILE - 1) // TILE
+    head_tiles = (N + TILE - 1) // TILE
+    for i in range(program, head_tiles, programs):
+        here = i < tiles
+        # Tiles that are equally far in their sets stand together: they read the same tokens at about the same time.
+        entry = tl.sum(tl.minimum(tiles, i), 0) + tl.cumsum(here.to(tl.int32), 0) - 1
+        entry_ptrs = set_tiles_ptr + entry * (3 + TOP_K)
+        tl.store(entry_ptrs, end - count + i * TILE, mask=here)
+        tl.store(entry_ptrs + 1, end, mask=here)
+        tl.store(entry_ptrs + 2, offs_s // SETS, mask=here)
+        bits = tl.zeros((BLOCK_SETS,), tl.int64)  # the experts of each set
+        rest = offs_s % SETS
+        for j in tl.static_range(TOP_K):  # the set of that rank, its largest expert first
+            e = rest * 0
+            for smaller in tl.static_range(1, E):
+                e += (_binomial(rest * 0 + smaller, TOP_K - j) <= rest).to(tl.int32)
+            rest = _binomial(e + 1, TOP_K - j) - 1 - rest
+            bits |= tl.full((BLOCK_SETS,), 1, tl.int64) << e.to(tl.int64)
+            tl.store(entry_ptrs + 2 + TOP_K - j, e, mask=here)
+        if not JOINT:
+            for h in range(H):
+                first = h * N + i * TILE
+                last = tl.minimum(first + TILE, h * N + N)
+                inside = (end - count < last) & (end > first) & (count > 0)
+                used = tl.zeros((1,), tl.int64)
+                for i_e in range(E):
+                    one = tl.max((inside & (((bits >> i_e) & 1) != 0)).to(tl.int64), axis=0)
+                    used |= one << i_e
+                rank = tl.min(tl.where(inside, offs_s - h * SETS, SETS), axis=0)
+                visited_ptrs = visited_ptr + (h * head_tiles + i) * 2 + tl.arange(0, 1)
+                tl.store(visited_ptrs, used)
+                tl.store(visited_ptrs + 1, used * 0 + h * (head_tiles * TOP_K + SETS) + i * TOP_K + rank)
+    if program == 0:  # up to the grid's bound
+        entry = tl.sum(tiles, 0) + offs_s
+        for column in tl.static_range(3 + TOP_K):
+            tl.store(set_tiles_ptr + entry * (3 + TOP_K) + column, offs_s * 0, mask=entry < set_tiles)
+
+
+@triton.jit
 def _plan_place_kernel(
     experts_ptr, keys_ptr, counts_ptr, totals_ptr,
-    order_ptr, offsets_ptr, set_order_ptr, set_offsets_ptr, token_order_ptr, N, chunks,
-    SORT_SETS: tl.constexpr, H: tl.constexpr, E: tl.constexpr, TOP_K: tl.constexpr, SETS: tl.constexpr,
-    SIGNATURES: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr,
+    order_ptr, offsets_ptr, rank_ptr, set_order_ptr, set_tiles_ptr, token_order_ptr, visited_ptr, N, chunks, set_tiles,
+    BY_SETS: tl.constexpr, JOINT: tl.constexpr, H: tl.constexpr, E: tl.constexpr, TOP_K: tl.constexpr, SETS: tl.constexpr,
+    SIGNATURES: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
     BLOCK_HE: tl.constexpr, BLOCK_SETS: tl.constexpr, BLOCK_SIGNATURES: tl.constexpr,
 ):  # fmt: skip
-    """Write each item of the chunk to its place."""
+    """Write each item of the chunk to its place, and what a tile of each set (and head) is."""
     route_blocks: tl.constexpr = (H * E + ROWS - 1) // ROWS
-    set_blocks: tl.constexpr = (H * SETS + ROWS - 1) // ROWS if SORT_SETS else 0
-    problems: tl.constexpr = route_blocks + set_blocks + 1 if SORT_SETS else route_blocks
+    set_blocks: tl.constexpr = (H * SETS + ROWS - 1) // ROWS if BY_SETS else 0
+    problems: tl.constexpr = route_blocks + set_blocks + (2 if JOINT else 1) if BY_SETS else route_blocks
     chunk = tl.program_id(0) // problems % chunks
     problem = tl.program_id(0) % problems
     side = (tl.program_id(0) // problems // chunks).to(tl.int64)
@@ -329,10 +396,13 @@ def _plan_place_kernel(
         base = begin + tl.load(counts_ptr + row, mask=mask_row, other=0)
         place = base[:, None] + tl.cumsum(count, 1) - count
         order_ptr += side * N * (H * TOP_K)
+        rank_ptr += side * N * (H * TOP_K)
         for j in range(TOP_K):
             e = tl.load(experts_ptr + first_route + j, mask=mask_tile, other=-1)
             here = e == (row % E)[:, None]
             tl.store(order_ptr + place, first_route + j, mask=here)
+            if JOINT:
+                tl.store(rank_ptr + first_route + j, place, mask=here)
             place += here.to(tl.int32)
         if chunk == 0:
             offsets_ptr += side * (H * E + 1)
@@ -348,11 +418,15 @@ def _plan_place_kernel(
         base = begin + tl.load(counts_ptr + H * E + row, mask=mask_row, other=0)
         place = base[:, None] + tl.cumsum(here.to(tl.int32), 1) - 1
         tl.store(set_order_ptr + side * N * H + place, item, mask=here)
-        if chunk == 0:
-            set_offsets_ptr += side * (H * SETS + 1)
-            tl.store(set_offsets_ptr + row, begin, mask=mask_row)
-            tl.store(set_offsets_ptr + H * SETS, N * H)
-    elif SORT_SETS:
+    elif BY_SETS and problem == route_blocks + set_blocks:
+        tiles = (N + TILE - 1) // TILE
+        set_tiles_ptr += side * set_tiles * (3 + TOP_K)
+        visited_ptr += side * tiles * (2 if JOINT else 2 * H)
+        _tables(
+            totals_ptr + H * E, set_tiles_ptr, visited_ptr, N, chunk, chunks, set_tiles,
+            JOINT, H, E, TOP_K, SETS, BLOCK_SETS, TILE,
+        )  # fmt: skip
+    elif JOINT:
         key = tl.load(keys_ptr + N * H + n, mask=mask, other=0)
         earlier = (key[:, None] == key[None, :]) & (offs[:, None] < offs[None, :])
         offs_k = tl.arange(0, BLOCK_SIGNATURES)
@@ -361,6 +435,12 @@ def _plan_place_kernel(
         first = tl.cumsum(total, 0) - total + tl.load(counts_ptr + H * (E + SETS) + offs_k, mask=mask_k, other=0)
         token_place = tl.gather(first, key, 0) + tl.sum(earlier.to(tl.int32), axis=0)
         tl.store(token_order_ptr + side * N + token_place, n, mask=mask)
+        bits = tl.zeros((CHUNK,), tl.int64)
+        for r in range(H * TOP_K):
+            e = tl.load(experts_ptr + n * (H * TOP_K) + r, mask=mask, other=0)
+            bits |= tl.full((CHUNK,), 1, tl.int64) << (r // TOP_K * E + e).to(tl.int64)
+        visited_ptr += side * ((N + TILE - 1) // TILE) * 2
+        tl.atomic_or(visited_ptr + token_place // TILE * 2, bits, mask=mask, sem="relaxed")
 
 
 # ---- launchers
@@ -441,54 +521,63 @@ def gating_backward(
     return total, total.t() @ x
 
 
-def _routing_plan_fake(experts, n_experts, sets):
-    sides, N, H, TOP_K = experts.shape
-    S = math.comb(n_experts, TOP_K)
+def plan_shapes(N: int, H: int, E: int, TOP_K: int, by_sets: bool) -> tuple[tuple[int, ...], ...]:
+    """Of the fields of a Plan."""
+    entries, passes, tokens = sets.tables(N, H, E, TOP_K) if by_sets else (0, 0, 0)
+    rows = N * H if by_sets else 0
     return (
-        experts.new_empty(sides, N * H * TOP_K),
-        experts.new_empty(sides, H * n_experts + 1),
-        experts.new_empty(sides, N * H if sets else 0),
-        experts.new_empty(sides, H * S + 1 if sets else 0),
-        experts.new_empty(sides, N if sets else 0),
+        (N * H * TOP_K,),
+        (H * E + 1,),
+        (tokens * H * TOP_K,),
+        (rows,),
+        (entries, 3 + TOP_K),
+        (tokens,),
+        (passes * cdiv(N, sets.TILE), 2),
     )
+
+
+def _routing_plan_fake(experts, n_experts, by_sets):
+    sides, N, H, TOP_K = experts.shape
+    *ints, visited = plan_shapes(N, H, n_experts, TOP_K, by_sets)
+    return *(experts.new_empty(sides, *shape) for shape in ints), experts.new_empty(sides, *visited, dtype=torch.int64)
 
 
 @opaque(_routing_plan_fake)
 def routing_plan(
-    experts: torch.Tensor, n_experts: int, sets: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    experts: torch.Tensor, n_experts: int, by_sets: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """experts [sides, N, H, TOP_K] -> the fields of a Plan, each with the sides as another first axis. Nothing visits the host.
 
-    `sets`: whether to sort by sets too, of which there must be few (sets.py).
+    `by_sets`: whether to sort by sets too, of which there must be few (sets.py).
     """
     experts = experts.contiguous()
     sides, N, H, TOP_K = experts.shape
-    plan = _routing_plan_fake(experts, n_experts, sets)
+    plan = _routing_plan_fake(experts, n_experts, by_sets)
     HE = H * n_experts
     if HE > MAX_COUNTED:
         return *_sorted_routes(experts, n_experts), *plan[2:]
-    S, heads = math.comb(n_experts, TOP_K) if sets else 1, H
+    S, heads, joint = (math.comb(n_experts, TOP_K), H, sets.joint(n_experts, TOP_K)) if by_sets else (1, 1, False)
     while heads > 1 and S**heads >= 2**31:  # as many heads as fit an int32: any order is right
         heads -= 1
     divisor = cdiv(S**heads, MAX_SIGNATURES)
-    signatures = cdiv(S**heads, divisor)
-    columns = HE + (H * S + signatures if sets else 0)
+    signatures = cdiv(S**heads, divisor) if joint else 0
+    columns = HE + (H * S + signatures if by_sets else 0)
     chunks = max(cdiv(N, CHUNK), 1)
-    counts, totals = experts.new_zeros(sides, chunks, columns), experts.new_empty(sides, columns)
-    keys = experts.new_empty(sides, N * (H + 1)) if sets else counts
+    counts, totals = experts.new_empty(sides, chunks, columns), experts.new_empty(sides, columns)
+    keys = experts.new_empty(sides, N * (H + 1)) if by_sets else counts
     meta = {
-        "SORT_SETS": sets, "H": H, "E": n_experts, "TOP_K": TOP_K, "SETS": S, "COLUMNS": columns, "CHUNK": CHUNK, "ROWS": ROWS,
-        "num_warps": 4,
+        "BY_SETS": by_sets, "JOINT": joint, "H": H, "E": n_experts, "TOP_K": TOP_K, "SETS": S, "COLUMNS": columns,
+        "CHUNK": CHUNK, "ROWS": ROWS, "TILE": sets.TILE, "num_warps": 4,
     }  # fmt: skip
     blocks = cdiv(HE, ROWS)
     launch(
-        _plan_count_kernel, (sides * chunks * (blocks + sets),),
-        experts, keys, counts, N, chunks, SORTED_HEADS=heads, DIVISOR=divisor, **meta,
+        _plan_count_kernel, (sides * chunks * (blocks + by_sets),),
+        experts, keys, counts, plan[6], N, chunks, SORTED_HEADS=heads, DIVISOR=divisor, **meta,
     )  # fmt: skip
     launch(_plan_sum_kernel, (sides * cdiv(columns, 8),), counts, totals, chunks, COLUMNS=columns, BLOCK_C=256, BLOCK_K=8)
     launch(
-        _plan_place_kernel, (sides * chunks * (blocks + (cdiv(H * S, ROWS) + 1 if sets else 0)),),
-        experts, keys, counts, totals, *plan, N, chunks,
+        _plan_place_kernel, (sides * chunks * (blocks + (cdiv(H * S, ROWS) + 1 + joint if by_sets else 0)),),
+        experts, keys, counts, totals, *plan, N, chunks, plan[4].shape[1],
         SIGNATURES=signatures, BLOCK_HE=next_power_of_2(HE), BLOCK_SETS=next_power_of_2(H * S),
         BLOCK_SIGNATURES=next_power_of_2(signatures), **meta,
     )  # fmt: skip

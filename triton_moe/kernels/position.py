@@ -1,16 +1,10 @@
-"""Rotations by position: rotary embeddings, and the two sides of the Transformer-XL term.
+"""Rotary position embeddings (RoPE), in place.
 
-RoPE, halves convention, over the first n channels of a head, at position i with frequency w_c = base^(-2c/n), c < n/2:
+Halves convention, over the first n channels of a head, at position i with frequency w_c = base^(-2c/n), c < n/2:
 
     (x1, x2) -> (x1 cos iw - x2 sin iw, x2 cos iw + x1 sin iw)
 
-Transformer-XL adds a_i . R_{j-i} to the score of query i and key j, with R_m[2c] = sin(m w_c), R_m[2c+1] = cos(m w_c),
-w_c = 10000^(-2c/D). With a_s[c] = a[2c] and a_c[c] = a[2c+1] (0 where an odd D ends) the addition theorems split it
-into a query side and a table of keys that all heads share:
-
-    a_i . R_{j-i} = sum_c (a_s cos iw + a_c sin iw) sin jw + (a_c cos iw - a_s sin iw) cos jw
-
-Both are rotations, so the gradient is the rotation back.
+The gradient is the rotation back.
 """
 
 import math
@@ -22,17 +16,14 @@ from torch import Tensor
 
 from .common import INTERPRET, cdiv, launch, next_power_of_2, opaque
 
-XL_BASE = 10000.0
-
 
 @triton.jit
-def _angles(position, c, N: tl.constexpr, LOG2_BASE: tl.constexpr):
-    """cos and sin of position * base^(-2c/N), [positions, channels] float32.
+def angles(position, frequency):
+    """cos and sin of position * frequency, [positions, channels] float32; the frequency in quarter turns, float64.
 
-    The angle is counted in quarter turns in float64 and the whole ones split off, so that it keeps its accuracy at any
-    position; the rest, at most pi / 4, goes through Taylor series that float32 cannot tell from the functions.
+    The whole turns of the angle are split off in float64, so that it keeps its accuracy at any position; the rest, at most
+    pi / 4, goes through Taylor series that float32 cannot tell from the functions.
     """
-    frequency = tl.exp2(c.to(tl.float64) * (-2.0 * LOG2_BASE / N)) * 0.6366197723675814  # 2 / pi
     turns = position.to(tl.float64)[:, None] * frequency[None, :]
     whole = tl.floor(turns + 0.5)
     x = ((turns - whole) * 1.5707963267948966).to(tl.float32)
@@ -60,7 +51,8 @@ def _rope_rotate_kernel(
     offs_t = (pid % tiles * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
     c = tl.arange(0, BLOCK_C)
     HALF: tl.constexpr = N // 2
-    cos, sin = _angles(offset + offs_t, c % HALF if PERMUTE else c, N, LOG2_BASE)
+    frequency = tl.exp2((c % HALF if PERMUTE else c).to(tl.float64) * (-2.0 * LOG2_BASE / N)) * 0.6366197723675814  # 2 / pi
+    cos, sin = angles(offset + offs_t, frequency)
     if CONJUGATE:
         sin = -sin
     if PERMUTE:
@@ -84,53 +76,6 @@ def _rope_rotate_kernel(
             tl.store(ptrs + HALF, x2 * cos + x1 * sin, mask=mask_h)
 
 
-@triton.jit
-def _xl_query_kernel(
-    a_ptr, y_ptr, T, H, offset, D: tl.constexpr, LOG2_BASE: tl.constexpr, CONJUGATE: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """a [B, T, H, D], interleaved, to y [B, T, H, F], halves; when CONJUGATE a_ptr is y's gradient and y_ptr a's."""
-    HALF: tl.constexpr = (D + 1) // 2
-    tiles = tl.cdiv(T, BLOCK_T)
-    pid = tl.program_id(0)
-    b = (pid // tiles).to(tl.int64)
-    offs_t = (pid % tiles * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    cos, sin = _angles(offset + offs_t, c, D, LOG2_BASE)
-    mask = (offs_t < T)[:, None] & (c < HALF)[None, :]
-    mask_odd = (offs_t < T)[:, None] & (2 * c + 1 < D)[None, :]  # an odd D lacks the last cosine
-    for h in range(H):
-        row = ((b * T + offs_t) * H + h)[:, None]
-        if CONJUGATE:
-            first = tl.load(a_ptr + row * (2 * HALF) + c[None, :], mask=mask, other=0.0).to(tl.float32)
-            second = tl.load(a_ptr + row * (2 * HALF) + HALF + c[None, :], mask=mask, other=0.0).to(tl.float32)
-            tl.store(y_ptr + row * D + 2 * c[None, :], (first * cos - second * sin), mask=mask)
-            tl.store(y_ptr + row * D + 2 * c[None, :] + 1, (first * sin + second * cos), mask=mask_odd)
-        else:
-            a_sin = tl.load(a_ptr + row * D + 2 * c[None, :], mask=mask, other=0.0).to(tl.float32)
-            a_cos = tl.load(a_ptr + row * D + 2 * c[None, :] + 1, mask=mask_odd, other=0.0).to(tl.float32)
-            tl.store(y_ptr + row * (2 * HALF) + c[None, :], (a_sin * cos + a_cos * sin), mask=mask)
-            tl.store(y_ptr + row * (2 * HALF) + HALF + c[None, :], (a_cos * cos - a_sin * sin), mask=mask)
-
-
-@triton.jit
-def _xl_keys_kernel(y_ptr, S, D: tl.constexpr, LOG2_BASE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr):
-    HALF: tl.constexpr = (D + 1) // 2
-    offs_s = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    cos, sin = _angles(offs_s, c, D, LOG2_BASE)
-    mask = (offs_s < S)[:, None] & (c < HALF)[None, :]
-    y_ptrs = y_ptr + offs_s[:, None] * (2 * HALF) + c[None, :]
-    tl.store(y_ptrs, sin, mask=mask)
-    tl.store(y_ptrs + HALF, cos, mask=mask)
-
-
-def _tiles(T: int, channels: int) -> dict[str, int]:
-    block_c = min(next_power_of_2(channels), 512 if INTERPRET else 64)
-    block_t = 256 if INTERPRET else 512 // block_c
-    return dict(BLOCK_T=min(block_t, next_power_of_2(T)), BLOCK_C=block_c, num_warps=4)
-
-
 @opaque(lambda x, n, base, offset, conjugate: None, mutates=("x",))
 def rope_rotate_(x: Tensor, n: int, base: float, offset: int, conjugate: bool) -> None:
     """Rotate the first n (even) channels of x [B, T, H, P], rows contiguous, by position offset + t, or back when conjugate."""
@@ -152,34 +97,4 @@ def rope_rotate(x: Tensor, n: int, base: float, offset: int, conjugate: bool) ->
     """A rotated copy, contiguous."""
     y = x.clone(memory_format=torch.contiguous_format)
     rope_rotate_(y, n, base, offset, conjugate)
-    return y
-
-
-def _xl_query_fake(a, D, offset, conjugate):
-    return a.new_empty(*a.shape[:3], D if conjugate else D + D % 2)
-
-
-@opaque(_xl_query_fake)
-def xl_query(a: Tensor, D: int, offset: int, conjugate: bool) -> Tensor:
-    """a [B, T, H, D] to the term's query side [B, T, H, F], F = 2 * ceil(D / 2); when conjugate, its gradient back."""
-    B, T, H, _ = a.shape
-    y = _xl_query_fake(a, D, offset, conjugate)
-    tiles = _tiles(T, cdiv(D, 2))
-    grid = (B * cdiv(T, tiles["BLOCK_T"]), cdiv(cdiv(D, 2), tiles["BLOCK_C"]))
-    flags = dict(D=D, LOG2_BASE=math.log2(XL_BASE), CONJUGATE=conjugate)
-    launch(_xl_query_kernel, grid, a.contiguous(), y, T, H, offset, **flags, **tiles)
-    return y
-
-
-def _xl_keys_fake(like, S, D):
-    return like.new_empty(S, D + D % 2)
-
-
-@opaque(_xl_keys_fake)
-def xl_keys(like: Tensor, S: int, D: int) -> Tensor:
-    """The key side [S, F]: sin(j w), then cos(j w), in like's dtype and on its device."""
-    y = _xl_keys_fake(like, S, D)
-    tiles = _tiles(S, cdiv(D, 2))
-    grid = (cdiv(S, tiles["BLOCK_T"]), cdiv(cdiv(D, 2), tiles["BLOCK_C"]))
-    launch(_xl_keys_kernel, grid, y, S, D=D, LOG2_BASE=math.log2(XL_BASE), **tiles)
     return y

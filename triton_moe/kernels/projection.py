@@ -452,7 +452,9 @@ def _gate_rows(a, s):
 # ---- value projection
 
 
-def _value_forward_fake(x, w, weights, experts, order, offsets, set_order, set_offsets, token_order, keep, precision):
+def _value_forward_fake(
+    x, w, weights, experts, order, offsets, rank, set_order, set_tiles, token_order, visited, keep, precision
+):
     N, H, _ = weights.shape
     return x.new_empty(N, H, w.shape[2]), x.new_empty(weights.numel() if keep else 0, w.shape[2])
 
@@ -460,34 +462,55 @@ def _value_forward_fake(x, w, weights, experts, order, offsets, set_order, set_o
 @opaque(_value_forward_fake)
 def value_forward(
     x: torch.Tensor, w: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor, order: torch.Tensor,
-    offsets: torch.Tensor, set_order: torch.Tensor, set_offsets: torch.Tensor, token_order: torch.Tensor, keep: bool,
-    precision: str,
+    offsets: torch.Tensor, rank: torch.Tensor, set_order: torch.Tensor, set_tiles: torch.Tensor, token_order: torch.Tensor,
+    visited: torch.Tensor, keep: bool, precision: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """x [N, D], w [H*E, D, P], weights and experts [N, H, TOP_K] and their plan -> v [N, H, P] and, to `keep` for the backward
     pass, each route's product u [N*H*TOP_K, P]."""
     N, H, TOP_K = weights.shape
     if sets.serve(set_order, x, w.shape[2]):
-        return sets.gather(x, w, False, weights.contiguous(), experts.contiguous(), set_order, set_offsets, keep=keep)
+        return sets.gather(x, w, False, weights.contiguous(), experts.contiguous(), set_order, set_tiles, keep=keep)
     u = _grouped_gemm(rows(x), w, order, offsets, H * TOP_K, precision)
     v = _combine(u, weights.contiguous().view(-1), TOP_K).view(N, H, w.shape[2])
     return v, u if keep else u.new_empty(0, w.shape[2])
 
 
-def _value_backward_gates_fake(dv, u, TOP_K):
-    N, H, _ = dv.shape
-    return dv.new_empty(N, H, TOP_K, dtype=torch.float32)
+def _together(token_order, dv):
+    """Whether rows are gated as `sets.spread` wants them for all heads together."""
+    return sets.serve(token_order, dv, dv.shape[2])
 
 
-@opaque(_value_backward_gates_fake)
-def value_backward_gates(dv: torch.Tensor, u: torch.Tensor, TOP_K: int) -> torch.Tensor:
-    """dv [N, H, P], u [N*H*TOP_K, P] -> d weights [N, H, TOP_K]."""
+def _value_backward_rows_fake(
+    dv, u, weights, experts, order, offsets, rank, set_order, set_tiles, token_order, visited
+):  # fmt: skip
+    N, H, TOP_K = weights.shape
+    if not _together(token_order, dv):
+        return dv.new_empty(N * H * TOP_K, dv.shape[2]), experts.new_empty(0), torch.empty_like(weights)
+    packed = sets.packed_shape(N, H, (offsets.shape[0] - 1) // H, TOP_K, dv.shape[2])
+    return dv.new_empty(packed), experts.new_empty(N * H * TOP_K), torch.empty_like(weights)
+
+
+@opaque(_value_backward_rows_fake)
+def value_backward_rows(
+    dv: torch.Tensor, u: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor, order: torch.Tensor,
+    offsets: torch.Tensor, rank: torch.Tensor, set_order: torch.Tensor, set_tiles: torch.Tensor, token_order: torch.Tensor,
+    visited: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """dv [N, H, P], u [N*H*TOP_K, P] -> dv gated, a row for each route, and the rows of the routes in the order of the experts
+    unless those are the routes' own numbers, both for `value_backward`; d weights [N, H, TOP_K]."""
     N, H, P = dv.shape
-    return _route_dot(u, dv.contiguous().view(N * H, P), TOP_K).view(N, H, TOP_K)
+    dv, weights = dv.contiguous(), weights.contiguous()
+    if _together(token_order, dv):
+        E = (offsets.shape[0] - 1) // H
+        gated, order_b, dweights = sets.pack(dv, weights, experts.contiguous(), E, set_order, token_order, visited, rank, u)
+        return gated, order_b, dweights.view(weights.shape)
+    dv = dv.view(N * H, P)
+    return _gate_rows(dv, weights.view(-1)), experts.new_empty(0), _route_dot(u, dv, weights.shape[2]).view(weights.shape)
 
 
 def _value_backward_fake(
-    dv, x, w, weights, experts, order, offsets, set_order, set_offsets, token_order, base, dlogits, sel, precision,
-    dx_dtype=None, dw_dtype=None, width=None,
+    dv, gated, order_b, x, w, weights, experts, order, offsets, rank, set_order, set_tiles, token_order, visited, base, dlogits,
+    sel, precision, dx_dtype=None, dw_dtype=None, width=None,
 ):  # fmt: skip
     width = w.shape[2] if width is None else width
     return x.new_empty(x.shape, dtype=dx_dtype), w.new_empty(*w.shape[:2], width, dtype=dw_dtype)
@@ -495,59 +518,74 @@ def _value_backward_fake(
 
 @opaque(_value_backward_fake)
 def value_backward(
-    dv: torch.Tensor, x: torch.Tensor, w: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor, order: torch.Tensor,
-    offsets: torch.Tensor, set_order: torch.Tensor, set_offsets: torch.Tensor, token_order: torch.Tensor,
-    base: torch.Tensor | None, dlogits: torch.Tensor | None, sel: torch.Tensor | None, precision: str,
-    dx_dtype: torch.dtype | None = None, dw_dtype: torch.dtype | None = None, width: int | None = None,
+    dv: torch.Tensor, gated: torch.Tensor, order_b: torch.Tensor, x: torch.Tensor, w: torch.Tensor, weights: torch.Tensor,
+    experts: torch.Tensor, order: torch.Tensor, offsets: torch.Tensor, rank: torch.Tensor, set_order: torch.Tensor,
+    set_tiles: torch.Tensor, token_order: torch.Tensor, visited: torch.Tensor, base: torch.Tensor | None,
+    dlogits: torch.Tensor | None, sel: torch.Tensor | None, precision: str, dx_dtype: torch.dtype | None = None,
+    dw_dtype: torch.dtype | None = None, width: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """-> dx [N, D], dw [H*E, D, P], in x's and w's dtypes or those given, of dw the first `width` columns.
+    """dv [N, H, P] and what `value_backward_rows` made of it -> dx [N, D], dw [H*E, D, P], in x's and w's dtypes or those given,
+    of dw the first `width` columns.
 
     What else reaches x is added to dx in the same pass: base [N, D] and dlogits [N, C] sel."""
-    N, H, TOP_K = weights.shape
+    _, H, TOP_K = experts.shape
     size = (w.shape[1], w.shape[2] if width is None else width)
-    x, dv, weights = rows(x), dv.contiguous(), weights.contiguous()
-    by_sets = sets.serve(set_order, x, w.shape[2])
-    if by_sets:
-        dx, packed, place = sets.spread(
-            dv, w, True, weights, experts.contiguous(), set_order, token_order, base, dlogits, sel, dx_dtype
-        )
-        if packed is not None:
-            dw = _grouped_dw(x, packed, order, offsets, H * TOP_K, 0, precision, size, place[order], dtype=dw_dtype)
-            return dx, dw
-    gated = _gate_rows(dv.view(N * H, dv.shape[2]), weights.view(-1))
-    if not by_sets:
+    x, placed = rows(x), order_b if order_b.shape[0] else None
+    if sets.serve(set_order, x, w.shape[2]):
+        packed = gated
+        if placed is None:  # heads go one by one
+            args = experts.contiguous(), w.shape[0] // H, set_order, token_order, visited
+            packed, _, _ = sets.pack(dv.contiguous(), weights.contiguous(), *args)
+        dx = sets.spread(packed, w, True, H, TOP_K, set_order, token_order, visited, base, dlogits, sel, dx_dtype)
+    else:
         dx = _combine(_grouped_gemm(gated, w.transpose(1, 2), order, offsets, 1, precision), None, H * TOP_K)
         if dlogits is not None:
             dx.addmm_(dlogits, sel)
         if base is not None:
             dx += base
         dx = dx if dx_dtype is None else cast(dx, dx_dtype)
-    return dx, _grouped_dw(x, gated, order, offsets, H * TOP_K, 1, precision, size, dtype=dw_dtype)
+    return dx, _grouped_dw(x, gated, order, offsets, H * TOP_K, 1, precision, size, placed, dw_dtype)
 
 
 # ---- output projection
 
 
-def _output_forward_fake(a, w, weights, experts, order, offsets, set_order, set_offsets, token_order, precision):
+def _output_forward_fake(a, w, weights, experts, order, offsets, rank, set_order, set_tiles, token_order, visited, precision):
     return a.new_empty(a.shape[0], w.shape[2])
 
 
 @opaque(_output_forward_fake)
 def output_forward(
     a: torch.Tensor, w: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor, order: torch.Tensor,
-    offsets: torch.Tensor, set_order: torch.Tensor, set_offsets: torch.Tensor, token_order: torch.Tensor, precision: str,
+    offsets: torch.Tensor, rank: torch.Tensor, set_order: torch.Tensor, set_tiles: torch.Tensor, token_order: torch.Tensor,
+    visited: torch.Tensor, precision: str,
 ) -> torch.Tensor:  # fmt: skip
     """a [N, H, P], w [H*E, P, D], weights and experts [N, H, TOP_K] and their plan -> y [N, D]."""
     N, H, TOP_K = weights.shape
     a, weights = a.contiguous(), weights.contiguous()
     if sets.serve(set_order, a, w.shape[1]):
-        return sets.spread(a, w, False, weights, experts.contiguous(), set_order, token_order)[0]
+        packed, _, _ = sets.pack(a, weights, experts.contiguous(), w.shape[0] // H, set_order, token_order, visited)
+        return sets.spread(packed, w, False, H, TOP_K, set_order, token_order, visited)
     gated = _gate_rows(a.view(N * H, a.shape[2]), weights.view(-1))
     return _combine(_grouped_gemm(gated, w, order, offsets, 1, precision), None, H * TOP_K)
 
 
 def _output_backward_fake(
-    dy, a, w, weights, experts, order, offsets, set_order, set_offsets, token_order, precision, dw_dtype=None, width=None
+    dy,
+    a,
+    w,
+    weights,
+    experts,
+    order,
+    offsets,
+    rank,
+    set_order,
+    set_tiles,
+    token_order,
+    visited,
+    precision,
+    dw_dtype=None,
+    width=None,
 ):
     width = w.shape[1] if width is None else width
     dw = w.new_empty(w.shape[0], width, w.shape[2], dtype=dw_dtype)
@@ -557,7 +595,8 @@ def _output_backward_fake(
 @opaque(_output_backward_fake)
 def output_backward(
     dy: torch.Tensor, a: torch.Tensor, w: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor, order: torch.Tensor,
-    offsets: torch.Tensor, set_order: torch.Tensor, set_offsets: torch.Tensor, token_order: torch.Tensor, precision: str,
+    offsets: torch.Tensor, rank: torch.Tensor, set_order: torch.Tensor, set_tiles: torch.Tensor, token_order: torch.Tensor,
+    visited: torch.Tensor, precision: str,
     dw_dtype: torch.dtype | None = None, width: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """-> da [N, H, P], dw [H*E, P, D] in w's dtype or dw_dtype, of its rows the first `width`, d weights [N, H, TOP_K]."""
@@ -565,7 +604,7 @@ def output_backward(
     dy, a, weights = rows(dy), a.contiguous(), weights.contiguous()
     a_rows, s = a.view(N * H, a.shape[2]), weights.view(-1)
     if sets.serve(set_order, a, w.shape[1]):
-        da, dweights = sets.gather(dy, w, True, weights, experts.contiguous(), set_order, set_offsets, a)
+        da, dweights = sets.gather(dy, w, True, weights, experts.contiguous(), set_order, set_tiles, a)
     else:
         b = _grouped_gemm(dy, w.transpose(1, 2), order, offsets, H * TOP_K, precision)
         da, dweights = _combine(b, s, TOP_K).view(a.shape), _route_dot(b, a_rows, TOP_K)

@@ -9,14 +9,16 @@ W transposed, the value projection's d x. projection.py chooses between these ke
 NOTE [Expert sets]
     TOP_K of E experts make S = C(E, TOP_K) sets: 6 for 2 of 4. Where all rows of a tile chose the same set, `gather` reads each
     row of x once for two products, keeps them in registers and sums them there: nothing as large as [N, H*TOP_K, D] exists.
-    What a tile is (its rows, head and experts) stands in a table; finding it in the kernel itself took 2 us in each wave.
+    What a tile is (its rows, head and experts) stands in the plan; finding it in the kernel itself took 2 us in each wave. Tiles
+    that are equally far in their sets run at about the same time and read the same rows of x: 123 us against 128 set by set.
 
 NOTE [Signatures]
     `spread` sums over heads and experts in one accumulator, so y is written once. No order of the tokens makes the sets of all
     heads agree in a tile, so tokens are sorted by their sets (gating.py) and each tile visits the experts (h, e) that any of its
     tokens chose, a bit each: two thirds of all for 4 heads and 2 of 4 experts. `pack` writes the operand as the tile reads it,
     gated and expert after expert, with rows of zeros for tokens that did not choose the expert: a product or a gather in front of
-    `tl.dot` keeps Hopper's matrix units waiting.
+    `tl.dot` keeps Hopper's matrix units waiting. Where tiles would visit many experts that few of their rows chose (`joint`),
+    heads are added to y one by one, each with its rows in the order of its sets.
 
 NOTE [Descriptors]
     Weights and packed rows are read through tensor descriptors: Hopper's and Blackwell's copy engine then moves them, elsewhere
@@ -42,7 +44,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .. import tuning
-from .common import INTERPRET, cdiv, find_tile, launch, next_power_of_2, rows
+from .common import INTERPRET, cdiv, launch, next_power_of_2, rows
 
 TILE = 128  # rows of one tile in the tables; kernels take it whole or in parts
 
@@ -58,8 +60,8 @@ CONFIGS = {
         "interpret": {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 256, "num_warps": 1, "num_stages": 1},
     },
     "pack": {
-        "half": {"BLOCK_M": 16, "num_warps": 4},
-        "half_small": {"BLOCK_M": 16, "num_warps": 4},
+        "half": {"BLOCK_M": 128, "num_warps": 4},
+        "half_small": {"BLOCK_M": 64, "num_warps": 4},
         "interpret": {"BLOCK_M": 128, "num_warps": 1},
     },
 }
@@ -91,6 +93,20 @@ def serve(set_order: torch.Tensor, x: torch.Tensor, P: int) -> bool:
 def joint(E: int, TOP_K: int) -> bool:
     """Whether `spread` takes all heads in one pass: tiles must not visit many experts that few of their rows chose."""
     return 3 * TOP_K >= E
+
+
+def tables(N: int, H: int, E: int, TOP_K: int) -> tuple[int, int, int]:
+    """At most how many tiles `gather` has, how many passes `spread` makes, and how many tokens it wants sorted."""
+    together = joint(E, TOP_K)
+    return cdiv(N * H, TILE) + H * math.comb(E, TOP_K), 1 if together else H, N if together else 0
+
+
+def packed_shape(N: int, H: int, E: int, TOP_K: int, P: int) -> tuple[int, int]:
+    """Of what `pack` returns: a block of rows for each tile and expert that it may visit. One head's tile, in the order of its
+    sets, visits TOP_K experts and one more for each set that ends in it."""
+    tiles = cdiv(N, TILE)
+    blocks = tiles * H * E if joint(E, TOP_K) else H * (tiles * TOP_K + math.comb(E, TOP_K))
+    return blocks * TILE, P + -P % 32
 
 
 # ---- jit helpers
@@ -132,32 +148,7 @@ def _lowest(bits):
     return ((low.to(tl.int32, bitcast=True) >> 23) & 255) - 127
 
 
-@triton.jit
-def _row(item, i, H: tl.constexpr, DIV: tl.constexpr):
-    """The row n*H + h of what an order lists: tokens, of each the i-th head (DIV 1), or rows themselves (DIV H, i 0)."""
-    return (item // DIV).to(tl.int64) * H + item % DIV + i
-
-
 # ---- kernels
-
-
-@triton.jit
-def _set_tiles_kernel(
-    experts_ptr, order_ptr, offsets_ptr, table_ptr, GROUPS,
-    SETS: tl.constexpr, TOP_K: tl.constexpr, BLOCK_G: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    """Of each tile of `gather`: its first row in the order, the end of its set, its head, its experts in ascending order."""
-    tile = tl.program_id(0)
-    table_ptr += tile * (3 + TOP_K)
-    group, first, end = find_tile(offsets_ptr, tile, GROUPS, TILE, BLOCK_G)
-    tl.store(table_ptr, first)
-    tl.store(table_ptr + 1, end)
-    tl.store(table_ptr + 2, group // SETS)
-    row = tl.load(order_ptr + first, mask=first < end, other=0).to(tl.int64)
-    offs_j = tl.arange(0, 4)
-    e = tl.load(experts_ptr + row * TOP_K + offs_j, mask=offs_j < TOP_K, other=0)
-    place = tl.sum(((e[None, :] < e[:, None]) & (offs_j < TOP_K)[None, :]).to(tl.int32), 1)
-    tl.store(table_ptr + 3 + place, e, mask=offs_j < TOP_K)
 
 
 @triton.jit
@@ -249,58 +240,50 @@ def _gather_kernel(
 
 
 @triton.jit
-def _visited_kernel(
-    experts_ptr, order_ptr, visited_ptr, N,
-    H: tl.constexpr, HEADS: tl.constexpr, E: tl.constexpr, TOP_K: tl.constexpr, DIV: tl.constexpr, BLOCK_HE: tl.constexpr,
-    TILE: tl.constexpr,
-):  # fmt: skip
-    """Of each tile of `spread`: bit i*E + e where any of its tokens chose expert e for the i-th head of the pass."""
-    offs_m = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    mask_m = offs_m < N
-    item = tl.load(order_ptr + offs_m, mask=mask_m, other=0)
-    offs_he = tl.arange(0, BLOCK_HE)
-    used = tl.zeros((BLOCK_HE,), tl.int32)
-    for s in tl.static_range(HEADS * TOP_K):
-        e = tl.load(experts_ptr + _row(item, s // TOP_K, H, DIV) * TOP_K + s % TOP_K, mask=mask_m, other=-1)
-        he = tl.where(mask_m, s // TOP_K * E + e, -1)
-        used |= tl.max((he[:, None] == offs_he[None, :]).to(tl.int32), 0)
-    tl.store(visited_ptr + tl.program_id(0), tl.sum(used.to(tl.int64) << offs_he.to(tl.int64), 0))
-
-
-@triton.jit
 def _pack_kernel(
-    a_ptr, s_ptr, experts_ptr, order_ptr, visited_ptr, packed_ptr, place_ptr, N,
-    H: tl.constexpr, HEADS: tl.constexpr, E: tl.constexpr, TOP_K: tl.constexpr, DIV: tl.constexpr, P: tl.constexpr,
-    WIDTH: tl.constexpr, TILE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr,
+    a_ptr, u_ptr, s_ptr, experts_ptr, order_ptr, visited_ptr, rank_ptr, packed_ptr, order_b_ptr, dot_ptr, N,
+    PASSES: tl.constexpr, H: tl.constexpr, E: tl.constexpr, TOP_K: tl.constexpr, P: tl.constexpr, WIDTH: tl.constexpr,
+    TILE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """packed[tile, i, m] = the gate of the tile's i-th expert times row m's a, or 0; place[route] = its row in packed."""
+    """A block of packed rows: the gate of one expert times the a of each row of a tile, or 0. With u, order_b[the route's rank] =
+    the route's row and dot[route] = u[route] . a."""
+    experts: tl.constexpr = H * E // PASSES  # that a tile may visit
+    parts: tl.constexpr = TILE // BLOCK_M
     pid = tl.program_id(0)
-    h = pid % HEADS
-    tile = pid // HEADS // (TILE // BLOCK_M)
-    offs_m = pid // HEADS % (TILE // BLOCK_M) * BLOCK_M + tl.arange(0, BLOCK_M)
-    mask_m = tile * TILE + offs_m < N
-    row = _row(tl.load(order_ptr + tile * TILE + offs_m, mask=mask_m, other=0), h, H, DIV)
-    offs_p = tl.arange(0, BLOCK_P)
-    mask = mask_m[:, None] & (offs_p < P)[None, :]
-    a = tl.load(a_ptr + row[:, None] * P + offs_p[None, :], mask=mask, other=0.0).to(tl.float32)
-    bits = tl.load(visited_ptr + tile)
-    earlier = _count(bits & ((1 << (h * E).to(tl.int64)) - 1), HEADS * E)
-    place = (tile.to(tl.int64) * (HEADS * E) + earlier) * TILE + offs_m
-    for e in tl.static_range(E):
-        visited = (bits >> (h * E + e).to(tl.int64)) & 1 != 0
-        s = tl.zeros((BLOCK_M,), tl.float32)
-        chosen = mask_m & False
-        for j in tl.static_range(TOP_K):
-            here = mask_m & (tl.load(experts_ptr + row * TOP_K + j, mask=mask_m, other=-1) == e)
-            s = tl.where(here, tl.load(s_ptr + row * TOP_K + j, mask=mask_m, other=0.0), s)
-            chosen = chosen | here
-            if place_ptr is not None:
-                tl.store(place_ptr + row * TOP_K + j, place.to(tl.int32), mask=here)
-        gated = tl.where(chosen[:, None], a * s[:, None], 0.0).to(packed_ptr.dtype.element_ty)
-        tl.store(
-            packed_ptr + place[:, None] * WIDTH + offs_p[None, :], gated, mask=(offs_p < tl.where(visited, WIDTH, 0))[None, :]
-        )
-        place += tl.where(visited, TILE, 0)
+    tile = pid // (experts * parts)
+    i = pid // parts % experts
+    bits = tl.load(visited_ptr + tile * 2)
+    if (bits >> i) & 1 == 0:
+        return
+    tiles = (N + TILE - 1) // TILE
+    offs_m = pid % parts * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = tile % tiles * TILE + offs_m  # of the pass
+    mask_m = offs_n < N
+    row = tl.load(order_ptr + tile // tiles * N + offs_n, mask=mask_m, other=0).to(tl.int64)  # n*H + h
+    if PASSES == 1:
+        row = row * H + i // E
+    s = tl.zeros((BLOCK_M,), tl.float32)
+    j = tl.full((BLOCK_M,), TOP_K, tl.int32)
+    for choice in tl.static_range(TOP_K):
+        here = mask_m & (tl.load(experts_ptr + row * TOP_K + choice, mask=mask_m, other=-1) == i % E)
+        s = tl.where(here, tl.load(s_ptr + row * TOP_K + choice, mask=mask_m, other=0.0), s)
+        j = tl.where(here, choice, j)
+    chosen = j < TOP_K
+    route = row * TOP_K + j
+    block = tl.load(visited_ptr + tile * 2 + 1) + _count(bits & ((tl.full((), 1, tl.int64) << i) - 1), experts)
+    place = block * TILE + offs_m
+    dot = tl.zeros((BLOCK_M,), tl.float32)
+    for p in tl.static_range(0, WIDTH, BLOCK_P):
+        offs_p = p + tl.arange(0, BLOCK_P)
+        mask = chosen[:, None] & (offs_p < P)[None, :]
+        a = tl.load(a_ptr + row[:, None] * P + offs_p[None, :], mask=mask, other=0.0).to(tl.float32)
+        if u_ptr is not None:
+            u = tl.load(u_ptr + route[:, None] * P + offs_p[None, :], mask=mask, other=0.0).to(tl.float32)
+            dot += tl.sum(u * a, axis=1)
+        tl.store(packed_ptr + place[:, None] * WIDTH + offs_p[None, :], (a * s[:, None]).to(packed_ptr.dtype.element_ty))
+    if u_ptr is not None:
+        tl.store(dot_ptr + route, dot, mask=chosen)
+        tl.store(order_b_ptr + tl.load(rank_ptr + route, mask=chosen, other=0), place.to(tl.int32), mask=chosen)
 
 
 @triton.jit
@@ -324,11 +307,11 @@ def _spread_kernel(
     first = tl.load(order_ptr + m0) % DIV * E if DIV > 1 else 0  # expert of the pass
     offs = n[:, None] * D + offs_n[None, :]
     mask = mask_m[:, None] & mask_n[None, :]
-    bits = tl.load(visited_ptr + tile)
-    if base_ptr is None:
-        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    else:
-        acc = tl.load(base_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    bits = tl.load(visited_ptr + tile * 2)
+    block = tl.load(visited_ptr + tile * 2 + 1).to(tl.int32)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if base_ptr is not None:
+        base = tl.load(base_ptr + offs, mask=mask, other=0.0)  # long before it is needed
     if C > 0:
         offs_c = tl.arange(0, BLOCK_C)
         b = tl.load(b_ptr + n[:, None] * C + offs_c[None, :], mask=mask_m[:, None] & (offs_c < C)[None, :], other=0.0)
@@ -336,9 +319,11 @@ def _spread_kernel(
         acc = tl.dot(b, c, acc)
     for i in range(_count(bits, HE) * steps):
         k = i % steps * BLOCK_K
-        a = packed_desc.load([(tile * HE + i // steps) * TILE + m0 % TILE, k])
+        a = packed_desc.load([(block + i // steps) * TILE + m0 % TILE, k])
         acc = tl.dot(a, _weights(w_desc, first + _lowest(bits), k, n0, TRANSPOSED, BLOCK_K, BLOCK_N), acc)
         bits = tl.where(i % steps == steps - 1, bits & (bits - 1), bits)  # to the next expert
+    if base_ptr is not None:
+        acc += base.to(tl.float32)
     tl.store(y_ptr + offs, acc.to(y_ptr.dtype.element_ty), mask=mask)
 
 
@@ -368,19 +353,13 @@ def _weight_descriptor(w: torch.Tensor, transposed: bool, block_k: int, block_n:
     return TensorDescriptor.from_tensor(w, [1, block_n, block_k] if transposed else [1, block_k, block_n])
 
 
-def gather(x, w, transposed, s, experts, order, offsets, a=None, keep=True):
+def gather(x, w, transposed, s, experts, order, table, a=None, keep=True):
     """x [N, D], w [H*E, D, P] (or transposed, [H*E, P, D]), s and experts [N, H, TOP_K], the rows n*H + h in the order of their
-    sets and where those begin -> v [N, H, P] and u [N*H*TOP_K, P], empty unless `keep`; with a [N, H, P] the dots u . a instead,
-    float32 [N*H*TOP_K]."""
+    sets and a plan's tiles of them -> v [N, H, P] and u [N*H*TOP_K, P], empty unless `keep`; with a [N, H, P] the dots u . a
+    instead, float32 [N*H*TOP_K]."""
     x, P, w = rows(x), w.shape[1 if transposed else 2], _padded(w, transposed)
     (N, D), (H, TOP_K) = x.shape, experts.shape[1:]
     E = w.shape[0] // H
-    groups = offsets.shape[0] - 1
-    tiles = cdiv(N * H, TILE) + groups
-    table = experts.new_empty(tiles, 3 + TOP_K)
-    meta = {"SETS": groups // H, "TOP_K": TOP_K, "BLOCK_G": next_power_of_2(groups, 1), "TILE": TILE}
-    launch(_set_tiles_kernel, (tiles,), experts, order, offsets, table, groups, **meta, num_warps=1)
-
     v = x.new_empty(N, H, P)
     u = x.new_empty(N * H * TOP_K if keep and a is None else 0, P)
     dot = x.new_empty(0 if a is None else N * H * TOP_K, dtype=torch.float32)
@@ -396,7 +375,7 @@ def gather(x, w, transposed, s, experts, order, offsets, a=None, keep=True):
     config = tuning.lookup(_gather_kernel, config, x, (N,), H=H, E=E, TOP_K=TOP_K, K=D, P=P, **flags)
     w_desc = _weight_descriptor(w, transposed, config["BLOCK_K"], BLOCK_P)
     launch(
-        _gather_kernel, (tiles * (TILE // config["BLOCK_M"]),),
+        _gather_kernel, (table.shape[0] * (TILE // config["BLOCK_M"]),),
         x, w_desc, _weight_descriptor(w, transposed, config["BLOCK_K"], BLOCK_Q) if BLOCK_Q else w_desc,
         s, experts, v, u, v if a is None else a.contiguous(), dot, order, table,
         H=H, E=E, TOP_K=TOP_K, D=D, P=P, stride_xn=x.stride(0),
@@ -414,29 +393,29 @@ def columns(P: int) -> tuple[int, int]:
     return (half, rest) if half >= 64 and 4 * rest <= half and not INTERPRET else (whole, 0)
 
 
-def _pack(a, s, experts, order, E, heads, place=None):
-    """a [N, H, P], s and experts [N, H, TOP_K]; the tokens in the order of their signatures, or one head's rows in the order of
-    their sets -> packed [rows, P padded] and the experts that each tile visits, int64 [tiles], both for `_spread`; and into
-    `place`, int32 [N*H*TOP_K], each route's row in packed."""
-    (N, H, TOP_K), P = experts.shape, a.shape[2]
-    tiles, width = cdiv(N, TILE), P + -P % 32
-    visited = experts.new_empty(tiles, dtype=torch.int64)
-    meta = {"H": H, "HEADS": heads, "E": E, "TOP_K": TOP_K, "DIV": H // heads, "TILE": TILE}
-    launch(_visited_kernel, (tiles,), experts, order, visited, N, **meta, BLOCK_HE=next_power_of_2(heads * E), num_warps=4)
-    packed = a.new_empty(tiles * heads * E * TILE, width)
-    config = tuning.lookup(_pack_kernel, _config("pack", a), a, (N,), H=heads, E=E, TOP_K=TOP_K, P=P)
+def pack(a, s, experts, E, set_order, token_order, visited, rank=None, u=None):
+    """a [N, H, P], s and experts [N, H, TOP_K], of a plan -> packed [rows, P padded], what `spread` reads; with rank and u
+    [N*H*TOP_K, P] also the packed rows in the order of the experts, int32, and the dots u . a, float32, [N*H*TOP_K]."""
+    (N, H, TOP_K), P, together = experts.shape, a.shape[2], joint(E, experts.shape[2])
+    packed = a.new_empty(packed_shape(N, H, E, TOP_K, P))
+    order_b = experts.new_empty(0 if u is None else N * H * TOP_K)
+    dot = a.new_empty(order_b.shape, dtype=torch.float32)
+    config = _config("pack", a)
+    if u is not None:  # twice the rows
+        config["BLOCK_M"] = min(config["BLOCK_M"], 128 if INTERPRET else 16)
+    config = tuning.lookup(_pack_kernel, config, a, (N,), H=H, E=E, TOP_K=TOP_K, P=P, dot=u is not None)
     launch(
-        _pack_kernel, (tiles * (TILE // config["BLOCK_M"]) * heads,),
-        a, s, experts, order, visited, packed, place, N,
-        **meta, P=P, WIDTH=width, BLOCK_P=next_power_of_2(width), **config,
+        _pack_kernel, (visited.shape[0] * (H * E if together else E) * (TILE // config["BLOCK_M"]),),
+        a, u, s, experts, token_order if together else set_order, visited, rank, packed, order_b, dot, N,
+        PASSES=1 if together else H, H=H, E=E, TOP_K=TOP_K, P=P, WIDTH=packed.shape[1], TILE=TILE,
+        BLOCK_P=packed.shape[1] & -packed.shape[1], **config,
     )  # fmt: skip
-    return packed, visited
+    return packed, order_b, dot
 
 
-def _spread(packed, visited, w, transposed, order, heads, y, base, b, c):
-    """What `_pack` returned, padded w [H*E, P, D] (or transposed, [H*E, D, P]), the same order -> y [N, D], filled in."""
+def _spread(packed, visited, w, transposed, order, heads, HE, y, base, b, c):
+    """Packed rows, padded w [H*E, P, D] (or transposed, [H*E, D, P]), the order and experts of a pass -> y [N, D], filled in."""
     (N, D), P, C = y.shape, packed.shape[1], 0 if b is None else b.shape[1]
-    HE = packed.shape[0] // (visited.shape[0] * TILE)  # of the pass
     config = _config("spread", packed)
     if heads == 1 and config["BLOCK_N"] == 256 and not INTERPRET:  # short sums: two tiles on one multiprocessor
         config |= {"BLOCK_N": 128, "num_warps": 4}
@@ -454,23 +433,19 @@ def _spread(packed, visited, w, transposed, order, heads, y, base, b, c):
     )  # fmt: skip
 
 
-def spread(a, w, transposed, s, experts, set_order, token_order, base=None, b=None, c=None, dtype=None):
-    """a [N, H, P], w [H*E, P, D] (or transposed, [H*E, D, P]), s and experts [N, H, TOP_K], a plan's orders -> y [N, D] in a's
-    dtype or `dtype`, and the packed gated rows with each route's place in them, None where heads went one by one.
+def spread(packed, w, transposed, H, TOP_K, set_order, token_order, visited, base=None, b=None, c=None, dtype=None):
+    """What `pack` returned, w [H*E, P, D] (or transposed, [H*E, D, P]), a plan's orders -> y [N, D] in packed's dtype or `dtype`.
 
     With base [N, D], or b [N, C] and c [C, D] of few columns C, y = base + b c + the projection in one pass over y.
     """
-    N, H, TOP_K = experts.shape
     E, D, w = w.shape[0] // H, w.shape[1 if transposed else 2], _padded(w, not transposed)
-    y = a.new_empty(N, D, dtype=dtype)
+    N = set_order.shape[0] // H
+    y = packed.new_empty(N, D, dtype=dtype)
     base, b, c = (t if t is None else t.contiguous() for t in (base, b, c))
     if joint(E, TOP_K):
-        place = experts.new_empty(N * H * TOP_K)
-        packed, visited = _pack(a, s, experts, token_order, E, H, place)
-        _spread(packed, visited, w, transposed, token_order, H, y, base, b, c)
-        return y, packed, place
-    for h in range(H):  # a head's rows come in the order of its sets
-        order = set_order[h * N : (h + 1) * N]
-        _spread(*_pack(a, s, experts, order, E, 1), w, transposed, order, 1, y, base, b, c)
+        _spread(packed, visited, w, transposed, token_order, H, H * E, y, base, b, c)
+        return y
+    for order, tiles in zip(set_order.view(H, N), visited.view(H, -1, 2), strict=True):  # a head's rows in the order of its sets
+        _spread(packed, tiles, w, transposed, order, 1, E, y, base, b, c)
         base, b, c = y, None, None
-    return y, None, None
+    return y
