@@ -104,7 +104,7 @@ def test_the_gap_of_a_choice():
 @interpreted
 @pytest.mark.parametrize(("steps", "code"), [("2", 1), ("1", 0)])
 def test_a_full_training_must_learn(steps, code, tiny, capsys, monkeypatch):
-    monkeypatch.setattr(demo, "CPU", replace(tiny, steps=2, learning_rate=1e-9))
+    monkeypatch.setattr(demo, "CPU", replace(tiny, steps=2, recipe=demo.Recipe(1e-9, 0.01, 1)))
     assert demo.run(parse("--steps", steps)) == code
     assert ("NOT LEARNED" in capsys.readouterr().out) == bool(code)
 

@@ -30,7 +30,6 @@ class ModelConfig:
     position: str = "rope"
     rotate_fraction: float = 0.5  # of a SwitchHead; dense attention rotates every channel
     vocabulary: int = 256  # bytes
-    init_scale: float | None = None  # of every matrix, over 1 / sqrt(fan-in); None: the paper's sqrt(2 / n_layers)
 
     def dense_twin(self) -> "ModelConfig":
         """As many parameters, with heads of about 64 channels and no experts."""
@@ -112,28 +111,24 @@ class Block(nn.Module):
 
 
 def block(c: ModelConfig) -> nn.Module:
-    scale = math.sqrt(2 / c.n_layers) if c.init_scale is None else c.init_scale
     if not c.n_experts:
-        return initialised(Block(c.d_model, DenseAttention(c.d_model, c.n_heads, c.d_head), c.d_ff), scale)
+        return Block(c.d_model, DenseAttention(c.d_model, c.n_heads, c.d_head), c.d_ff)
 
     from .nn import SwitchAll, SwitchHead
 
     shared = {"d_head": c.d_head, "top_k": c.top_k, "position": c.position, "rotate_fraction": c.rotate_fraction}
-    shared["init_scale"] = scale
+    shared["init_scale"] = math.sqrt(2 / c.n_layers)
     if not c.moe_n_experts:
         made = Block(c.d_model, SwitchHead(c.d_model, c.n_heads, c.n_experts, **shared), c.d_ff)
-        initialised(made.mlp, scale)
-        return made
-    moe = {"moe_n_experts": c.moe_n_experts, "expert_size": c.expert_size, "moe_top_k": c.moe_top_k}
-    return SwitchAll(c.d_model, c.n_heads, c.n_experts, **moe, **shared)
-
-
-def initialised(module: nn.Module, scale: float) -> nn.Module:
-    """Its dense matrices drawn as our layers draw theirs."""
-    for linear in module.modules():
-        if isinstance(linear, nn.Linear):
-            nn.init.normal_(linear.weight, std=scale / math.sqrt(linear.in_features))
-    return module
+    else:
+        moe = {"moe_n_experts": c.moe_n_experts, "expert_size": c.expert_size, "moe_top_k": c.moe_top_k}
+        made = SwitchAll(c.d_model, c.n_heads, c.n_experts, **moe, **shared)
+    with torch.no_grad():  # gates begin at about one half, and TOP_K of E experts speak: outputs begin as large as dense ones
+        made.attention.v.mul_(2)
+        made.attention.o.mul_(2)
+        if c.moe_n_experts:
+            made.moe.values.mul_(2 * math.sqrt(c.moe_n_experts / c.moe_top_k))
+    return made
 
 
 class LanguageModel(nn.Module):
