@@ -73,9 +73,9 @@ class Plan(NamedTuple):
     order: [N*H*TOP_K], the routes sorted by expert h*E + e and then by themselves; offsets: [H*E + 1], where each expert's begin;
     rank: [N*H*TOP_K], each route's place in that order. set_order: [N*H], the rows n*H + h sorted by head and chosen set;
     set_tiles: [tiles, 3 + TOP_K], of each tile of a set its first row in that order, the end of its set, its head and experts;
-    token_order: [N], the tokens sorted by the sets of all heads; visited: [tiles, 2] int64, of each tile of tokens (or of a head's
-    rows) its experts, a bit each, and the number of its first block of packed rows (sets.py). rank and token_order are empty where
-    heads go one by one, all but the first two where nobody needs them.
+    token_order: [N], the tokens sorted by the sets of all heads; visited: [tiles, 2] int64, of each tile of tokens (or of rows
+    of a head) its experts, a bit each, and the number of its first block of packed rows (sets.py). rank and token_order are
+    empty where heads go one by one, all but the first two where nobody needs them.
     """
 
     order: torch.Tensor
@@ -320,11 +320,13 @@ def _tables(
     TILE: tl.constexpr,
 ):  # fmt: skip
     """Of set_tiles the i-th tiles of all sets and, unless JOINT, of visited those of all heads; i is program, + programs, .."""
+    head_tiles = (N + TILE - 1) // TILE
+    if (program >= head_tiles) & (program > 0):
+        return
     offs_s = tl.arange(0, BLOCK_SETS)
     count = tl.load(totals_ptr + offs_s, mask=offs_s < H * SETS, other=0)
     end = tl.cumsum(count, 0)
     tiles = (count + TILE - 1) // TILE
-    head_tiles = (N + TILE - 1) // TILE
     for i in range(program, head_tiles, programs):
         here = i < tiles
         # Tiles that are equally far in their sets stand together: they read the same tokens at about the same time.

@@ -25,15 +25,16 @@ NOTE [Descriptors]
     Triton turns them into pointers. A descriptor wants rows a multiple of 16 bytes apart, reads zeros outside, and is slow at
     that and at rows that split sectors: P 112 took longer than P 128. So weights are padded with zeros (`_padded`).
 
-On an H200, bfloat16, N = 32768, D = 1024, H 4, E 4, TOP_K 2, P 128, cuBLAS of the same FLOPs taking 99 us, tables included:
-gather 126 us, 146 with u written, 147 with the dots; pack 45 and spread 153 us. Experiments on the way: pointers in place of
-descriptors 129 against 122 us for gather and 154 against 140 for spread; spread gathering its rows itself 211; sets found in
-the kernel instead of a table 131; 64 rows a tile and twice the programs 187; windows of tokens for the cache's sake 142.
-Later, each alone in a graph: spread with tiles of 128 columns 148 us, of 256 columns and 8 warps 144 (P 100 with its pack: 196
-and 180), the same with 64 rows 184, programs that go on to further tiles 140 to 145, two passes of two heads each 169. One head
-at a time sums are short and 128 columns better (H 4, E 10: 369 us, with 256 columns 427). gather with both experts' weights
-side by side 125 against 133 us, but they must first be copied so; a pack of whole tiles 42 against 48 with `visited`, but slower
-for more experts.
+On an H200, bfloat16, N = 32768, D = 1024, H 4, E 4, TOP_K 2, P 128, cuBLAS of the same FLOPs taking 99 us: gather 119 us, 136
+with u written, 141 with the dots; pack 35 and spread 140, in one graph 172; pack with the dots of u 64, alone 30. Experiments on
+the way: pointers in place of descriptors 129 against 122 us for gather and 154 against 140 for spread; spread gathering its rows
+itself 211; 64 rows a tile and twice the programs 187; windows of tokens for the cache's sake 142.
+Later, each alone in a graph: spread with tiles of 128 columns 148 us, of 256 columns and 8 warps 144, the same with 64 rows 184,
+programs that go on to further tiles 140 to 145, two passes of two heads each 169. What is added to y, as the sum's start 168 us,
+loaded before the sum and added after it 166, loaded after it 170. One head at a time sums are short and 128 columns better (H 4,
+E 10: 253 us, with 256 columns 338). gather with both experts' weights side by side 125 against 133 us, but they must first be
+copied so; writing the gated rows for the weight's gradient as well 164 against 142, as long as a launch of their own (24), and at
+TOP_K 4 far longer. pack by 16 rows and 4 warps 44 against 38 us; with the dots that is the fastest.
 """
 
 import math
@@ -60,7 +61,7 @@ CONFIGS = {
         "interpret": {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 256, "num_warps": 1, "num_stages": 1},
     },
     "pack": {
-        "half": {"BLOCK_M": 128, "num_warps": 4},
+        "half": {"BLOCK_M": 64, "num_warps": 2},
         "half_small": {"BLOCK_M": 64, "num_warps": 4},
         "interpret": {"BLOCK_M": 128, "num_warps": 1},
     },
@@ -250,7 +251,7 @@ def _pack_kernel(
     experts: tl.constexpr = H * E // PASSES  # that a tile may visit
     parts: tl.constexpr = TILE // BLOCK_M
     pid = tl.program_id(0)
-    tile = pid // (experts * parts)
+    tile = (tl.num_programs(0) - 1 - pid) // (experts * parts)  # the first last: `spread` then finds them in the cache
     i = pid // parts % experts
     bits = tl.load(visited_ptr + tile * 2)
     if (bits >> i) & 1 == 0:
@@ -402,7 +403,7 @@ def pack(a, s, experts, E, set_order, token_order, visited, rank=None, u=None):
     dot = a.new_empty(order_b.shape, dtype=torch.float32)
     config = _config("pack", a)
     if u is not None:  # twice the rows
-        config["BLOCK_M"] = min(config["BLOCK_M"], 128 if INTERPRET else 16)
+        config |= {} if INTERPRET else {"BLOCK_M": 16, "num_warps": 4}
     config = tuning.lookup(_pack_kernel, config, a, (N,), H=H, E=E, TOP_K=TOP_K, P=P, dot=u is not None)
     launch(
         _pack_kernel, (visited.shape[0] * (H * E if together else E) * (TILE // config["BLOCK_M"]),),
