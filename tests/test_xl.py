@@ -54,8 +54,10 @@ def test_values_and_gradients(T, S, D, P, causal, window, dtype, device):
     # in the order of PyTorch's own models: the positions are projected first
     places = torch.einsum("hpd,tsd->tshp", twins[1].view(H, P, D), R.to(dtype))
     twin = torch.einsum("bthp,tshp->bths", twins[0], places) * seen[:, None]
-    largest = float(truth.detach().abs().max())  # near distance 0 many terms have one sign, and are rounded in fewer channels
-    assert_close(actual.to(dtype), truth, twin, scale=largest, ulps=16.0)
+    ours, theirs = actual - truth.detach(), twin.detach().double() - truth.detach()
+    ulps = 16 * torch.finfo(torch.float32).eps * truth.detach().square().mean().sqrt()
+    assert ours.square().mean().sqrt() <= 2 * theirs.square().mean().sqrt() + ulps
+    assert ours.abs().max() <= 4 * theirs.abs().max() + ulps  # the largest of a few hundred is a matter of luck
 
     g = torch.randn(truth.shape, device=device).to(dtype) * seen[:, None]
     dq_pos = torch.einsum("bths,sf->bthf", g.double(), k_pos.double()).to(dtype)

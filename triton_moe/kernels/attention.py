@@ -12,9 +12,9 @@ Query head h reads key head h // GROUP, GROUP = H // Hkv. q_pos and k_pos carry 
 
 NOTE [Order]
     The heads go in sections, one after the other, of as many as SECTION_BYTES hold the rows of, so that the second-level cache
-    keeps what their programs share; in a section the longest tiles of a causal mask start first. At T 1024 (NOTE [Hopper]) that
-    takes the forward pass from 112 to 105 us, dq from 151 to 133 and dk with dv from 212 to 197. All sections are as large as each
-    other, up to one head: a small one at the end would leave most of the device idle during its longest tiles.
+    keeps what their programs share; in a section the longest tiles of a causal mask start first. At T 1024 (NOTE [Hopper])
+    that takes the forward pass from 112 to 105 us, dq from 151 to 133 and dk with dv from 212 to 197. Sections differ by one head
+    at most: a small one at the end would leave most of the device idle during its longest tiles.
 
 NOTE [Position channels]
     The Transformer-XL term is a second product of queries and keys, so a tile of queries holds the F channels of q_pos beside
@@ -75,7 +75,7 @@ def _tile(BLOCK_M: int, BLOCK_N: int, num_warps: int, num_stages: int, **others:
 
 
 # "hopper" lists the widest head and its tiles; elsewhere heads of more than 128 channels are "half_wide". "hopper_xl" lists the
-# largest 2 (P + F) + Pv, as shared memory limits it; elsewhere position channels, and anywhere too many of them, make it "half_xl".
+# largest 2 (P + F) + Pv, as shared memory limits it; elsewhere position channels, and anywhere too many of them, are "half_xl".
 CONFIGS = {
     "attention_forward": {
         "hopper": (

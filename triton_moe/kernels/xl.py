@@ -169,7 +169,7 @@ def _span(x: Tensor, S: int, window: int, causal: bool, precision: str) -> int:
 
 @cache
 def _fit(D: int, span: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The frequencies [F / 2], and how sines and cosines of them make those of R, both [F / 2, D / 2], for |m| <= span / 2. F is a
+    """The frequencies [F / 2], and how their sines and cosines make those of R, both [F / 2, D / 2], for |m| <= span / 2. F is a
     width that tiles have. See NOTE [Few channels]."""
     w = _frequencies(D)
     count = np.arange(len(w)) + np.ceil(w * span / 5.5).astype(int) + 3
@@ -203,19 +203,33 @@ def _basis(D: int, span: int, shift: int) -> tuple[np.ndarray, np.ndarray]:
     return frequencies, np.stack([sin_rows.T, cos_rows.T], 1).reshape(-1, len(sin_rows))[:D]
 
 
+_on_device: dict[tuple, list[Tensor]] = {}
+
+
 @cache
-def _basis_on(D: int, span: int, shift: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def _on_host(D: int, span: int, shift: int, pinned: bool) -> list[Tensor]:
     """The frequencies in quarter turns and M, float64, whose products autocast leaves alone."""
     frequencies, M = _basis(D, span, shift)
-    return tuple(constant(torch.from_numpy(a).to(device)) for a in (frequencies * (2 / math.pi), M))
+    tensors = [torch.from_numpy(frequencies * (2 / math.pi)), torch.from_numpy(M)]
+    return [t.pin_memory() for t in tensors] if pinned else tensors
+
+
+def _basis_on(device: torch.device, *basis: int) -> list[Tensor]:
+    """`_on_host`, copied to the device once, and then without waiting; what a CUDA graph copies stays its own."""
+    key, cuda = (device, *basis), device.type == "cuda"
+    found = _on_device.get(key)
+    if found is None:
+        found = [t.to(device, non_blocking=True) for t in _on_host(*basis, cuda)]
+        if not (cuda and torch.cuda.is_current_stream_capturing()):
+            _on_device[key] = [constant(t) for t in found]
+    return found
 
 
 def _constants(x: Tensor, D: int, S: int, window: int, causal: bool, precision: str) -> tuple[Tensor, Tensor, int]:
-    """A table of positions [S + shift, F], M, and the shift of the keys. In float16, for bfloat16, it is
-    exact to 2**-12."""
+    """A table of positions [S + shift, F], M, and the shift of the keys. In float16, for bfloat16, it is exact to 2**-12."""
     span = _span(x, S, window, causal, precision)
     shift = span // 2 if causal else 0
-    frequencies, M = _basis_on(D, span, shift, x.device)
+    frequencies, M = _basis_on(x.device, D, span, shift)
     dtype, half = torch.float16 if x.dtype == torch.bfloat16 else torch.float32, M.shape[1] // 2
     table, tiles = x.new_empty(S + shift, 2 * half, dtype=dtype), _tiles(x, half, 0)
     tiles = {name: tiles[name] for name in ("BLOCK_T", "BLOCK_C", "num_warps")}
