@@ -248,7 +248,7 @@ def _tiles(x: Tensor, half: int, columns: int) -> dict[str, int]:
 
 
 def _xl_query_fake(x, weight, S, window, causal, precision):
-    F = 2 * len(_fit(weight.shape[1], _span(x, S, window, causal, precision))[0])
+    F = 2 * len(_fit(int(weight.shape[1]), _span(x, S, window, causal, precision))[0])  # a constant of the model, never symbolic
     return x.new_empty(*x.shape[:3], F), x.new_empty(S, F), x.new_empty(*x.shape[2:], F)
 
 
