@@ -243,8 +243,8 @@ def _tiles(x: Tensor, half: int, columns: int) -> dict[str, int]:
         return dict(BLOCK_T=256, BLOCK_C=512, BLOCK_P=columns, num_warps=1)
     if x.dtype == torch.float32:
         return dict(BLOCK_T=16, BLOCK_C=16, BLOCK_P=columns, num_warps=4)
-    block_c, stages = (32, 3) if half % 64 else (64, 2)
-    return dict(BLOCK_T=64, BLOCK_C=block_c, BLOCK_P=columns, num_warps=4, num_stages=stages)
+    stages = 3 if half % 64 and x.dtype == torch.bfloat16 else 2  # in float16 the table is twice as wide
+    return dict(BLOCK_T=64, BLOCK_C=32 if half % 64 else 64, BLOCK_P=columns, num_warps=4, num_stages=stages)
 
 
 def _xl_query_fake(x, weight, S, window, causal, precision):
