@@ -91,23 +91,29 @@ def test_scores_depend_on_distance_alone(data, D, shift, device):
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(
-    "D, span, F",
+    "D, span, half, single",
     [
-        *[(64, 1024, 64), (128, 2048, 96), (256, 64, 48), (412, 512, 128), (412, 1024, 160)],
-        *[(512, 1024, 192), (1024, 64, 48), (1024, 512, 192), (1024, 1024, 256), (2048, 1024, 384), (1024, 1 << 20, 1024)],
-        *[(1024, 0, 1024), (11, 0, 16), (11, 64, 16)],
+        *[
+            (11, 64, 16, 16),
+            (64, 1024, 64, 64),
+            (128, 2048, 96, 112),
+            (256, 64, 48, 64),
+            (412, 512, 128, 160),
+            (512, 1024, 192, 208),
+        ],
+        *[(1024, 64, 48, 64), (1024, 512, 192, 240), (1024, 1024, 256, 320), (2048, 1024, 384, 432), (1024, 1 << 20, 1024, 1024)],
     ],
 )
-def test_few_channels_are_enough(D, span, F, causal):
+def test_few_channels_are_enough(D, span, half, single, causal):
     """NOTE [Few channels]: at every distance of the span, half way between two as well; and M makes no number larger."""
     shift = span // 2 if causal else 0
-    frequencies, M = xl._basis(D, span, shift)
-    assert M.shape == (D, F) and frequencies.shape == (F // 2,)
-    reach = (span or 4096) / 2
-    m = np.linspace(-reach, reach, 2 * D + 1)[:, None] - shift
+    m = np.linspace(-span / 2, span / 2, 2 * D + 1)[:, None] - shift
     w = 10000.0 ** (-2 * np.arange((D + 1) // 2) / D)
     R = np.stack([np.sin(m * w), np.cos(m * w)], -1).reshape(len(m), -1)[:, :D]
-    features = np.concatenate([np.sin((m + shift) * frequencies), np.cos((m + shift) * frequencies)], 1)
-    error = features @ M.T - R
-    assert abs(error).max() < 1e-3 and np.sqrt((error**2).mean(0)).max() < 2e-4
-    assert np.square(M).sum() < 1.03 * D
+    for exact, F, bound in ((False, half, 2e-4), (True, single, 2e-8)):
+        frequencies, M = xl._basis(D, span, shift, exact)
+        assert M.shape == (D, F) and frequencies.shape == (F // 2,)
+        features = np.concatenate([np.sin((m + shift) * frequencies), np.cos((m + shift) * frequencies)], 1)
+        error = features @ M.T - R
+        assert abs(error).max() < 5 * bound and np.sqrt((error**2).mean(0)).max() < bound
+        assert np.square(M).sum() < 1.03 * D
