@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from triton_moe import testing
 from triton_moe.kernels import xl
 from triton_moe.kernels.xl import xl_query, xl_query_backward_
-from triton_moe.testing import assert_close
 
 
 def sinusoids(T, S, D, device):
@@ -23,6 +22,14 @@ def sinusoids(T, S, D, device):
 def scores(x, weight, R):
     H, P = x.shape[2:]
     return torch.einsum("bthp,hpd,tsd->bths", x, weight.view(H, P, -1), R.to(x.dtype))
+
+
+def check(actual, truth, twin):
+    """As `testing.assert_close`, but the largest of a few hundred errors is a matter of luck: it may be four times the twin's."""
+    ours, theirs = (x.detach().double() - truth.detach() for x in (actual, twin))
+    ulps = 16 * torch.finfo(torch.float32).eps * truth.detach().square().mean().sqrt()
+    assert ours.square().mean().sqrt() <= 2 * theirs.square().mean().sqrt() + ulps
+    assert ours.abs().max() <= 4 * theirs.abs().max() + ulps
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
@@ -54,19 +61,16 @@ def test_values_and_gradients(T, S, D, P, causal, window, dtype, device):
     # in the order of PyTorch's own models: the positions are projected first
     places = torch.einsum("hpd,tsd->tshp", twins[1].view(H, P, D), R.to(dtype))
     twin = torch.einsum("bthp,tshp->bths", twins[0], places) * seen[:, None]
-    ours, theirs = actual - truth.detach(), twin.detach().double() - truth.detach()
-    ulps = 16 * torch.finfo(torch.float32).eps * truth.detach().square().mean().sqrt()
-    assert ours.square().mean().sqrt() <= 2 * theirs.square().mean().sqrt() + ulps
-    assert ours.abs().max() <= 4 * theirs.abs().max() + ulps  # the largest of a few hundred is a matter of luck
+    check(actual, truth, twin)
 
     g = torch.randn(truth.shape, device=device).to(dtype) * seen[:, None]
     dq_pos = torch.einsum("bths,sf->bthf", g.double(), k_pos.double()).to(dtype)
     dx = torch.zeros_like(x)
     dweight = xl_query_backward_(dq_pos, dx, x, narrow, D, S, window, causal, "ieee")
     expected, rounded = torch.autograd.grad(truth, leaves, g.double()), torch.autograd.grad(twin, twins, g)
-    for name, d, e, r in zip(("dx", "dweight"), (dx, dweight), expected, rounded, strict=True):
+    for d, e, r in zip((dx, dweight), expected, rounded, strict=True):
         assert d.dtype == dtype
-        assert_close(d, e, r, name=name, ulps=16.0)
+        check(d, e, r)
 
 
 def test_the_gradient_is_added(device):
