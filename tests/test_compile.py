@@ -21,7 +21,7 @@ SPILLS: dict[tuple[str, str, str], int] = {
     # A few registers; tiles that clear them took 4 to 13 % more time on an H200.
     ("_attention_fwd_kernel", "half", "sm_90"): 24,
     ("_attention_bwd_dkdv_kernel", "half", "sm_90"): 16,
-    ("_attention_fwd_kernel", "half", "sm_100"): 8,
+    ("_attention_bwd_dq_kernel", "half", "sm_90"): 16,
     # Without tensor cores a float32 product keeps whole rows of both factors in registers: 100 padded or 256 channels are too
     # many, with tiles of 8 rows and with 4 or 16 warps too.
     ("_attention_fwd_kernel", "float32", "sm_90"): 64,
@@ -45,6 +45,8 @@ SPILLS: dict[tuple[str, str, str], int] = {
     # Halves of odd places change places within the registers.
     ("_rope_rotate_kernel", "float32", "sm_100"): 40,
     # Two accumulators and the rows they are dotted with.
+    ("_xl_dx_kernel", "half", "sm_80"): 128,
+    ("_xl_dw_kernel", "half", "sm_100"): 8,
     ("_gather_kernel", "half", "sm_80"): 104,
     ("_gather_kernel", "half", "gfx942"): 40,
 }

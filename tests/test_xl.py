@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from triton_moe import testing
 from triton_moe.kernels import xl
 from triton_moe.kernels.xl import xl_query, xl_query_backward_
-from triton_moe.testing import assert_close
 
 
 def sinusoids(T, S, D, device):
@@ -23,6 +22,14 @@ def sinusoids(T, S, D, device):
 def scores(x, weight, R):
     H, P = x.shape[2:]
     return torch.einsum("bthp,hpd,tsd->bths", x, weight.view(H, P, -1), R.to(x.dtype))
+
+
+def check(actual, truth, twin):
+    """As `testing.assert_close`, but the largest of a few hundred errors is a matter of luck: it may be four times the twin's."""
+    ours, theirs = (x.detach().double() - truth.detach() for x in (actual, twin))
+    ulps = 16 * torch.finfo(torch.float32).eps * truth.detach().square().mean().sqrt()
+    assert ours.square().mean().sqrt() <= 2 * theirs.square().mean().sqrt() + ulps
+    assert ours.abs().max() <= 4 * theirs.abs().max() + ulps
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
@@ -54,19 +61,16 @@ def test_values_and_gradients(T, S, D, P, causal, window, dtype, device):
     # in the order of PyTorch's own models: the positions are projected first
     places = torch.einsum("hpd,tsd->tshp", twins[1].view(H, P, D), R.to(dtype))
     twin = torch.einsum("bthp,tshp->bths", twins[0], places) * seen[:, None]
-    ours, theirs = actual - truth.detach(), twin.detach().double() - truth.detach()
-    ulps = 16 * torch.finfo(torch.float32).eps * truth.detach().square().mean().sqrt()
-    assert ours.square().mean().sqrt() <= 2 * theirs.square().mean().sqrt() + ulps
-    assert ours.abs().max() <= 4 * theirs.abs().max() + ulps  # the largest of a few hundred is a matter of luck
+    check(actual, truth, twin)
 
     g = torch.randn(truth.shape, device=device).to(dtype) * seen[:, None]
     dq_pos = torch.einsum("bths,sf->bthf", g.double(), k_pos.double()).to(dtype)
     dx = torch.zeros_like(x)
     dweight = xl_query_backward_(dq_pos, dx, x, narrow, D, S, window, causal, "ieee")
     expected, rounded = torch.autograd.grad(truth, leaves, g.double()), torch.autograd.grad(twin, twins, g)
-    for name, d, e, r in zip(("dx", "dweight"), (dx, dweight), expected, rounded, strict=True):
+    for d, e, r in zip((dx, dweight), expected, rounded, strict=True):
         assert d.dtype == dtype
-        assert_close(d, e, r, name=name, ulps=16.0)
+        check(d, e, r)
 
 
 def test_the_gradient_is_added(device):
@@ -91,23 +95,29 @@ def test_scores_depend_on_distance_alone(data, D, shift, device):
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(
-    "D, span, F",
+    "D, span, half, single",
     [
-        *[(64, 1024, 64), (128, 2048, 96), (256, 64, 48), (412, 512, 128), (412, 1024, 160)],
-        *[(512, 1024, 192), (1024, 64, 48), (1024, 512, 192), (1024, 1024, 256), (2048, 1024, 384), (1024, 1 << 20, 1024)],
-        *[(1024, 0, 1024), (11, 0, 16), (11, 64, 16)],
+        *[
+            (11, 64, 16, 16),
+            (64, 1024, 64, 64),
+            (128, 2048, 96, 112),
+            (256, 64, 48, 64),
+            (412, 512, 128, 160),
+            (512, 1024, 192, 208),
+        ],
+        *[(1024, 64, 48, 64), (1024, 512, 192, 240), (1024, 1024, 256, 320), (2048, 1024, 384, 432), (1024, 1 << 20, 1024, 1024)],
     ],
 )
-def test_few_channels_are_enough(D, span, F, causal):
+def test_few_channels_are_enough(D, span, half, single, causal):
     """NOTE [Few channels]: at every distance of the span, half way between two as well; and M makes no number larger."""
     shift = span // 2 if causal else 0
-    frequencies, M = xl._basis(D, span, shift)
-    assert M.shape == (D, F) and frequencies.shape == (F // 2,)
-    reach = (span or 4096) / 2
-    m = np.linspace(-reach, reach, 2 * D + 1)[:, None] - shift
+    m = np.linspace(-span / 2, span / 2, 2 * D + 1)[:, None] - shift
     w = 10000.0 ** (-2 * np.arange((D + 1) // 2) / D)
     R = np.stack([np.sin(m * w), np.cos(m * w)], -1).reshape(len(m), -1)[:, :D]
-    features = np.concatenate([np.sin((m + shift) * frequencies), np.cos((m + shift) * frequencies)], 1)
-    error = features @ M.T - R
-    assert abs(error).max() < 1e-3 and np.sqrt((error**2).mean(0)).max() < 2e-4
-    assert np.square(M).sum() < 1.03 * D
+    for exact, F, bound in ((False, half, 2e-4), (True, single, 2e-8)):
+        frequencies, M = xl._basis(D, span, shift, exact)
+        assert M.shape == (D, F) and frequencies.shape == (F // 2,)
+        features = np.concatenate([np.sin((m + shift) * frequencies), np.cos((m + shift) * frequencies)], 1)
+        error = features @ M.T - R
+        assert abs(error).max() < 5 * bound and np.sqrt((error**2).mean(0)).max() < bound
+        assert np.square(M).sum() < 1.03 * D
