@@ -248,7 +248,8 @@ def test_importing_it_imports_no_triton():
 @pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.gpu
-def test_the_gpu_demo_learns(tmp_path, capsys):
+def test_the_gpu_demo_learns(tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # the demo on the CPU sets it, as the command must
     path = tmp_path / "model.safetensors"
     assert demo.run(parse("--steps", "60", "--device", "cuda", "--save", str(path))) == 0
     out = capsys.readouterr().out
