@@ -98,8 +98,8 @@ GPU = Preset(
     batch=32,
     context=512,
     steps=300,
-    # Rates of 1.5e-3 to 4e-3, warm-ups of 20 and 60 steps and weight decays of 0.01 and 0.1 were tried on both sides, one at a time
-    # and with one seed, where runs differ by 0.02 to 0.04 from seed to seed: the dense side was best without either change.
+    # Rates of 1.5e-3 to 4e-3, warm-ups of 20 and 60 steps and weight decays of 0.01 and 0.1 were tried on both sides, one at a
+    # time and with one seed, where runs differ by 0.02 to 0.04 from seed to seed: the dense side was best without either change.
     recipe=Recipe(2e-3, 0.1, 60),
     twins_recipe=Recipe(2e-3, 0.01, 20),
     held_out=64,
