@@ -1,0 +1,83 @@
+"""The gate: kernels/gating.py, differentiable."""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .. import _check
+from ..kernels.gating import MAX_EXPERTS, Plan, gating_backward, gating_forward
+from ..replay import replayed
+from ._shared import _as_they_are, _autocast, _cast, _compute_dtype, _routing_plan, _seed, _tokens
+from ._types import MODES, STREAM_GATE, Routing
+
+
+@replayed
+def _gating_backward(tensors, mode: str):
+    """dweights, dlogits (or None), and what `gating_forward` took and gave -> dx, dsel."""
+    dweights, dlogits, x, sel, weights, experts, logits = tensors
+    with _as_they_are(x):
+        dlogits, dsel = gating_backward(dweights, dlogits, x, sel, weights, experts, logits, mode)
+        return dlogits @ sel, dsel
+
+
+class _Gating(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, sel, seed, n_heads, top_k, mode, dropout, stream):
+        weights, experts, logits = gating_forward(x, sel, seed, 1, n_heads, top_k, mode, dropout, stream)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, sel, weights, experts, logits)
+        ctx.mode = mode
+        experts = experts[0]
+        ctx.mark_non_differentiable(experts)
+        return weights[0], experts, logits[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dweights, _, dlogits):
+        saved = ctx.saved_tensors
+        if dweights is None:
+            dweights = torch.zeros_like(saved[2])
+        return *_gating_backward((dweights, dlogits, *saved), ctx.mode), None, None, None, None, None, None
+
+
+def gating(
+    x: Tensor,
+    sel: Tensor,
+    *,
+    n_heads: int = 1,
+    top_k: int,
+    mode: str = "sigmoid",
+    expert_dropout: float = 0.0,
+    training: bool = False,
+    seed: int | Tensor | None = None,
+) -> Routing:
+    """The experts each (token, head) uses and their gates (sigma-MoE, arXiv 2310.10837, equation 10 and section 5).
+
+    x: [..., D]; sel: [H*E, D], row h*E + e. mode: "sigmoid"; "softmax" over all E; "softmax_topk" over the chosen. Equal logits:
+    the lower expert id wins; NaN ranks below -inf. expert_dropout strikes (token, head, expert) from selection in training, as a
+    function of (seed, token, head, expert) alone; seed: int, int64 scalar tensor, or None (drawn on x's device).
+    Returns a Routing of N = x.numel() / D tokens. Raises ValueError or TypeError for shapes, dtypes, devices or top_k > E.
+    """
+    _check.tensor("x", x, ndim=1)
+    D = _check.integer("the width of x", x.shape[-1], 1)
+    _check.tensor("sel", sel, None, D)
+    autocast = _autocast(x)
+    _check.same(x, {"x": x, "sel": sel}, autocast=autocast)
+    _check_gate("sel", sel, n_heads, top_k)
+    _check.choice("mode", mode, MODES)
+    p = _check.probability("expert_dropout", expert_dropout) * float(_check.instance("training", training, bool))
+    x, sel = _cast(_compute_dtype(x), x.reshape(_tokens(x), D), sel)
+    seed = _seed(seed, x.device, p > 0)
+    weights, experts, logits = _Gating.apply(x, sel, seed, n_heads, top_k, mode, p, STREAM_GATE)
+    plan = _routing_plan(experts[None], sel.shape[0] // n_heads, torch.bfloat16)  # a float32 gate may serve 16-bit projections
+    return Routing(weights, experts, logits, Plan(*(t[0] for t in plan)))
+
+
+def _check_gate(name: str, sel: Tensor, n_heads: int, top_k: int, what: str = "top_k") -> None:
+    _check.integer("n_heads", n_heads, 1)
+    if sel.shape[0] == 0 or sel.shape[0] % n_heads:
+        raise ValueError(f"{name} must have n_heads * E rows with n_heads = {n_heads}, got {sel.shape[0]}")
+    E = sel.shape[0] // n_heads
+    if E > MAX_EXPERTS:
+        raise ValueError(f"{name} must have at most {MAX_EXPERTS} experts per head, got {E}")
+    _check.integer(what, top_k, 1, E, f" (the number of experts per head is {E})")

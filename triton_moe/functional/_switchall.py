@@ -1,0 +1,249 @@
+"""SwitchAll: one pre-norm block of SwitchHead and a sigma-MoE MLP."""
+
+import inspect
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .. import _check
+from ..kernels.cast import cast
+from ..kernels.mlp import COLUMNS
+from ..kernels.projection import (
+    dropout_rows,
+)
+from ..replay import remembered, replayed
+from ._moe import _check_moe, _moe_forward, _moe_gradients, _MoEConfig
+from ._shared import ROUTE, _as_they_are, _autocast, _compute_dtype, _distinct, _dtypes, _saved_config, _seed, _to
+from ._switchhead import _check_head, _head_forward, _head_gradients, _head_sources, _HeadConfig
+from ._types import (
+    STREAM_RESIDUAL_ATTENTION,
+    STREAM_RESIDUAL_MOE,
+    XL,
+    RoPE,
+    Saved,
+    SigmaMoEWeights,
+    SwitchAllGradients,
+    SwitchAllWeights,
+    SwitchHeadWeights,
+)
+
+
+class _BlockConfig(NamedTuple):
+    eps: float
+    dropout: float
+    head: _HeadConfig
+    moe: _MoEConfig
+
+
+HEAD_SAVED = 26 + 2 * ROUTE  # tensors that `_head_forward` keeps
+
+
+def _norm_forward(x, weight, bias, eps):
+    """LayerNorm in float32 or x's own dtype -> output, mean, rstd."""
+    return torch.ops.aten.native_layer_norm(x, [x.shape[-1]], weight.to(x.dtype), bias.to(x.dtype), eps)
+
+
+def _norm_backward(dh, x, mean, rstd, weight, bias):
+    w, b = weight.to(x.dtype), bias.to(x.dtype)
+    return torch.ops.aten.native_layer_norm_backward(cast(dh, x.dtype), x, [x.shape[-1]], mean, rstd, w, b, [True, True, True])
+
+
+@replayed
+def _block_forward(tensors, dtype: torch.dtype, c: _BlockConfig):
+    """x, norm 1, (q, k, v, o, sel_v, sel_o, pos), norm 2, (keys, values, expert_sel, bias, o_bias), mask, cu_seqlens, seed; the
+    dtype of the products.
+
+    -> y, logits, then the tensors `_block_backward` takes: x, norm weights and statistics, x1, mask seed, then both halves'.
+    """
+    (x, w1, b1), head, (w2, b2), moe, (mask, cu_seqlens, seed) = (
+        tensors[:3], tensors[3:10], tensors[10:12], tensors[12:17], tensors[17:],
+    )  # fmt: skip
+    B, T, D = x.shape
+
+    def residual(branch, stream):
+        if c.dropout > 0:
+            branch = dropout_rows(branch.reshape(B * T, D), seed, c.dropout, stream).view(B, T, D)
+        return branch if x.dtype == torch.float32 else branch.to(x.dtype)  # float32 is what the sum has anyway
+
+    h, mean1, rstd1 = _norm_forward(x, w1, b1, c.eps)
+    attended, _, _, *head_saved = _head_forward((h, None, None, *head, mask, cu_seqlens, seed), dtype, c.head)
+    x1 = x + residual(attended, STREAM_RESIDUAL_ATTENTION)
+    h, mean2, rstd2 = _norm_forward(x1, w2, b2, c.eps)
+    y, logits, *moe_saved = _moe_forward((h.view(B * T, D), None, *moe, seed), dtype, c.moe)
+    y = x1 + residual(y.view(B, T, D), STREAM_RESIDUAL_MOE)
+    own = (x, w1, b1, mean1, rstd1, x1, w2, b2, mean2, rstd2, seed)
+    return y, logits.view(B, T, logits.shape[1]), *own, *head_saved, *moe_saved
+
+
+@replayed
+def _block_backward(tensors, dtypes, c: _BlockConfig):
+    """dy, dlogits and what the forward kept -> gradients of x, w1, b1, the seven of head, w2, b2, the five of moe, in their
+    dtypes (None where the input was None)."""
+    with _as_they_are(tensors[0]):
+        return _block_gradients(*tensors[:2], tensors[2:], dtypes, c)
+
+
+def _block_gradients(dy, dlogits, saved, dtypes, c: _BlockConfig):
+    x, w1, b1, mean1, rstd1, x1, w2, b2, mean2, rstd2, seed = saved[:11]
+    head_saved, moe_saved = saved[11 : 11 + HEAD_SAVED], saved[11 + HEAD_SAVED :]
+    B, T, D = x.shape
+    dtype = head_saved[0].dtype
+
+    def residual(d, stream):
+        d = cast(d, dtype).reshape(B * T, D)
+        return dropout_rows(d, seed, c.dropout, stream) if c.dropout > 0 else d
+
+    moe_dtypes = dtype, None, *dtypes[12:17]
+    dh, _, *dmoe = _moe_gradients(residual(dy, STREAM_RESIDUAL_MOE), dlogits, *moe_saved, moe_dtypes, c.moe, COLUMNS)
+    dx1, dw2, db2 = _norm_backward(dh.view(B, T, D), x1, mean2, rstd2, w2, b2)
+    dx1 = dx1 + dy
+    dattended = residual(dx1, STREAM_RESIDUAL_ATTENTION).view(B, T, D)
+    head_dtypes = dtype, None, None, *dtypes[3:10]
+    dh, _, _, *dhead = _head_gradients(dattended, None, None, head_saved, head_dtypes, c.head)
+    dx, dw1, db1 = _norm_backward(dh.view(B, T, D), x, mean1, rstd1, w1, b1)
+    return _to((dx + dx1, dw1, db1, *dhead, dw2, db2, *dmoe), dtypes)
+
+
+class _SwitchAll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *args):
+        # 17 differentiable ones, mask, cu_seqlens, seed, then dtype, eps, dropout and both configs
+        tensors, (dtype, eps, dropout) = args[:20], args[20:23]
+        n = len(_HeadConfig._fields)
+        ctx.config, ctx.dtypes = (eps, dropout, args[23 : 23 + n], args[23 + n :]), _dtypes(args[:17])
+        config = _BlockConfig(eps, dropout, _HeadConfig(*ctx.config[2]), _MoEConfig(*ctx.config[3]))
+        y, logits, *saved = _block_forward(tensors, dtype, config)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*saved)
+        return y, logits
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, dlogits):
+        saved = ctx.saved_tensors
+        if dy is None:
+            dy = torch.zeros_like(saved[0])
+        eps, dropout, head, moe = ctx.config
+        config = _BlockConfig(eps, dropout, _HeadConfig(*head), _MoEConfig(*moe))
+        grads = _block_backward((dy, dlogits, *saved), ctx.dtypes, config)
+        return *grads, *[None] * (6 + len(head) + len(moe))
+
+
+@remembered
+def _check_block(
+    x, weights, *, top_k, moe_top_k, eps=1e-5, dropout=0.0, attention_dropout=0.0, expert_dropout=0.0,
+    activation="relu", mode="sigmoid", moe_dropout=0.0, moe_expert_dropout=0.0, training=False, **masks,
+) -> _BlockConfig:  # fmt: skip
+    _check.instance("weights", weights, SwitchAllWeights)
+    _check.tensor("x", x, None, None, None)
+    D = x.shape[-1]
+    for name, norm in (("norm1", weights.norm1), ("norm2", weights.norm2)):
+        if not isinstance(norm, (tuple, list)) or len(norm) != 2:
+            raise TypeError(f"weights.{name} must be a pair (weight, bias), got {type(norm).__name__}")
+        for part, t in zip(("weight", "bias"), norm, strict=True):
+            _check.tensor(f"weights.{name} {part}", t, D)
+    if isinstance(eps, bool) or not isinstance(eps, (int, float)):
+        raise TypeError(f"eps must be a float, got {type(eps).__name__}")
+    if not eps > 0:
+        raise ValueError(f"eps must be positive, got {eps}")
+    head = _check_head(
+        x, weights.attention, top_k=top_k, dropout=attention_dropout, expert_dropout=expert_dropout,
+        training=training, what="attention_", **masks,
+    )  # fmt: skip
+    moe = _check_moe(x, weights.moe, moe_top_k, None, activation, mode, moe_dropout, moe_expert_dropout, training, "moe_")
+    for name, t, axis in (("weights.attention.o", weights.attention.o, 2), ("weights.moe.values", weights.moe.values, 2)):
+        width = t.shape[0] if t.ndim == 2 else t.shape[axis]
+        if width != D:
+            raise ValueError(f"{name} must produce width {D} like x, for the residual, got {width}")
+    norms = {"weights.norm1": weights.norm1[0], "norm1 bias": weights.norm1[1], "weights.norm2": weights.norm2[0]}
+    norms["norm2 bias"] = weights.norm2[1]
+    _check.same(x, {"x": x, **norms}, autocast=_autocast(x))
+    p = _check.probability("dropout", dropout)
+    return _BlockConfig(float(eps), float(training) * p, head, moe)
+
+
+def _block_arguments(x, weights, position, config, seed):
+    """-> the 17 differentiable inputs, the seed and the compute dtype."""
+    head, moe = config.head, config.moe
+    pos = _head_sources(x, weights.attention, position)[2]
+    needed = max(config.dropout, head.dropout, head.expert_dropout, moe.dropout, moe.expert_dropout) > 0
+    tensors = (x, *weights.norm1, *weights.attention[:6], pos, *weights.norm2, *weights.moe)
+    return tensors, _seed(seed, x.device, needed), _compute_dtype(x)
+
+
+def switchall(
+    x: Tensor,
+    weights: SwitchAllWeights,
+    *,
+    top_k: int,
+    moe_top_k: int,
+    eps: float = 1e-5,
+    dropout: float = 0.0,
+    position: RoPE | XL | None = RoPE(),
+    causal: bool = True,
+    window: int | None = None,
+    key_padding_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    attention_dropout: float = 0.0,
+    expert_dropout: float = 0.0,
+    activation: str = "relu",
+    mode: str = "sigmoid",
+    moe_dropout: float = 0.0,
+    moe_expert_dropout: float = 0.0,
+    training: bool = False,
+    seed: int | Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One pre-norm SwitchAll block: x += drop(SwitchHead(LN1 x)); x += drop(sigma_moe(LN2 x)) (arXiv 2312.07987, section 4).
+
+    x: [B, T, D]. dropout acts on both residual branches, attention_dropout on q, moe_dropout on the activated experts, the expert
+    dropouts on the two selections; all in training only. The other keywords are those of `switchhead` and `sigma_moe`.
+    Returns y [B, T, D] in x's dtype and the MLP gate's logits [B, T, E], float32.
+    """
+    config = _check_block(
+        x, weights, top_k=top_k, moe_top_k=moe_top_k, eps=eps, dropout=dropout, position=position, causal=causal,
+        window=window, key_padding_mask=key_padding_mask, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen,
+        attention_dropout=attention_dropout, expert_dropout=expert_dropout, activation=activation, mode=mode,
+        moe_dropout=moe_dropout, moe_expert_dropout=moe_expert_dropout, training=training,
+    )  # fmt: skip
+    tensors, seed, dtype = _block_arguments(x, weights, position, config, seed)
+    return _SwitchAll.apply(
+        *_distinct(*tensors), key_padding_mask, cu_seqlens, seed, dtype, config.eps, config.dropout, *config.head, *config.moe
+    )
+
+
+def switchall_forward(x: Tensor, weights: SwitchAllWeights, **options) -> tuple[tuple[Tensor, Tensor], Saved]:
+    """`switchall` without autograd, with the same keywords -> ((y, logits), saved)."""
+    _check.keywords("switchall_forward", options, BLOCK_KEYWORDS)
+    seed = options.pop("seed", None)
+    config = _check_block(x, weights, **options)
+    config = config._replace(head=config.head._replace(keep=True))
+    mask, cu_seqlens = options.get("key_padding_mask"), options.get("cu_seqlens")
+    with torch.no_grad():
+        t, seed, dtype = _block_arguments(x, weights, options.get("position"), config, seed)
+        y, logits, *saved = _block_forward((*t, mask, cu_seqlens, seed), dtype, config)
+    return (y, logits), Saved(tuple(saved), ("switchall", config, _dtypes(t), y, logits))
+
+
+def switchall_backward(grad_y: Tensor, saved: Saved, grad_logits: Tensor | None = None) -> SwitchAllGradients:
+    """The gradients of `switchall_forward`. grad_y: [B, T, D]; grad_logits: [B, T, E] or None."""
+    config, dtypes, y, (logits,) = _saved_config(saved, "switchall")
+    _check.gradient("grad_y", _check.tensor("grad_y", grad_y), y)
+    _check.gradient("grad_logits", grad_logits, logits)
+    with torch.no_grad():
+        g = _block_backward((grad_y, grad_logits, *saved.tensors), dtypes, config)
+    weights = SwitchAllWeights(g[1:3], SwitchHeadWeights(*g[3:10]), g[10:12], SigmaMoEWeights(*g[12:]))
+    return SwitchAllGradients(g[0], weights)
+
+
+def _chosen_experts(saved: Saved) -> tuple[Tensor, ...]:
+    """What a forward chose, for the reference to follow: [N, H, TOP_K] for values and for outputs, of a block the MLP's too."""
+    block = saved.config[0] == "switchall"
+    head: Any = saved.tensors[11:] if block else saved.tensors
+    of_x, of_k_src = head[12], head[12 + ROUTE]
+    return ((of_x if of_k_src is None else of_k_src)[0], of_x[-1], *([head[HEAD_SAVED + 9][0]] if block else []))
+
+
+BLOCK_KEYWORDS = frozenset(inspect.signature(switchall).parameters) - {"x", "weights"}

@@ -1,0 +1,467 @@
+"""SwitchHead: gates, projections and attention as one layer."""
+
+import inspect
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .. import _check
+from ..kernels.cast import assemble, cast
+from ..kernels.common import cdiv, input_precision
+from ..kernels.gating import gating_backward, gating_forward
+from ..kernels.position import rope_rotate_
+from ..kernels.projection import (
+    dropout_rows,
+    output_backward,
+    output_forward,
+    value_backward,
+    value_backward_rows,
+    value_forward,
+)
+from ..replay import remembered, replayed
+from ._attention import _attention_forward, _attention_gradients, _AttentionConfig, _check_masks, _check_rope, _check_xl, _rotated
+from ._gating import _check_gate
+from ._shared import (
+    ROUTE,
+    _add,
+    _as_they_are,
+    _autocast,
+    _compute_dtype,
+    _distinct,
+    _dtypes,
+    _routing_plan,
+    _saved_config,
+    _seed,
+    _to,
+)
+from ._types import (
+    MAX_HEAD_WIDTH,
+    STREAM_GATE_O,
+    STREAM_GATE_V,
+    STREAM_QUERY,
+    XL,
+    RoPE,
+    Saved,
+    SwitchHeadGradients,
+    SwitchHeadWeights,
+)
+
+
+class _HeadConfig(NamedTuple):
+    n_heads: int
+    width: int  # P, not padded
+    top_k: int
+    kind: str
+    fraction: float
+    base: float
+    causal: bool
+    window: int
+    dropout: float
+    expert_dropout: float
+    precision: str
+    keep: bool  # what only a backward pass needs
+
+
+def _attention_config(c: _HeadConfig) -> _AttentionConfig:
+    """Of queries and keys that the layer has rotated itself, in place."""
+    return _AttentionConfig(c.kind, 0, c.base, c.causal, c.window, c.width**-0.5, c.precision)
+
+
+def _head_inputs(dtype: torch.dtype, c: _HeadConfig, x, k_src, v_src, q, k, v, o, sel_v, sel_o, pos):
+    """What `switchhead` was given, as the kernels take it: in dtype, heads padded (NOTE [Head widths]), the weights of queries
+    and keys in one tensor, and those of both gates -> x, k_src, v_src, qk [2*H*P, D], v, o, sel [2*H*E or H*E, D], pos."""
+    H, P, D = c.n_heads, c.width, x.shape[2]
+    wide = P if dtype == torch.float32 else cdiv(P, 32) * 32
+    x, k_src, v_src = (t if t is None else cast(t, dtype) for t in (x, k_src, v_src))
+    rows = (wide, D)
+    groups: list[tuple[tuple[Tensor, ...], tuple[int, int]]] = [((q.reshape(H, P, D), k.reshape(H, P, D)), rows)]
+    groups.append(((v,), (D, wide)) if v.ndim == 3 else ((v.reshape(H, P, D),), rows))
+    groups.append(((o,), (wide, o.shape[2])) if o.ndim == 3 else ((o.reshape(-1, H, P),), (H, wide)))
+    groups.append((tuple(s[None] for s in (sel_v, sel_o) if s is not None), tuple(sel_o.shape)))
+    if pos is not None:
+        groups.append(((pos.reshape(H, P, -1),), (wide, pos.shape[1])))
+    qk, new_v, new_o, sel, *new_pos = assemble(dtype, *groups)
+    return (
+        x, k_src, v_src, qk.flatten(0, 1), new_v if v.ndim == 3 else new_v.flatten(0, 1),
+        new_o if o.ndim == 3 else new_o.flatten(1), sel.flatten(0, 1), new_pos[0].flatten(0, 1) if new_pos else None,
+    )  # fmt: skip
+
+
+def _sel_sides(sel: Tensor, v: Tensor) -> tuple[Tensor | None, Tensor]:
+    """sel_v, None where the output side's serves both, and sel_o."""
+    if v.ndim == 2 or len(sel) == len(v):
+        return None, sel
+    sel_v, sel_o = sel.chunk(2)
+    return sel_v, sel_o
+
+
+def _expert_out(o: Tensor, H: int) -> Tensor:
+    """The output weight as experts [H*E, P, D]: for one expert per head, o is [D, H*P]."""
+    return o if o.ndim == 3 else o.view(o.shape[0], H, o.shape[1] // H).permute(1, 2, 0)
+
+
+@replayed
+def _head_forward(tensors, dtype: torch.dtype, c: _HeadConfig):
+    """x [B, T, D], k_src and v_src [B, S, D] or None, the weights, mask, cu_seqlens, seed -> y [B, T, D], logits_v, logits_o,
+    then what `_head_backward` takes.
+
+    The tensors kept are: the 11 inputs, as `_head_inputs` made them; what the gates on x made (weights, experts, logits and the
+    seven of the plan, each with the sides as another first axis: value and output, or output alone); the same of the value gate
+    on k_src (None without one); u (None with one expert); then those of the attention.
+    """
+    *given, mask, cu_seqlens, seed = tensors
+    inputs = (*_head_inputs(dtype, c, *given), mask, cu_seqlens, seed)
+    x, k_src, v_src, qk, v, o, sel, pos = inputs[:8]
+    B, T, D = x.shape
+    H, P = c.n_heads, qk.shape[0] // (2 * c.n_heads)
+    sel_v, sel_o = _sel_sides(sel, v)
+    ks = x if k_src is None else k_src
+    vs = ks if v_src is None else v_src
+    S = ks.shape[1]
+    x2, k2, v2 = x.reshape(B * T, D), ks.reshape(B * S, D), vs.reshape(B * S, D)
+
+    def route(tokens, sel, sides, stream):
+        gates = gating_forward(tokens, sel, seed, sides, H, c.top_k, "sigmoid", c.expert_dropout, stream)
+        return *gates, *_routing_plan(gates[1], sel.shape[0] // (sides * H), tokens.dtype)
+
+    both = k_src is None and sel_v is not None
+    route_x = route(x2, sel, 2, STREAM_GATE_V) if both else route(x2, sel_o, 1, STREAM_GATE_O)
+    route_k: tuple[Tensor | None, ...] = (None,) * len(route_x)
+    if v.ndim == 3 and k_src is not None:
+        route_k = route(k2, sel_o if sel_v is None else sel_v, 1, STREAM_GATE_V)
+    (weights_v, experts_v, logits_v, *plan_v), (weights_o, experts_o, logits_o, *plan_o) = _sides(route_x, route_k)
+
+    u = None
+    if v.ndim == 2:  # one expert: a dense value projection
+        values, logits_v = v2 @ v.t(), None
+    else:
+        values, u = value_forward(v2, v, weights_v, experts_v, *plan_v, c.keep, c.precision)
+    rotated = _rotated(c.fraction, c.width)
+    if _joint(k_src, c):
+        both = (x2 @ qk.t()).view(B, T, 2 * H, P)
+        rope_rotate_(both, rotated, c.base, 0, False)
+        queries, keys = both.split(H, 2)
+    else:
+        q, k = qk.chunk(2)
+        queries, keys = x2 @ q.t(), (k2 @ k.t()).view(B, S, H, P)
+        if c.dropout > 0:
+            queries = dropout_rows(queries, seed, c.dropout, STREAM_QUERY, P, c.width)
+        queries = queries.view(B, T, H, P)
+        rope_rotate_(queries, rotated, c.base, S - T, False)
+        rope_rotate_(keys, rotated, c.base, 0, False)
+    a, _, *attention_saved = _attention_forward(
+        (queries, keys, values.view(B, S, H, P), pos, None, None, mask, cu_seqlens), _attention_config(c)
+    )
+    y = output_forward(a.view(B * T, H, P), _expert_out(o, H), weights_o, experts_o, *plan_o, c.precision)
+    return y.view(B, T, y.shape[1]), logits_v, logits_o, *inputs, *route_x, *route_k, u, *attention_saved
+
+
+def _joint(k_src, c: _HeadConfig) -> bool:
+    """Whether queries and keys are made by one product, side by side."""
+    return k_src is None and c.dropout == 0
+
+
+def _sides(route_x, route_k):
+    """What `_head_forward` kept of the gates -> the value side's and the output side's, one and the same where they share it."""
+    output = [t[-1] for t in route_x]
+    if route_k[0] is not None:
+        return [t[0] for t in route_k], output
+    return [t[0] for t in route_x] if len(route_x[0]) == 2 else output, output
+
+
+@replayed
+def _head_backward(tensors, dtypes, c: _HeadConfig):
+    """dy, dlogits_v, dlogits_o and what the forward kept -> gradients of x, k_src, v_src, q, k, v, o, sel_v, sel_o, pos as
+    `switchhead` was given them, in their dtypes (None where the input was None)."""
+    with _as_they_are(tensors[0]):
+        return _head_gradients(*tensors[:3], tensors[3:], dtypes, c)
+
+
+def _head_gradients(dy, dlogits_v, dlogits_o, saved, dtypes, c: _HeadConfig):
+    x, k_src, v_src, qk, v, o, sel, _, _, _, seed = saved[:11]
+    after = 11 + 2 * ROUTE
+    route_x, route_k, u, attention_saved = saved[11 : 11 + ROUTE], saved[11 + ROUTE : after], saved[after], saved[after + 1 :]
+    sel_v, sel_o = _sel_sides(sel, v)
+    (weights_v, experts_v, _, *plan_v), (weights_o, experts_o, _, *plan_o) = _sides(route_x, route_k)
+    a = attention_saved[11]
+    B, T, D = x.shape
+    H, P = c.n_heads, qk.shape[0] // (2 * c.n_heads)
+    ks = x if k_src is None else k_src
+    vs = ks if v_src is None else v_src
+    S = ks.shape[1]
+    x2, k2, v2 = x.reshape(B * T, D), ks.reshape(B * S, D), vs.reshape(B * S, D)
+
+    def rows(d):
+        """[.., H*P, D] without the rows of padding."""
+        return d.view(-1, P, D)[:, : c.width].reshape(-1, D)
+
+    dy = dy.reshape(B * T, dy.shape[2])
+    a = a.view(B * T, H, P)
+    da, do, dweights_o = output_backward(dy, a, _expert_out(o, H), weights_o, experts_o, *plan_o, c.precision, dtypes[6], c.width)
+    if o.ndim == 2:
+        do = do.permute(2, 0, 1).reshape(o.shape[0], H * c.width)
+    joint, rotated = _joint(k_src, c), _rotated(c.fraction, c.width)
+    dqueries, dkeys, dvalues, dpos, _, _ = _attention_gradients(
+        da.view(B, T, H, P), None, *attention_saved, _attention_config(c), joint
+    )
+    dvalues = dvalues.view(B * S, H, P)
+    if joint:
+        rope_rotate_(dqueries, rotated, c.base, 0, True)
+        both = dqueries.view(B * T, 2 * H * P)
+        dq, dk = (both.t() @ x2).chunk(2)
+        dx = both @ qk
+    else:
+        rope_rotate_(dqueries, rotated, c.base, S - T, True)
+        rope_rotate_(dkeys, rotated, c.base, 0, True)
+        dqueries, dkeys = dqueries.view(B * T, H * P), dkeys.view(B * S, H * P)
+        if c.dropout > 0:
+            dqueries = dropout_rows(dqueries, seed, c.dropout, STREAM_QUERY, P, c.width)
+        q, k = qk.chunk(2)
+        dq, dk = dqueries.t() @ x2, dkeys.t() @ k2
+        dx, dk2 = dqueries @ q, dkeys @ k
+        if k_src is None:
+            dx += dk2
+
+    # the gates
+    of_values: Any = (None, None, None)
+    if v.ndim == 3:
+        of_values = value_backward_rows(dvalues, u, weights_v, experts_v, *plan_v)
+    gated, order_b, dweights_v = of_values
+    sel_k = dgate_k = dsel_k = None
+    sel_x, dweights, dlogits = sel_o, dweights_o[None], dlogits_o
+    if route_k[0] is not None:
+        sel_k = sel_o if sel_v is None else sel_v
+        dgate_k, dsel_k = gating_backward(dweights_v[None], dlogits_v, k2, sel_k, *route_k[:3], "sigmoid")
+    elif sel_v is not None:  # both sides in one
+        sel_x, dweights = sel, torch.stack([dweights_v, dweights_o])
+        if dlogits_v is not None or dlogits_o is not None:
+            none = torch.zeros_like(route_x[2][0])
+            dlogits = torch.stack([none if g is None else g for g in (dlogits_v, dlogits_o)])
+    elif dweights_v is not None:  # both sides share the output side's routing
+        dweights, dlogits = dweights + dweights_v, _add(dlogits_o, dlogits_v)
+    dgate_x, dsel_x = gating_backward(dweights, dlogits, x2, sel_x, *route_x[:3], "sigmoid")
+    dsel_v, dsel_o = (None, dsel_x) if len(sel_x) == len(sel_o) else dsel_x.split(len(sel_o))
+    if dsel_k is not None:
+        dsel_v, dsel_o = (None, dsel_o + dsel_k) if sel_v is None else (dsel_k, dsel_o)
+
+    def value(dtype, base, dgate, sel):
+        """The gradient of the source of values, with what else reaches it, and of v."""
+        if v.ndim == 3:
+            added = base, dgate, sel, c.precision, dtype, dtypes[5], c.width
+            return value_backward(dvalues, gated, order_b, v2, v, weights_v, experts_v, *plan_v, *added)
+        flat = dvalues.view(B * S, H * P)
+        d = flat @ v if base is None else base.addmm_(flat, v)
+        return d if dgate is None else d.addmm_(dgate, sel), rows(flat.t() @ v2)
+
+    dv2 = None
+    if v_src is not None:
+        (dv2, dv), dx = value(dtypes[2], None, None, None), dx.addmm_(dgate_x, sel_x)
+        if k_src is not None and dgate_k is not None:
+            dk2.addmm_(dgate_k, sel_k)
+    elif k_src is not None:
+        (dk2, dv), dx = value(dtypes[1], dk2, dgate_k, sel_k), dx.addmm_(dgate_x, sel_x)
+    else:
+        dx, dv = value(dtypes[0], dx, dgate_x, sel_x)
+    dpos = None if dpos is None else rows(dpos)
+    dx, dk2 = dx.view(x.shape), None if k_src is None else dk2.view(ks.shape)
+    dv2 = None if dv2 is None else dv2.view(vs.shape)
+    return _to((dx, dk2, dv2, rows(dq), rows(dk), dv, do, dsel_v, dsel_o, dpos), dtypes)
+
+
+class _SwitchHead(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *args):
+        inputs, (mask, cu_seqlens, seed, dtype), config = args[:10], args[10:14], _HeadConfig(*args[14:])
+        ctx.config, ctx.dtypes = args[14:], _dtypes(inputs)
+        y, logits_v, logits_o, *saved = _head_forward((*inputs, mask, cu_seqlens, seed), dtype, config)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*saved)
+        if logits_v is logits_o:
+            logits_v = logits_v.clone()
+        elif torch.compiler.is_compiling() and logits_v is not None:  # parts of one tensor, whose gradients 2.11 would lose
+            logits_v, logits_o = logits_v.clone(), logits_o.clone()
+        ctx.y_shape = y.shape
+        return y, logits_v, logits_o
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, dlogits_v, dlogits_o):
+        saved = ctx.saved_tensors
+        if dy is None:
+            dy = saved[0].new_zeros(ctx.y_shape)
+        grads = _head_backward((dy, dlogits_v, dlogits_o, *saved), ctx.dtypes, _HeadConfig(*ctx.config))
+        return *grads, *[None] * (4 + len(ctx.config))
+
+
+def _head_sources(x, weights, position=None, k_src=None, v_src=None, **_) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """k_src and v_src where they differ from x (and from each other), and the position weight."""
+    k_src = None if k_src is x else k_src
+    v_src = None if v_src is (x if k_src is None else k_src) else v_src
+    pos = None
+    if isinstance(position, XL):
+        pos = weights.pos_to_pk if position.weight is None else position.weight
+    return k_src, v_src, pos
+
+
+@remembered
+def _check_head(
+    x, weights, *, top_k, position=RoPE(), k_src=None, v_src=None, causal=True, window=None, key_padding_mask=None,
+    cu_seqlens=None, max_seqlen=None, dropout=0.0, expert_dropout=0.0, training=False, what="",
+) -> _HeadConfig:  # fmt: skip
+    _check.tensor("x", x, None, None, None)
+    B, T, D = x.shape
+    _check.integer("the width of x", D, 1)
+    _check.instance("weights", weights, SwitchHeadWeights)
+    w = weights
+    names = {f"weights.{name}": value for name, value in w._asdict().items()}
+    for name, t in names.items():
+        if t is not None:
+            _check.tensor(name, t)
+    _check.tensor("weights.q", w.q, None, D)
+    if w.sel_o is None:
+        raise ValueError("weights.sel_o must be a tensor [H*E, D] ([H, D] with one expert per head), got None")
+    if w.v.ndim == 3:
+        P = w.v.shape[2]
+        if P == 0 or w.q.shape[0] == 0 or w.q.shape[0] % P:
+            raise ValueError(f"weights.q must have shape [H*P, D] with P = {P} from weights.v, got {list(w.q.shape)}")
+        H = w.q.shape[0] // P
+        if w.v.shape[0] == 0 or w.v.shape[0] % H:
+            raise ValueError(f"weights.v must have H*E experts with H = {H} from weights.q, got {w.v.shape[0]}")
+        rows = w.v.shape[0]
+        _check.tensor("weights.v", w.v, rows, D, P)
+        _check.integer("the output width of weights.o", _check.tensor("weights.o", w.o, rows, P, None).shape[2], 1)
+        _check.tensor("weights.sel_o", w.sel_o, rows, D)
+        if w.sel_v is not None:
+            _check.tensor("weights.sel_v", w.sel_v, rows, D)
+    else:
+        _check.tensor("weights.sel_o", w.sel_o, None, D)
+        H = w.sel_o.shape[0]
+        if H == 0 or w.q.shape[0] == 0 or w.q.shape[0] % H:
+            raise ValueError(f"weights.q must have shape [H*P, D] with H = {H} from weights.sel_o, got {list(w.q.shape)}")
+        P = w.q.shape[0] // H
+        _check.tensor("weights.v", w.v, H * P, D)
+        _check.integer("the output width of weights.o", _check.tensor("weights.o", w.o, None, H * P).shape[0], 1)
+        if w.sel_v is not None:
+            raise ValueError("weights.sel_v must be None with one expert per head (a dense value projection)")
+    _check.tensor("weights.k", w.k, H * P, D)
+    _check.integer("the head width P", P, 1, MAX_HEAD_WIDTH)
+    _check_gate("weights.sel_o", w.sel_o, H, top_k)
+
+    kind, fraction, base, pos = "none", 0.0, 0.0, None
+    if isinstance(position, RoPE):
+        kind, fraction, base = "rope", *_check_rope(position)
+    elif isinstance(position, XL):
+        if position.weight is not None and w.pos_to_pk is not None:
+            raise ValueError("position.weight and weights.pos_to_pk are both given: expected exactly one")
+        if position.content_bias is not None or position.position_bias is not None:
+            raise ValueError("position.content_bias and position.position_bias must be None: SwitchHead has neither")
+        kind, pos = "xl", w.pos_to_pk if position.weight is None else position.weight
+        _check_xl(XL(pos), H, P)
+        _check.tensor("the position weight", pos, H * P, D)
+    elif position is not None:
+        raise TypeError(f"position must be RoPE, XL or None, got {type(position).__name__}")
+    if kind != "xl" and w.pos_to_pk is not None:
+        raise ValueError("weights.pos_to_pk is given but position is not XL()")
+
+    if k_src is not None:
+        _check.tensor("k_src", k_src, B, None, D)
+    S = T if k_src is None else k_src.shape[1]
+    if v_src is not None:
+        _check.tensor("v_src", v_src, B, S, D)
+    _check.same(
+        x,
+        {"x": x, "k_src": k_src, "v_src": v_src, **names, "position.weight": pos},
+        autocast=_autocast(x),
+    )
+    _check_masks(B, T, S, causal, window, key_padding_mask, cu_seqlens, max_seqlen, position, x.device)
+    p = _check.probability(f"{what}dropout", dropout)
+    delta = _check.probability("expert_dropout", expert_dropout)
+    _check.instance("training", training, bool)
+    on = float(training)
+    return _HeadConfig(
+        H, w.q.shape[0] // H, top_k, kind, fraction, base, causal, window or 0, on * p, on * delta,
+        input_precision(_compute_dtype(x)), torch.is_grad_enabled(),
+    )  # fmt: skip
+
+
+def switchhead(
+    x: Tensor,
+    weights: SwitchHeadWeights,
+    *,
+    top_k: int,
+    position: RoPE | XL | None = RoPE(),
+    k_src: Tensor | None = None,
+    v_src: Tensor | None = None,
+    causal: bool = True,
+    window: int | None = None,
+    key_padding_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    dropout: float = 0.0,
+    expert_dropout: float = 0.0,
+    training: bool = False,
+    seed: int | Tensor | None = None,
+    return_logits: bool = False,
+):
+    """SwitchHead attention (arXiv 2312.07987, equations 7 to 10): few heads whose values and outputs are mixtures of experts.
+
+    x: [B, T, D], the queries' source; k_src: [B, S, D], the keys' and the value gate's (default x); v_src: [B, S, D], what the
+    value experts see (default k_src). S > T means memory or a prefix in front of x. H, E and P follow from the weights' shapes.
+    position: RoPE(), XL() (which takes weights.pos_to_pk) or None. dropout acts on q. Masks as in `attention`.
+    Returns y [B, T, D], no residual and no norm; with return_logits also (logits_v [B*S, H, E] or None with one expert,
+    logits_o [B*T, H, E]), float32 and differentiable. Raises ValueError or TypeError for anything that does not fit.
+    """
+    config = _check_head(
+        x, weights, top_k=top_k, position=position, k_src=k_src, v_src=v_src, causal=causal, window=window,
+        key_padding_mask=key_padding_mask, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, dropout=dropout,
+        expert_dropout=expert_dropout, training=training,
+    )  # fmt: skip
+    seed = _seed(seed, x.device, config.dropout > 0 or config.expert_dropout > 0)
+    k_src, v_src, pos = _head_sources(x, weights, position, k_src, v_src)
+    tensors = x, k_src, v_src, *weights[:6], pos
+    y, logits_v, logits_o = _SwitchHead.apply(
+        *_distinct(*tensors), key_padding_mask, cu_seqlens, seed, _compute_dtype(x), *config
+    )
+    return (y, (logits_v, logits_o)) if return_logits else y
+
+
+def switchhead_forward(x: Tensor, weights: SwitchHeadWeights, *, return_logits: bool = False, **options):
+    """`switchhead` without autograd, with the same keywords -> (outputs, saved), outputs as `switchhead` returns them."""
+    _check.keywords("switchhead_forward", options, HEAD_KEYWORDS)
+    seed = options.pop("seed", None)
+    config = _check_head(x, weights, **options)
+    k_src, v_src, pos = _head_sources(x, weights, **options)
+    needed = config.dropout > 0 or config.expert_dropout > 0
+    seed = _seed(seed, x.device, needed)
+    mask, cu_seqlens = options.get("key_padding_mask"), options.get("cu_seqlens")
+    inputs = (x, k_src, v_src, *weights[:6], pos)
+    config = config._replace(keep=True)
+    with torch.no_grad():
+        given = (*inputs, mask, cu_seqlens, seed)
+        y, logits_v, logits_o, *saved = _head_forward(given, _compute_dtype(x), config)
+    outputs = (y, (logits_v, logits_o)) if return_logits else y
+    return outputs, Saved(tuple(saved), ("switchhead", config, _dtypes(inputs), y, logits_v, logits_o))
+
+
+def switchhead_backward(
+    grad_y: Tensor, saved: Saved, grad_logits: tuple[Tensor | None, Tensor | None] | None = None
+) -> SwitchHeadGradients:
+    """The gradients of `switchhead_forward`. grad_y: [B, T, D]; grad_logits: those of (logits_v, logits_o), or None.
+
+    A source that was x itself, or v_src that was k_src itself, has its gradient added there and None of its own.
+    """
+    config, dtypes, y, logits = _saved_config(saved, "switchhead")
+    dlogits = (None, None) if grad_logits is None else grad_logits
+    if not isinstance(dlogits, (tuple, list)) or len(dlogits) != 2:
+        raise TypeError(f"grad_logits must be a pair or None, got {type(grad_logits).__name__}")
+    _check.gradient("grad_y", _check.tensor("grad_y", grad_y), y)
+    for i in (0, 1):
+        _check.gradient(f"grad_logits[{i}]", dlogits[i], logits[i])
+    with torch.no_grad():
+        grads = _head_backward((grad_y.to(y.dtype), *dlogits, *saved.tensors), dtypes, config)
+    return SwitchHeadGradients(*grads[:3], SwitchHeadWeights(*grads[3:]))
+
+
+HEAD_KEYWORDS = frozenset(inspect.signature(switchhead).parameters) - {"x", "weights", "return_logits"}
