@@ -3,6 +3,7 @@
 import gc
 import threading
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -400,3 +401,36 @@ def test_a_check_is_remembered_by_what_it_may_ask(device, monkeypatch):
     with torch.autocast(device, torch.bfloat16):
         check(x, scale=2.0)
     assert len(seen) == 13
+
+
+def test_a_second_launch_of_a_kind_does_not_ask_triton(monkeypatch):
+    """On a stand-in for a kernel: the real way needs a GPU."""
+    calls = []
+    compiled = SimpleNamespace(function=7, packed_metadata=(4, 1, 0), run=lambda *args: calls.append(args))
+
+    class Kernel:
+        fn, arg_names = object(), ["x_ptr", "n", "BLOCK"]
+        params = [SimpleNamespace(is_constexpr=constant) for constant in (False, False, True)]
+
+        def __getitem__(self, grid):
+            return lambda *args, **meta: calls.append("triton") or compiled
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(common, "current_stream", lambda: lambda device: 99)
+    monkeypatch.setattr(common, "_ready", {})
+    kernel, x, meta = Kernel(), torch.zeros(8), {"BLOCK": 16, "num_warps": 4}
+    for a, n in ((x, 48), (x, 32)):
+        assert common.start(kernel, (3,), (a, n), meta) == (compiled, compiled.run, [a.data_ptr(), n, 16])
+    assert calls == ["triton", (3, 1, 1, 99, 7, (4, 1, 0), None, None, None, x.data_ptr(), 32, 16)]
+    for args, other in (
+        ((x[1:], 32), meta),
+        ((x, 33), meta),
+        ((x, 1), meta),
+        ((x, 2**31), meta),
+        ((x, 32), meta | {"BLOCK": 32}),
+    ):
+        calls.clear()
+        common.start(kernel, (3,), args, other)  # alignment, divisibility, one, 64 bits, a constant
+        assert calls == ["triton"]
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert not replay.possible()

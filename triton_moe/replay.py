@@ -132,10 +132,10 @@ def modes() -> tuple:
 
 def possible() -> bool:
     """Not where something else watches launches or operators."""
+    if common.INTERPRET or torch.version.hip:  # whose kernels are chosen by more than `common.start` knows
+        return False
     watched = common.on_launch is not None or common.recorder is not None or tuning.override is not None or common.hooked()
-    return not (
-        watched or common.INTERPRET or torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack()
-    )
+    return not (watched or torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack())
 
 
 def here(device: torch.device) -> bool:

@@ -45,16 +45,16 @@ def _attention_forward(tensors, c: _AttentionConfig):
 
 
 @replayed
-def _attention_backward(tensors, c: _AttentionConfig, joint: bool = False):
-    """do, dlse and what the forward kept -> dq, dk, dv, d pos, d content_bias, d position_bias (None where the input was None);
-    with `joint`, dq and dk side by side and None."""
+def _attention_backward(tensors, c: _AttentionConfig):
+    """do, dlse and what the forward kept -> dq, dk, dv, d pos, d content_bias, d position_bias (None without an input)."""
     with _as_they_are(tensors[0]):
-        return _attention_gradients(*tensors, c, joint)
+        return _attention_gradients(*tensors, c, False)
 
 
 def _attention_gradients(
     do, dlse, q, k, v, pos, content_bias, position_bias, mask, cu_seqlens, position_q, q_pos, k_pos, o, lse, narrow, c, joint
 ):
+    """As `_attention_backward` returns them; with `joint`, dq and dk side by side, then None."""
     H, P = q.shape[2:]
     offset = k.shape[1] - q.shape[1]
     first, dk, dv, dq_pos = attention_backward(

@@ -126,13 +126,12 @@ def start(kernel, grid, args, meta) -> tuple[Any, ...]:
         ready = compiled, compiled.run, [meta[name] for name in kernel.arg_names[len(args) :]]
         if not (torch.version.hip or hooked()):
             _ready[known] = ready
-    else:
-        compiled, run, constants = ready
-        x, y, z = *grid, *(1,) * (3 - len(grid))
-        stream = current_stream()(device)
-        run(x, y, z, stream, compiled.function, compiled.packed_metadata, None, None, None, *values, *constants)
-    compiled, run, constants = ready
-    return compiled, run, values + constants
+        return *ready[:2], values + ready[2]
+    compiled, run, rest = ready
+    values += rest
+    x, y, z = *grid, *(1,) * (3 - len(grid))
+    run(x, y, z, current_stream()(device), compiled.function, compiled.packed_metadata, None, None, None, *values)
+    return compiled, run, values
 
 
 def hooked() -> bool:
