@@ -173,17 +173,29 @@ def test_every_row_has_a_name_of_its_own_and_a_rival(full):
     assert len({row.name for row in rows}) == len(rows) and all(row.rivals for row in rows)
 
 
+def test_a_sample_is_long_enough_for_what_a_pass_takes_after_another(monkeypatch):
+    samples = []
+
+    def milliseconds(run, times):  # the host is 3 ms late
+        samples.append((run, times))
+        return run + 3.0 / times
+
+    monkeypatch.setattr(timing, "milliseconds", milliseconds)
+    assert timing.alternate([0.5, 40.0], 3, 20.0) == [pytest.approx(0.5 + 3.0 / 34), 43.0]
+    assert samples[-6:] == [(0.5, 34), (40.0, 1)] * 3
+
+
 @pytest.fixture
 def clock(monkeypatch):
     """Runs everything once; then ours takes 1 ms, the rival 2 and its second part 3, and with the backward three times that."""
 
-    def alternate(runs, repeats):
+    def alternate(runs, repeats, least):
         times = [1.0 if isinstance(run(), torch.Tensor) else 3.0 for run in runs]
         return [(i + 1) * time for i, time in enumerate(times)]
 
     monkeypatch.setattr(timing, "alternate", alternate)
     monkeypatch.setattr(timing, "peak_memory", lambda run: 10.0)
-    monkeypatch.setattr(timing, "host_milliseconds", lambda run, repeats: 2.5 * alternate([run], repeats)[0])
+    monkeypatch.setattr(timing, "host_milliseconds", lambda run, repeats: 2.5 * alternate([run], repeats, 0.0)[0])
     monkeypatch.setattr(timing, "captured", lambda run: run)
 
 

@@ -25,7 +25,7 @@ from .groups import GROUPS
 from .preparation import prepare, quick_autotuning
 from .report import as_json, header, show
 from .results import render
-from .timing import Result, measure
+from .timing import EAGER, GRAPHS, Result, measure
 
 RIVALS = """Rivals that are no part of torch are used where Python can import them, and named as missing where it cannot:
 
@@ -39,7 +39,7 @@ RIVALS = """Rivals that are no part of torch are used where Python can import th
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = RIVALS
-    parser.add_argument("--only", metavar="GROUP[,GROUP]", help=f"some of: {', '.join(GROUPS)} (default: all but model)")
+    parser.add_argument("--only", metavar="GROUP[,GROUP]", help=f"some of: {', '.join(GROUPS)} (default: all)")
     parser.add_argument("--full", action="store_true", help="more shapes, lengths, widths and masks, and every rival for each")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write every figure there too")
     parser.add_argument(
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     """0; 1 when a row failed its check; 2 when the arguments are wrong."""
     if args.render:
         return render(*args.render)
-    names = args.only.split(",") if args.only else [name for name in GROUPS if args.full or name != "model"]
+    names = args.only.split(",") if args.only else list(GROUPS)
     unknown = [name for name in names if name not in GROUPS]
     if unknown:
         print(f"triton_moe bench: there is no group {unknown[0]!r}; the groups are {', '.join(GROUPS)}", file=sys.stderr)
@@ -75,7 +75,8 @@ def run(args: argparse.Namespace) -> int:
         print("bfloat16, random inputs; ratio = our median time over the rival's, both measured in turns in this run;")
         print("TFLOP/s = useful work alone; floor = FLOPs at 717 TFLOP/s or bytes at 4.27 TB/s (an H200's), whichever takes")
         print("longer; error = the largest relative error of output and gradients against reference/ in float64;")
-        print("peak memory = above the inputs and results, ours and the rival's; of a training step, all of it")
+        print("peak memory = above the inputs and results, ours and the rival's; of a training step, all of it;")
+        print(f"a sample is {GRAPHS:g} ms or more of passes one after the other, without CUDA graphs {EAGER:g} ms, on both sides")
         print(f"checking and compiling {len(rows)} rows ...", end=" ", flush=True)
         memory = torch.cuda.get_device_properties(0).total_memory
         processes = min((os.cpu_count() or 1) - 2, memory // (10 << 30))

@@ -18,6 +18,7 @@ def attention_rows(device: str, full: bool) -> list[Row]:
         return rows
     rows = [attention_row(H, P, 4096, device) for H, P in ((4, 64), (16, 64), (4, 128))]
     rows += [attention_row(4, P, T, device) for P in (76, 100, 132) for T in (1024, 4096)]
+    rows += [xl_row(H, P, D, 1024, device) for H, P, D in ((8, 64, 512), (4, 112, 1024))]
     if full:
         rows += [
             attention_row(H, P, T, device)
@@ -28,7 +29,6 @@ def attention_rows(device: str, full: bool) -> list[Row]:
         rows += [attention_row(4, P, T, device) for P in (41, 82, 96, 112, 256) for T in (1024, 4096)]
         rows += [attention_row(4, P, 4096, device, window=512) for P in (64, 128, 100)]
         rows += [packed_row(4, P, PACKED, device) for P in (64, 128)]
-        rows += [xl_row(H, P, D, 1024, device) for H, P, D in ((8, 64, 512), (4, 112, 1024))]
     return rows
 
 

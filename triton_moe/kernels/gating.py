@@ -63,7 +63,7 @@ CONFIGS = {
     },
 }
 SPACE = {  # what may be tuned; see tuning.py
-    "gating_fwd": {"BLOCK_N": [16, 32, 64, 128], "BLOCK_D": [16, 32, 64, 128], "num_warps": [4, 8], "num_stages": [1, 2, 3, 4]},
+    "gating_fwd": {"BLOCK_N": [16, 32, 64], "BLOCK_D": [16, 32, 64], "num_warps": [4, 8], "num_stages": [2, 3, 4]},
 }
 
 

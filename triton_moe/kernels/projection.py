@@ -53,11 +53,10 @@ CONFIGS = {
 }
 SPACE = {  # what may be tuned; see tuning.py
     "grouped_gemm": {
-        "BLOCK_M": [64, 128], "BLOCK_N": [64, 128, 256], "BLOCK_K": [32, 64, 128], "num_warps": [4, 8], "num_stages": [2, 3, 4],
+        "BLOCK_M": [64, 128], "BLOCK_N": [64, 128, 256], "BLOCK_K": [32, 64], "num_warps": [4, 8], "num_stages": [2, 3],
     },
     "grouped_dw": {
-        "BLOCK_I": [64, 128, 256], "BLOCK_J": [64, 128, 256], "BLOCK_R": [32, 64, 128],
-        "num_warps": [4, 8], "num_stages": [2, 3, 4],
+        "BLOCK_I": [64, 128], "BLOCK_J": [64, 128], "BLOCK_R": [32, 64, 128], "num_warps": [4, 8], "num_stages": [2, 3],
     },
 }  # fmt: skip
 

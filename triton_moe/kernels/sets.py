@@ -67,7 +67,7 @@ CONFIGS = {
     },
 }
 SPACE = {  # what may be tuned; see tuning.py. BLOCK_M divides TILE.
-    "gather": {"BLOCK_M": [32, 64, 128], "BLOCK_K": [32, 64, 128], "num_warps": [4, 8], "num_stages": [1, 2, 3, 4, 5]},
+    "gather": {"BLOCK_M": [32, 64, 128], "BLOCK_K": [32, 64], "num_warps": [4, 8], "num_stages": [2, 3, 4]},
     "spread": {
         "BLOCK_M": [64, 128],
         "BLOCK_N": [64, 128, 256],
@@ -75,7 +75,7 @@ SPACE = {  # what may be tuned; see tuning.py. BLOCK_M divides TILE.
         "num_warps": [4, 8],
         "num_stages": [2, 3, 4, 5, 6],
     },
-    "pack": {"BLOCK_M": [8, 16, 32, 64, 128], "num_warps": [1, 2, 4, 8]},
+    "pack": {"BLOCK_M": [16, 32, 64, 128], "num_warps": [1, 2, 4, 8]},
 }
 MAX_TOP_K = 4
 
