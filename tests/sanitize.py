@@ -89,7 +89,7 @@ def cases():
 
 def all_kernels() -> set[str]:
     """By the sources of the package."""
-    files = Path(common.__file__).parent.glob("*.py")
+    files = Path(common.__file__).parent.rglob("*.py")
     return {
         node.name.strip("_").removesuffix("_kernel")
         for file in files

@@ -73,7 +73,7 @@ SPACE = {  # what may be tuned; see tuning.py. BLOCK_M divides TILE.
         "BLOCK_N": [64, 128, 256],
         "BLOCK_K": [32, 64],
         "num_warps": [4, 8],
-        "num_stages": [2, 3, 4, 5, 6],
+        "num_stages": [3, 4, 5, 6],
     },
     "pack": {"BLOCK_M": [16, 32, 64, 128], "num_warps": [1, 2, 4, 8]},
 }
