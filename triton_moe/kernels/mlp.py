@@ -307,9 +307,10 @@ def _config(name, x, R, N, K):
     return config
 
 
-def _down(a, w, order, offsets, top_k, bias, d_out, precision, most=COLUMNS, dtype=None, b=None, c=None):
+def _down(a, w, order, offsets, top_k, bias, d_out, precision, most=COLUMNS, dtype=None, b=None, c=None, base=None):
     """a [R, K] in the order of the routes, w [E, K, >= d_out] -> y [R // top_k, d_out], y[n] = the sum of a w over n's routes, in
-    a's dtype or `dtype`. With b [R // top_k, C] and c [C, d_out], y += b c: in the same pass where C is small."""
+    a's dtype or `dtype`; plus `base`, which is as y. With b [R // top_k, C] and c [C, d_out], y += b c: in the same pass where C
+    is small."""
     groups, K, _ = w.shape
     R = order.shape[0]
     wide = b is not None and (b.shape[1] > MAX_ADDED or b.dtype == torch.float32)
@@ -337,7 +338,8 @@ def _down(a, w, order, offsets, top_k, bias, d_out, precision, most=COLUMNS, dty
         )  # fmt: skip
         c_here = parts.view(-1)[: R * pitch].view(R, pitch)
         added = {} if b is None or wide else {"a": b, "b": c[:, n : n + columns]}
-        _combine(c_here, None, top_k, None if bias is None else bias[n : n + columns], y_here, **added)
+        bias_here, base_here = (None if t is None else t[..., n : n + columns] for t in (bias, base))
+        _combine(c_here, None, top_k, bias_here, y_here, base=base_here, **added)
     return y if not wide else cast(y.addmm_(b, c), dtype or y.dtype)
 
 
@@ -351,19 +353,20 @@ def _up_args(G, TOP_K, activation, dropout, stream, precision, config, w, groups
 
 
 def _mlp_forward_fake(
-    x, keys, values, bias, o_bias, seed, weights, experts, order, offsets, activation, dropout, stream, precision
+    x, keys, values, bias, o_bias, seed, weights, experts, order, offsets, activation, dropout, stream, precision, base=None
 ):
-    return x.new_empty(x.shape[0], values.shape[2]), x.new_empty(weights.numel(), keys.shape[2])
+    y = (x if base is None else base).new_empty(x.shape[0], values.shape[2])
+    return y, x.new_empty(weights.numel(), keys.shape[2])
 
 
 @opaque(_mlp_forward_fake)
 def mlp_forward(
     x: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None, o_bias: torch.Tensor | None,
     seed: torch.Tensor | None, weights: torch.Tensor, experts: torch.Tensor, order: torch.Tensor, offsets: torch.Tensor,
-    activation: str, dropout: float, stream: int, precision: str,
+    activation: str, dropout: float, stream: int, precision: str, base: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """x [N, D], keys [E, D, G or 2G], values [E, G, D_out] -> y [N, D_out] and the pre-activation z [N*TOP_K, G or 2G], its rows
-    in the order of `order`."""
+    """x [N, D], keys [E, D, G or 2G], values [E, G, D_out] -> y [N, D_out], on top of and in the dtype of `base` where given, and
+    the pre-activation z [N*TOP_K, G or 2G], its rows in the order of `order`."""
     (groups, G, d_out), R, TOP_K = values.shape, order.shape[0], weights.shape[-1]
     bias, o_bias = (None if b is None else b.contiguous() for b in (bias, o_bias))
     x = _padded(rows(x))
@@ -379,7 +382,9 @@ def mlp_forward(
         dropout, KA=x.shape[1], stride_xn=x.stride(0), HAS_BIAS=bias is not None,
         **_up_args(G, TOP_K, activation, dropout, stream, precision, config, keys, groups),
     )  # fmt: skip
-    return _down(u, _padded(values), order, offsets, TOP_K, o_bias, d_out, precision), z
+    base = None if base is None else rows(base)
+    dtype = x.dtype if base is None else base.dtype
+    return _down(u, _padded(values), order, offsets, TOP_K, o_bias, d_out, precision, dtype=dtype, base=base), z
 
 
 def _mlp_backward_fake(
