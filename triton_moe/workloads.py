@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .kernels import attention, cast, common, gating, mlp, position, projection, sets
+from .kernels import attention, cast, common, gating, mlp, norm, position, projection, sets
 from .kernels import xl as transformer_xl
 
 
@@ -140,6 +140,14 @@ def _cast(make, H, E, P, D, N=4096):
     return dict(zip(("qk", "v", "sel", "x"), (*cast.assemble(make.dtype, *groups), cast.cast(x, other)), strict=True))
 
 
+def _norm(make, D, N=4096):
+    """Of a float32 stream, as under autocast."""
+    x, dsum, weight, bias = (make(*shape, dtype=torch.float32) for shape in ((N, D), (N, D), (D,), (D,)))
+    h, mean, rstd, total = norm.norm_forward(x, make(N, D), weight, bias, 1e-5, make.dtype)
+    gradients = norm.norm_backward(make(N, D), dsum, total, mean, rstd, weight, True, weight.dtype, bias.dtype)
+    return dict(zip(("h", "sum", "dx", "copy", "dweight", "dbias"), (h, total, *gradients), strict=True))
+
+
 # ---- the same in float64, by plain PyTorch
 
 
@@ -231,6 +239,7 @@ WORKLOADS: dict[str, Callable[..., dict[str, Tensor]]] = {
     "attention": _attention,
     "position": _position,
     "cast": _cast,
+    "norm": _norm,
 }
 
 

@@ -109,17 +109,16 @@ def _norm_sum_kernel(
 
 # ---- launchers
 
-FORWARD = (1024, 32)  # elements of a program, and of a thread
-BACKWARD = (4096, 16)
-PROGRAMS = 528  # of the backward pass, at most
+ELEMENTS = 2048  # of a program, or one row
+PER_THREAD = 16
+WARPS = 2112  # of all programs of the backward pass: 16 on each multiprocessor of an H200
 
 
-def _tile(D, elements, of_thread):
-    """Rows as a power of two of columns: as many as make so many elements, but one at least. It follows from D alone, as does the
-    order of a row's sums."""
+def _tile(D):
+    """Rows as a power of two of columns. It follows from D alone, as does the order of a row's sums."""
     block_d = next_power_of_2(D, 1)
-    block_n = 16 if INTERPRET else max(1, elements // block_d)
-    num_warps = min(16, max(1, block_n * block_d // (32 * of_thread)))
+    block_n = 16 if INTERPRET else max(1, ELEMENTS // block_d)
+    num_warps = min(16, max(1, block_n * block_d // (32 * PER_THREAD)))
     return {"BLOCK_N": block_n, "BLOCK_D": block_d, "num_warps": num_warps}
 
 
@@ -138,7 +137,7 @@ def norm_forward(
     h, mean, rstd, total = _norm_forward_fake(x, added, weight, bias, eps, dtype)
     N, D = x.shape
     x, added = rows(x), None if added is None else rows(added)
-    tile = _tile(D, *FORWARD)
+    tile = _tile(D)
     launch(
         _norm_fwd_kernel, (cdiv(N, tile["BLOCK_N"]),),
         x, added, weight.contiguous(), bias.contiguous(), total, h, mean, rstd, N, eps,
@@ -163,8 +162,8 @@ def norm_backward(
     dx, copy, dweight, dbias = _norm_backward_fake(dh, dsum, x, mean, rstd, weight, copied, dweight_dtype, dbias_dtype)
     N, D = x.shape
     dh, dsum, x = rows(dh), rows(dsum), rows(x)
-    tile = _tile(D, *BACKWARD)
-    programs = min(PROGRAMS, cdiv(N, tile["BLOCK_N"]))
+    tile = _tile(D)
+    programs = min(WARPS // tile["num_warps"], cdiv(N, tile["BLOCK_N"]))
     parts = x.new_empty(2, programs, D, dtype=torch.float32)
     launch(
         _norm_bwd_kernel, (programs,),
