@@ -30,7 +30,7 @@ def kernel(x, added, weight, bias, dh, dsum):
 def twin(x, added, weight, bias, dh, dsum, dtype=None):
     """By PyTorch, in the stream's dtype or another one."""
     x, weight, bias = (t.to(dtype or t.dtype).requires_grad_() for t in (x, weight, bias))
-    total = x if added is None else (x + added.to(x.dtype)).detach().requires_grad_()
+    total = x if added is None else (x + added).to(x.dtype).detach().requires_grad_()
     with torch.enable_grad():
         h = layer_norm(total, x.shape[1:], weight, bias, EPS)
         dx, dweight, dbias = torch.autograd.grad(h, (total, weight, bias), dh.to(h.dtype))

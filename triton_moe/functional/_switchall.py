@@ -61,7 +61,7 @@ def _block_forward(tensors, dtype: torch.dtype, c: _BlockConfig):
     attended = dropped(attended.view(B * T, D), STREAM_RESIDUAL_ATTENTION)
     h, mean2, rstd2, x1 = norm_forward(x2, attended, w2, b2, c.eps, dtype)
     base = x1 if c.dropout == 0 else None
-    y, logits, *moe_saved = _moe_forward((h, None, *moe, seed, base), dtype, c.moe)
+    y, logits, *moe_saved = _moe_forward((h, None, *moe, seed, base), dtype, c.moe, 2 * COLUMNS)
     if base is None:
         y = (x1 + dropped(y, STREAM_RESIDUAL_MOE)).to(x.dtype)
     own = (x, w1, mean1, rstd1, x1, w2, mean2, rstd2, seed)
@@ -87,7 +87,8 @@ def _block_gradients(dy, dlogits, saved, dtypes, c: _BlockConfig):
         return dropout_rows(d, seed, c.dropout, stream) if c.dropout > 0 else d
 
     moe_dtypes = dtype, None, *dtypes[12:17]
-    dh, _, *dmoe = _moe_gradients(dropped(cast(dy, dtype), STREAM_RESIDUAL_MOE), dlogits, *moe_saved, moe_dtypes, c.moe, COLUMNS)
+    dbranch = dropped(cast(dy, dtype), STREAM_RESIDUAL_MOE)
+    dh, _, *dmoe = _moe_gradients(dbranch, dlogits, *moe_saved, moe_dtypes, c.moe, 2 * COLUMNS)
     dx1, copy, dw2, db2 = norm_backward(dh, dy, x1, mean2, rstd2, w2, x.dtype != dtype, *dtypes[10:12])
     dattended = dropped(dx1 if x.dtype == dtype else copy, STREAM_RESIDUAL_ATTENTION).view(B, T, D)
     head_dtypes = dtype, None, None, *dtypes[3:10]

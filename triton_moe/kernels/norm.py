@@ -7,9 +7,13 @@ Backwards, with g = dh w and z = (s - m) r, d s being the gradient of s from all
 
     d x = d a = d s + r (g - mean(g) - z mean(g z))    d w = sum over rows of dh z    d b = sum over rows of dh
 
-All is bound by memory. The stream and its gradient keep their dtype; h and dh are of the dtype of the products, and so is the copy
-of d x that the branch's own backward pass takes. A program has whole rows in its registers, so that mean and variance take two
-passes over them and none over memory. d w and d b are sums over a fixed set of rows in each program, and then over programs.
+All is bound by memory. The stream and its gradient keep their dtype; h and dh are of the dtype of the products, and so is the
+copy of d x that the branch's own backward pass takes. A program has whole rows in its registers, so that mean and variance take
+two passes over them and none over memory. d w and d b are sums over a fixed set of rows in each program, and then over programs.
+
+On an H200, N = 32768, D = 1024, a float32 stream and bfloat16 products: 51 us forward, 101 with the sum, 119 backward, 135 with
+the copy, which is 3.9 to 4.1 TB/s of what must be moved (a copy of the stream: 4.1). Programs of 1 to 8 warps with 8 to 64
+elements a thread took 50 to 62 us forward and 119 to 235 backward, where too few or too many programs cost most.
 """
 
 import torch
@@ -132,8 +136,8 @@ def _norm_forward_fake(x, added, weight, bias, eps, dtype):
 def norm_forward(
     x: torch.Tensor, added: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """x, added [N, D], weight, bias [D] -> h [N, D] in dtype, mean and rstd [N] float32, and x + added in x's dtype (no rows where
-    nothing was added)."""
+    """x, added [N, D], weight, bias [D] -> h [N, D] in dtype, mean and rstd [N] float32, and x + added in x's dtype (no rows
+    where nothing was added)."""
     h, mean, rstd, total = _norm_forward_fake(x, added, weight, bias, eps, dtype)
     N, D = x.shape
     x, added = rows(x), None if added is None else rows(added)
@@ -157,8 +161,8 @@ def norm_backward(
     dh: torch.Tensor, dsum: torch.Tensor, x: torch.Tensor, mean: torch.Tensor, rstd: torch.Tensor, weight: torch.Tensor,
     copied: bool, dweight_dtype: torch.dtype, dbias_dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """dh, dsum [N, D] and x, what was normalised -> dx in x's dtype, where `copied` the same in dh's (no rows elsewhere), d weight
-    and d bias."""
+    """dh, dsum [N, D] and x, what was normalised -> dx in x's dtype, where `copied` the same in dh's (no rows elsewhere),
+    d weight and d bias."""
     dx, copy, dweight, dbias = _norm_backward_fake(dh, dsum, x, mean, rstd, weight, copied, dweight_dtype, dbias_dtype)
     N, D = x.shape
     dh, dsum, x = rows(dh), rows(dsum), rows(x)
