@@ -82,15 +82,15 @@ def _projection(make, H, E, TOP_K, P, D, N=4096, width=0, alone=True):
 def _mlp(make, E, G, TOP_K, D, activation="relu", bias=False, dropout=0.0, N=4096):
     x, keys = make(N, D), make(E, D, 2 * G if activation in ("swiglu", "geglu") else G, fan=D)
     values, dy = make(E, G, D, fan=G * TOP_K), make(N, D)
-    b, o_bias, base = (make(*keys.shape[::2]), make(D), make(N, D)) if bias else (None, None, None)
+    b, o_bias, base, added = (make(*keys.shape[::2]), make(D), make(N, D), make(N, D)) if bias else [None] * 4
     weights, experts, *plan = make.routing(N, 1, E, TOP_K, D)[:4]
     args = keys, values, b, o_bias, make.seed() if dropout else None, weights, experts, *plan
     options = activation, dropout, 0, common.input_precision(make.dtype)
     dlogits, sel = make(N, E), make(E, D, fan=D)
     if make.dtype == torch.float64:
-        added = o_bias + base if bias else None
-        return _exact_mlp(x, dy, keys, values, b, added, weights, experts, activation, dlogits @ sel)
-    y, z = mlp.mlp_forward(x, *args, *options, base)
+        to_y = o_bias + base + added if bias else None
+        return _exact_mlp(x, dy, keys, values, b, to_y, weights, experts, activation, dlogits @ sel)
+    y, z = mlp.mlp_forward(x, *args, *options, base, added)
     dz, *gradients = mlp.mlp_backward(dy, x, *args, z, *options)
     results = {"y": y, **dict(zip(("dkeys", "dvalues", "dbias", "dweights"), gradients, strict=True))}
     for name, gate, columns in (("dx alone", (None, None), mlp.COLUMNS), ("dx", (dlogits, sel), mlp.COLUMNS // 2)):
@@ -144,9 +144,10 @@ def _cast(make, H, E, P, D, N=4096):
 def _norm(make, D, N=4096):
     """Of a float32 stream, as under autocast."""
     x, dsum, weight, bias = (make(*shape, dtype=torch.float32) for shape in ((N, D), (N, D), (D,), (D,)))
-    h, mean, rstd, total = norm.norm_forward(x, make(N, D), weight, bias, 1e-5, make.dtype)
-    gradients = norm.norm_backward(make(N, D), dsum, total, mean, rstd, weight, True, weight.dtype, bias.dtype)
-    return dict(zip(("h", "sum", "dx", "copy", "dweight", "dbias"), (h, total, *gradients), strict=True))
+    added, dh = make(N, D), make(N, D)
+    h, *statistics = norm.norm_forward(x, added, weight, bias, 1e-5, make.dtype)
+    gradients = norm.norm_backward(dh, dsum, x, added, *statistics, weight, True, weight.dtype, bias.dtype)
+    return dict(zip(("h", "dx", "copy", "dweight", "dbias"), (h, *gradients), strict=True))
 
 
 # ---- the same in float64, by plain PyTorch

@@ -45,7 +45,8 @@ def _block_forward(tensors, dtype: torch.dtype, c: _BlockConfig):
     """x, norm 1, (q, k, v, o, sel_v, sel_o, pos), norm 2, (keys, values, expert_sel, bias, o_bias), mask, cu_seqlens, seed; the
     dtype of the products.
 
-    -> y, logits, then the tensors `_block_backward` takes: x, norm weights and statistics, x1, mask seed, then both halves'.
+    -> y, logits, then the tensors `_block_backward` takes: x, norm weights and statistics, what attention adds to x, the seed,
+    then those of both halves.
     """
     (x, w1, b1), head, (w2, b2), moe, (mask, cu_seqlens, seed) = (
         tensors[:3], tensors[3:10], tensors[10:12], tensors[12:17], tensors[17:],
@@ -56,15 +57,15 @@ def _block_forward(tensors, dtype: torch.dtype, c: _BlockConfig):
     def dropped(branch, stream):
         return dropout_rows(branch, seed, c.dropout, stream) if c.dropout > 0 else branch
 
-    h, mean1, rstd1, _ = norm_forward(x2, None, w1, b1, c.eps, dtype)
+    h, mean1, rstd1 = norm_forward(x2, None, w1, b1, c.eps, dtype)
     attended, _, _, *head_saved = _head_forward((h.view(B, T, D), None, None, *head, mask, cu_seqlens, seed), dtype, c.head)
     attended = dropped(attended.view(B * T, D), STREAM_RESIDUAL_ATTENTION)
-    h, mean2, rstd2, x1 = norm_forward(x2, attended, w2, b2, c.eps, dtype)
-    base = x1 if c.dropout == 0 else None
-    y, logits, *moe_saved = _moe_forward((h, None, *moe, seed, base), dtype, c.moe, 2 * COLUMNS)
-    if base is None:
-        y = (x1 + dropped(y, STREAM_RESIDUAL_MOE)).to(x.dtype)
-    own = (x, w1, mean1, rstd1, x1, w2, mean2, rstd2, seed)
+    h, mean2, rstd2 = norm_forward(x2, attended, w2, b2, c.eps, dtype)
+    below = (x2, attended) if c.dropout == 0 else (None, None)
+    y, logits, *moe_saved = _moe_forward((h, None, *moe, seed, *below), dtype, c.moe, 2 * COLUMNS)
+    if c.dropout > 0:
+        y = (x2 + attended + dropped(y, STREAM_RESIDUAL_MOE)).to(x.dtype)
+    own = (x, w1, mean1, rstd1, attended, w2, mean2, rstd2, seed)
     return y.view(B, T, D), logits.view(B, T, logits.shape[1]), *own, *head_saved, *moe_saved
 
 
@@ -77,7 +78,7 @@ def _block_backward(tensors, dtypes, c: _BlockConfig):
 
 
 def _block_gradients(dy, dlogits, saved, dtypes, c: _BlockConfig):
-    x, w1, mean1, rstd1, x1, w2, mean2, rstd2, seed = saved[:OWN_SAVED]
+    x, w1, mean1, rstd1, attended, w2, mean2, rstd2, seed = saved[:OWN_SAVED]
     head_saved, moe_saved = saved[OWN_SAVED : OWN_SAVED + HEAD_SAVED], saved[OWN_SAVED + HEAD_SAVED :]
     B, T, D = x.shape
     dtype = head_saved[0].dtype
@@ -89,11 +90,11 @@ def _block_gradients(dy, dlogits, saved, dtypes, c: _BlockConfig):
     moe_dtypes = dtype, None, *dtypes[12:17]
     dbranch = dropped(cast(dy, dtype), STREAM_RESIDUAL_MOE)
     dh, _, *dmoe = _moe_gradients(dbranch, dlogits, *moe_saved, moe_dtypes, c.moe, 2 * COLUMNS)
-    dx1, copy, dw2, db2 = norm_backward(dh, dy, x1, mean2, rstd2, w2, x.dtype != dtype, *dtypes[10:12])
+    dx1, copy, dw2, db2 = norm_backward(dh, dy, x2, attended, mean2, rstd2, w2, x.dtype != dtype, *dtypes[10:12])
     dattended = dropped(dx1 if x.dtype == dtype else copy, STREAM_RESIDUAL_ATTENTION).view(B, T, D)
     head_dtypes = dtype, None, None, *dtypes[3:10]
     dh, _, _, *dhead = _head_gradients(dattended, None, None, head_saved, head_dtypes, c.head)
-    dx, _, dw1, db1 = norm_backward(dh.view(B * T, D), dx1, x2, mean1, rstd1, w1, False, *dtypes[1:3])
+    dx, _, dw1, db1 = norm_backward(dh.view(B * T, D), dx1, x2, None, mean1, rstd1, w1, False, *dtypes[1:3])
     return dx.view(B, T, D), dw1, db1, *dhead, dw2, db2, *dmoe
 
 
