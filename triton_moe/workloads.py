@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .kernels import attention, cast, common, gating, mlp, position, projection, sets
+from .kernels import attention, cast, common, gating, mlp, norm, position, projection, sets
 from .kernels import xl as transformer_xl
 
 
@@ -82,14 +82,15 @@ def _projection(make, H, E, TOP_K, P, D, N=4096, width=0, alone=True):
 def _mlp(make, E, G, TOP_K, D, activation="relu", bias=False, dropout=0.0, N=4096):
     x, keys = make(N, D), make(E, D, 2 * G if activation in ("swiglu", "geglu") else G, fan=D)
     values, dy = make(E, G, D, fan=G * TOP_K), make(N, D)
-    b, o_bias = (make(*keys.shape[::2]), make(D)) if bias else (None, None)
+    b, o_bias, base, added = (make(*keys.shape[::2]), make(D), make(N, D), make(N, D)) if bias else [None] * 4
     weights, experts, *plan = make.routing(N, 1, E, TOP_K, D)[:4]
     args = keys, values, b, o_bias, make.seed() if dropout else None, weights, experts, *plan
     options = activation, dropout, 0, common.input_precision(make.dtype)
     dlogits, sel = make(N, E), make(E, D, fan=D)
     if make.dtype == torch.float64:
-        return _exact_mlp(x, dy, keys, values, b, o_bias, weights, experts, activation, dlogits @ sel)
-    y, z = mlp.mlp_forward(x, *args, *options)
+        to_y = o_bias + base + added if bias else None
+        return _exact_mlp(x, dy, keys, values, b, to_y, weights, experts, activation, dlogits @ sel)
+    y, z = mlp.mlp_forward(x, *args, *options, base, added)
     dz, *gradients = mlp.mlp_backward(dy, x, *args, z, *options)
     results = {"y": y, **dict(zip(("dkeys", "dvalues", "dbias", "dweights"), gradients, strict=True))}
     for name, gate, columns in (("dx alone", (None, None), mlp.COLUMNS), ("dx", (dlogits, sel), mlp.COLUMNS // 2)):
@@ -138,6 +139,15 @@ def _cast(make, H, E, P, D, N=4096):
     groups = ((q, q), (wide, D)), ((v,), (D, wide)), ((sel, sel), (H * E, D))
     other = torch.float16 if make.dtype == torch.float32 else make.dtype  # there is nothing to cast to float32
     return dict(zip(("qk", "v", "sel", "x"), (*cast.assemble(make.dtype, *groups), cast.cast(x, other)), strict=True))
+
+
+def _norm(make, D, N=4096):
+    """Of a float32 stream, as under autocast."""
+    x, dsum, weight, bias = (make(*shape, dtype=torch.float32) for shape in ((N, D), (N, D), (D,), (D,)))
+    added, dh = make(N, D), make(N, D)
+    h, *statistics = norm.norm_forward(x, added, weight, bias, 1e-5, make.dtype)
+    gradients = norm.norm_backward(dh, dsum, x, added, *statistics, weight, True, weight.dtype, bias.dtype)
+    return dict(zip(("h", "dx", "copy", "dweight", "dbias"), (h, *gradients), strict=True))
 
 
 # ---- the same in float64, by plain PyTorch
@@ -190,7 +200,7 @@ def _exact_projection(x, w_v, w_o, dv, dy, added, weights, experts, wanted, alon
     return results | ({"value dx alone": dx} if alone else {})
 
 
-def _exact_mlp(x, dy, keys, values, bias, o_bias, weights, experts, activation, added):
+def _exact_mlp(x, dy, keys, values, bias, to_y, weights, experts, activation, to_dx):
     from .reference.layers import _activation
 
     with torch.enable_grad():
@@ -201,8 +211,8 @@ def _exact_mlp(x, dy, keys, values, bias, o_bias, weights, experts, activation, 
         products = [lambda n, k=k, b=b, v=v: _activation(activation, x.index_select(0, n) @ k + b) @ v for k, b, v in parts]
         y = _routed(weights, experts, 0, products, values.shape[2])
         dx, dkeys, dvalues, dbias, dweights = torch.autograd.grad(y, (x, keys, values, bias, weights), dy)
-    y = y.detach() if o_bias is None else y.detach() + o_bias
-    results = {"y": y, "dx alone": dx, "dx": dx + added, "dkeys": dkeys, "dvalues": dvalues, "dweights": dweights}
+    y = y.detach() if to_y is None else y.detach() + to_y
+    results = {"y": y, "dx alone": dx, "dx": dx + to_dx, "dkeys": dkeys, "dvalues": dvalues, "dweights": dweights}
     return results | {"dbias": dbias[: len(keys) * given]}
 
 
@@ -231,6 +241,7 @@ WORKLOADS: dict[str, Callable[..., dict[str, Tensor]]] = {
     "attention": _attention,
     "position": _position,
     "cast": _cast,
+    "norm": _norm,
 }
 
 

@@ -28,10 +28,10 @@ class _MoEConfig(NamedTuple):
 
 
 @replayed
-def _moe_forward(tensors, dtype: torch.dtype, c: _MoEConfig):
-    """x [N, D], gate_input [N, D] or None, the weights, seed -> y [N, D_out] in dtype, logits [N, E], then the tensors
-    `_moe_backward` takes."""
-    x, gate_input, keys, values, expert_sel, bias, o_bias, seed = tensors
+def _moe_forward(tensors, dtype: torch.dtype, c: _MoEConfig, columns: int):
+    """x [N, D], gate_input [N, D] or None, the weights, seed, base and added [N, D_out] or None -> y [N, D_out] in dtype, or, on
+    top of both, in base's; logits [N, E]; then the tensors `_moe_backward` takes."""
+    x, gate_input, keys, values, expert_sel, bias, o_bias, seed, base, added = tensors
     x, gate_input = cast(x, dtype), gate_input if gate_input is None else cast(gate_input, dtype)
     given = [w for w in (keys, values, expert_sel, bias, o_bias) if w is not None]
     blocks = [w.view(1, *w.shape) if w.ndim == 2 else w.view(1, 1, -1) if w.ndim == 1 else w for w in given]
@@ -43,7 +43,7 @@ def _moe_forward(tensors, dtype: torch.dtype, c: _MoEConfig):
     order, offsets = (t[0] for t in routing_plan(experts, expert_sel.shape[0], False)[:2])
     y, z = mlp_forward(
         x, keys, values, bias, o_bias, seed, weights[0], experts[0], order, offsets,
-        c.activation, c.dropout, STREAM_ACTIVATION, c.precision,
+        c.activation, c.dropout, STREAM_ACTIVATION, c.precision, base, added, columns,
     )  # fmt: skip
     return (
         y, logits.view(x.shape[0], expert_sel.shape[0]),
@@ -81,7 +81,7 @@ class _SigmaMoE(torch.autograd.Function):
     def forward(ctx, *args):
         inputs, seed, dtype, config = args[:7], args[7], args[8], args[9:]
         ctx.config, ctx.dtypes = config, _dtypes(inputs)
-        y, logits, *saved = _moe_forward((*inputs, seed), dtype, _MoEConfig(*config))
+        y, logits, *saved = _moe_forward((*inputs, seed, None, None), dtype, _MoEConfig(*config), COLUMNS)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*saved)
         ctx.y_shape = y.shape

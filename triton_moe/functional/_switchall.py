@@ -10,12 +10,11 @@ from torch.autograd.function import once_differentiable
 from .. import _check
 from ..kernels.cast import cast
 from ..kernels.mlp import COLUMNS
-from ..kernels.projection import (
-    dropout_rows,
-)
+from ..kernels.norm import norm_backward, norm_forward
+from ..kernels.projection import dropout_rows
 from ..replay import remembered, replayed
 from ._moe import _check_moe, _moe_forward, _moe_gradients, _MoEConfig
-from ._shared import ROUTE, _as_they_are, _autocast, _compute_dtype, _distinct, _dtypes, _saved_config, _seed, _to
+from ._shared import ROUTE, _as_they_are, _autocast, _compute_dtype, _distinct, _dtypes, _saved_config, _seed
 from ._switchhead import _check_head, _head_forward, _head_gradients, _head_sources, _HeadConfig
 from ._types import (
     STREAM_RESIDUAL_ATTENTION,
@@ -37,17 +36,8 @@ class _BlockConfig(NamedTuple):
     moe: _MoEConfig
 
 
+OWN_SAVED = 9  # tensors that `_block_forward` keeps beside those of both halves
 HEAD_SAVED = 26 + 2 * ROUTE  # tensors that `_head_forward` keeps
-
-
-def _norm_forward(x, weight, bias, eps):
-    """LayerNorm in float32 or x's own dtype -> output, mean, rstd."""
-    return torch.ops.aten.native_layer_norm(x, [x.shape[-1]], weight.to(x.dtype), bias.to(x.dtype), eps)
-
-
-def _norm_backward(dh, x, mean, rstd, weight, bias):
-    w, b = weight.to(x.dtype), bias.to(x.dtype)
-    return torch.ops.aten.native_layer_norm_backward(cast(dh, x.dtype), x, [x.shape[-1]], mean, rstd, w, b, [True, True, True])
 
 
 @replayed
@@ -55,26 +45,28 @@ def _block_forward(tensors, dtype: torch.dtype, c: _BlockConfig):
     """x, norm 1, (q, k, v, o, sel_v, sel_o, pos), norm 2, (keys, values, expert_sel, bias, o_bias), mask, cu_seqlens, seed; the
     dtype of the products.
 
-    -> y, logits, then the tensors `_block_backward` takes: x, norm weights and statistics, x1, mask seed, then both halves'.
+    -> y, logits, then the tensors `_block_backward` takes: x, norm weights and statistics, what attention adds to x, the seed,
+    then those of both halves.
     """
     (x, w1, b1), head, (w2, b2), moe, (mask, cu_seqlens, seed) = (
         tensors[:3], tensors[3:10], tensors[10:12], tensors[12:17], tensors[17:],
     )  # fmt: skip
     B, T, D = x.shape
+    x2 = x.reshape(B * T, D)
 
-    def residual(branch, stream):
-        if c.dropout > 0:
-            branch = dropout_rows(branch.reshape(B * T, D), seed, c.dropout, stream).view(B, T, D)
-        return branch if x.dtype == torch.float32 else branch.to(x.dtype)  # float32 is what the sum has anyway
+    def dropped(branch, stream):
+        return dropout_rows(branch, seed, c.dropout, stream) if c.dropout > 0 else branch
 
-    h, mean1, rstd1 = _norm_forward(x, w1, b1, c.eps)
-    attended, _, _, *head_saved = _head_forward((h, None, None, *head, mask, cu_seqlens, seed), dtype, c.head)
-    x1 = x + residual(attended, STREAM_RESIDUAL_ATTENTION)
-    h, mean2, rstd2 = _norm_forward(x1, w2, b2, c.eps)
-    y, logits, *moe_saved = _moe_forward((h.view(B * T, D), None, *moe, seed), dtype, c.moe)
-    y = x1 + residual(y.view(B, T, D), STREAM_RESIDUAL_MOE)
-    own = (x, w1, b1, mean1, rstd1, x1, w2, b2, mean2, rstd2, seed)
-    return y, logits.view(B, T, logits.shape[1]), *own, *head_saved, *moe_saved
+    h, mean1, rstd1 = norm_forward(x2, None, w1, b1, c.eps, dtype)
+    attended, _, _, *head_saved = _head_forward((h.view(B, T, D), None, None, *head, mask, cu_seqlens, seed), dtype, c.head)
+    attended = dropped(attended.view(B * T, D), STREAM_RESIDUAL_ATTENTION)
+    h, mean2, rstd2 = norm_forward(x2, attended, w2, b2, c.eps, dtype)
+    below = (x2, attended) if c.dropout == 0 else (None, None)
+    y, logits, *moe_saved = _moe_forward((h, None, *moe, seed, *below), dtype, c.moe, 2 * COLUMNS)
+    if c.dropout > 0:
+        y = (x2 + attended + dropped(y, STREAM_RESIDUAL_MOE)).to(x.dtype)
+    own = (x, w1, mean1, rstd1, attended, w2, mean2, rstd2, seed)
+    return y.view(B, T, D), logits.view(B, T, logits.shape[1]), *own, *head_saved, *moe_saved
 
 
 @replayed
@@ -86,24 +78,24 @@ def _block_backward(tensors, dtypes, c: _BlockConfig):
 
 
 def _block_gradients(dy, dlogits, saved, dtypes, c: _BlockConfig):
-    x, w1, b1, mean1, rstd1, x1, w2, b2, mean2, rstd2, seed = saved[:11]
-    head_saved, moe_saved = saved[11 : 11 + HEAD_SAVED], saved[11 + HEAD_SAVED :]
+    x, w1, mean1, rstd1, attended, w2, mean2, rstd2, seed = saved[:OWN_SAVED]
+    head_saved, moe_saved = saved[OWN_SAVED : OWN_SAVED + HEAD_SAVED], saved[OWN_SAVED + HEAD_SAVED :]
     B, T, D = x.shape
     dtype = head_saved[0].dtype
+    x2, dy = x.reshape(B * T, D), dy.reshape(B * T, D)
 
-    def residual(d, stream):
-        d = cast(d, dtype).reshape(B * T, D)
+    def dropped(d, stream):
         return dropout_rows(d, seed, c.dropout, stream) if c.dropout > 0 else d
 
     moe_dtypes = dtype, None, *dtypes[12:17]
-    dh, _, *dmoe = _moe_gradients(residual(dy, STREAM_RESIDUAL_MOE), dlogits, *moe_saved, moe_dtypes, c.moe, COLUMNS)
-    dx1, dw2, db2 = _norm_backward(dh.view(B, T, D), x1, mean2, rstd2, w2, b2)
-    dx1 = dx1 + dy
-    dattended = residual(dx1, STREAM_RESIDUAL_ATTENTION).view(B, T, D)
+    dbranch = dropped(cast(dy, dtype), STREAM_RESIDUAL_MOE)
+    dh, _, *dmoe = _moe_gradients(dbranch, dlogits, *moe_saved, moe_dtypes, c.moe, 2 * COLUMNS)
+    dx1, copy, dw2, db2 = norm_backward(dh, dy, x2, attended, mean2, rstd2, w2, x.dtype != dtype, *dtypes[10:12])
+    dattended = dropped(dx1 if x.dtype == dtype else copy, STREAM_RESIDUAL_ATTENTION).view(B, T, D)
     head_dtypes = dtype, None, None, *dtypes[3:10]
     dh, _, _, *dhead = _head_gradients(dattended, None, None, head_saved, head_dtypes, c.head)
-    dx, dw1, db1 = _norm_backward(dh.view(B, T, D), x, mean1, rstd1, w1, b1)
-    return _to((dx + dx1, dw1, db1, *dhead, dw2, db2, *dmoe), dtypes)
+    dx, _, dw1, db1 = norm_backward(dh.view(B * T, D), dx1, x2, None, mean1, rstd1, w1, False, *dtypes[1:3])
+    return dx.view(B, T, D), dw1, db1, *dhead, dw2, db2, *dmoe
 
 
 class _SwitchAll(torch.autograd.Function):
@@ -241,7 +233,7 @@ def switchall_backward(grad_y: Tensor, saved: Saved, grad_logits: Tensor | None 
 def _chosen_experts(saved: Saved) -> tuple[Tensor, ...]:
     """What a forward chose, for the reference to follow: [N, H, TOP_K] for values and for outputs, of a block the MLP's too."""
     block = saved.config[0] == "switchall"
-    head: Any = saved.tensors[11:] if block else saved.tensors
+    head: Any = saved.tensors[OWN_SAVED:] if block else saved.tensors
     of_x, of_k_src = head[12], head[12 + ROUTE]
     return ((of_x if of_k_src is None else of_k_src)[0], of_x[-1], *([head[HEAD_SAVED + 9][0]] if block else []))
 

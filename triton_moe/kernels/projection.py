@@ -143,8 +143,9 @@ def _grouped_gemm_kernel(
 
 @triton.jit
 def _combine_kernel(
-    c_ptr, s_ptr, bias_ptr, a_ptr, b_ptr, y_ptr, M, N: tl.constexpr, WIDTH: tl.constexpr, J: tl.constexpr, K: tl.constexpr,
-    stride_cm: tl.constexpr, stride_bk: tl.constexpr, stride_ym: tl.constexpr,
+    c_ptr, s_ptr, bias_ptr, a_ptr, b_ptr, base_ptr, added_ptr, y_ptr, M, N: tl.constexpr, WIDTH: tl.constexpr, J: tl.constexpr,
+    K: tl.constexpr, stride_cm: tl.constexpr, stride_bk: tl.constexpr, stride_base: tl.constexpr, stride_added: tl.constexpr,
+    stride_ym: tl.constexpr,
     HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     tiles_n = tl.cdiv(N, BLOCK_N)
@@ -169,6 +170,10 @@ def _combine_kernel(
         acc += c
     if HAS_BIAS:
         acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+    if base_ptr is not None:
+        base = tl.load(base_ptr + offs_m[:, None] * stride_base + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)
+        added = tl.load(added_ptr + offs_m[:, None] * stride_added + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)
+        acc += base + added
     tl.store(y_ptr + offs_m[:, None] * stride_ym + offs_n[None, :], acc.to(y_ptr.dtype.element_ty), mask=mask)
 
 
@@ -370,17 +375,17 @@ def _tile(M, N):
     return cdiv(M, block_m), cdiv(N, block_n), {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": 4}
 
 
-def _combine(c, s, J, bias=None, y=None, a=None, b=None):
+def _combine(c, s, J, bias=None, y=None, a=None, b=None, base=None, added=None):
     """c [M*J, N], s [M*J] float32 or None -> y [M, N], into `y` if there is one: of fewer columns, or of more, which become
-    the bias or zeros. With a [M, K] and b [K, N], 16-bit and of few K, a b is added too."""
+    the bias or zeros. With a [M, K] and b [K, N], 16-bit and of few K, a b is added too, and so are base and added [M, N]."""
     M = c.shape[0] // J
     y = c.new_empty(M, c.shape[1]) if y is None else y
     N, K = y.shape[1], 0 if a is None else a.shape[1]
     tiles_m, tiles_n, tile = _tile(M, N)
     launch(
         _combine_kernel, (tiles_m * tiles_n,),
-        c, c if s is None else s, c if bias is None else bias, a, b, y, M, N, c.shape[1], J, K,
-        c.stride(0), 0 if b is None else b.stride(0), y.stride(0),
+        c, c if s is None else s, c if bias is None else bias, a, b, base, added, y, M, N, c.shape[1], J, K,
+        c.stride(0), *(0 if t is None else t.stride(0) for t in (b, base, added)), y.stride(0),
         HAS_SCALE=s is not None, HAS_BIAS=bias is not None, BLOCK_K=next_power_of_2(K), **tile,
     )  # fmt: skip
     return y
