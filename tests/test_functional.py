@@ -435,6 +435,10 @@ def layers(device):
     routing = F.gating(plain(5, 12).detach(), plain(6, 12).detach(), n_heads=2, top_k=2)
     return {
         "gating": (lambda x, s: F.gating(x, s, n_heads=2, top_k=2)[:3], plain(5, 12), plain(6, 12)),
+        "gating, both sides": (
+            lambda x, s, t: tuple(o for r in F.gating(x, (s, t), n_heads=2, top_k=2) for o in r[:3]),
+            *(plain(5, 12), plain(6, 12), plain(6, 12, seed=1)),
+        ),
         "value_projection": (lambda x, w: F.value_projection(x, w, routing), plain(5, 12), plain(6, 12, 8)),
         "output_projection": (lambda a, w: F.output_projection(a, w, routing), plain(5, 2, 8), plain(6, 8, 12)),
         "attention": (lambda q, k, v: F.attention(q, k, v, position=F.RoPE()), *(plain(1, 5, 2, 8, seed=s) for s in range(3))),
@@ -461,7 +465,15 @@ def join(result):
 
 
 LAYERS = ["gating", "value_projection", "output_projection", "attention", "sigma_moe", "switchhead", "switchhead xl", "switchall"]
-COMPILED = [*LAYERS, "attention, k as v", "switchhead logits", "switchhead shared", "switchhead memory", "switchall tied"]
+COMPILED = [
+    *LAYERS,
+    "gating, both sides",
+    "attention, k as v",
+    "switchhead logits",
+    "switchhead shared",
+    "switchhead memory",
+    "switchall tied",
+]
 
 
 @pytest.mark.parametrize("name", LAYERS)

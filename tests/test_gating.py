@@ -6,6 +6,7 @@ import torch
 from cases import ALL_DTYPES, CPU_DTYPES, check, choices, randn, refused
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._pytree import tree_map_only
 
 import reference
 from triton_moe import functional as F
@@ -158,6 +159,53 @@ def test_two_sides_are_two_gates(N, D, H, E, K, dtype, device):
     assert dlogits.dtype == dsel.dtype == dtype
 
 
+@pytest.mark.smoke
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", CPU_DTYPES, ids=str)
+@pytest.mark.parametrize("N, D, H, E, K, several", [(37, 19, 2, 5, 3, 2), (21, 24, 1, 4, 2, 3), (5, 8, 2, 4, 2, 1)])
+def test_several_gates_in_one_call(N, D, H, E, K, several, mode, dtype, device):
+    """Values and gradients of each, which are bitwise those of a call of its own."""
+    names = [f"sel{i}" for i in range(several)]
+    tensors = {name: randn(H * E, D, device=device, dtype=dtype, scale=D**-0.5, seed=i) for i, name in enumerate(names)}
+    x = randn(N, D, device=device, dtype=dtype)
+    options = {"n_heads": H, "top_k": K, "mode": mode}
+    together = F.gating(x, tuple(tensors.values()), **options)
+    assert isinstance(together, tuple) and len(together) == several
+    for sel, routing in zip(tensors.values(), together, strict=True):
+        alone = F.gating(x, sel, **options)
+        for a, b in zip((*routing[:3], *routing.plan), (*alone[:3], *alone.plan), strict=True):
+            assert torch.equal(a, b)
+
+    def kernel(x, **sel):
+        return [t for r in F.gating(x, tuple(sel.values()), **options) for t in (r.weights, r.logits)]
+
+    def twin(x, **sel):
+        found = [reference.gating(x, s, **options, experts=r.experts) for s, r in zip(sel.values(), together, strict=True)]
+        return [t for r in found for t in (r.weights, r.logits)]
+
+    check(kernel, twin, {"x": x} | tensors, repeats=1)
+
+
+@pytest.mark.parametrize("used", ["weights", "logits"])
+def test_of_several_gates_one_may_be_used(used, device):
+    x, *sel = (randn(n, 11, device=device, seed=n) for n in (17, 10, 10))
+    one, _ = F.gating(x, tuple(sel), n_heads=2, top_k=3)
+    dx, d0, d1 = torch.autograd.grad(getattr(one, used).square().sum(), (x, *sel))
+    alone = torch.autograd.grad(getattr(F.gating(x, sel[0], n_heads=2, top_k=3), used).square().sum(), (x, sel[0]))
+    torch.testing.assert_close((dx, d0), alone)
+    assert not d1.any()
+
+
+@given(seed=st.integers(0, 2**63 - 1))
+def test_of_several_gates_each_has_its_own_dropout(seed, device):
+    x, *sel = (randn(n, 11, device=device, seed=n) for n in (17, 10, 10))
+    options = {"n_heads": 2, "top_k": 3, "expert_dropout": 0.5, "seed": seed}
+    ours = F.gating(x, tuple(sel), training=True, **options)
+    for i, routing in enumerate(ours):
+        twin = reference.gating(x.double(), sel[i].double(), stream=7 + i, **options)
+        assert torch.equal(routing.experts.long(), twin.experts)
+
+
 def revolving_door(E, K):
     """The sets in an order in which neighbours differ in one expert: those without the last expert, then the rest reversed."""
     if K in (0, E):
@@ -303,6 +351,11 @@ def test_double_backward_is_refused(device):
         ({"expert_dropout": 1.0}, ValueError, "expert_dropout must be at least 0 and below 1, got 1.0"),
         ({"sel": torch.zeros(10, 7)}, ValueError, r"sel must have shape \[\*, 12\], got \[10, 7\]"),
         ({"sel": torch.zeros(10, 12, dtype=torch.float16)}, TypeError, "sel has dtype torch.float16, expected torch.float32"),
+        ({"sel": ()}, ValueError, "sel must be a tensor or a tuple of one or more, got an empty tuple"),
+        ({"sel": (torch.zeros(10, 12), None)}, TypeError, r"sel\[1\] must be a torch.Tensor, got NoneType"),
+        ({"sel": (torch.zeros(10, 12), torch.zeros(8, 12))}, ValueError, r"sel\[1\] must have shape \[10, 12\], got \[8, 12\]"),
+        ({"sel": (torch.zeros(9, 12),)}, ValueError, r"sel\[0\] must have n_heads \* E rows with n_heads = 2, got 9"),
+        ({"sel": [torch.zeros(10, 12)]}, TypeError, "sel must be a torch.Tensor, got list"),
         ({"x": torch.zeros(3, 12, dtype=torch.float64)}, TypeError, "x has dtype torch.float64"),
         ({"x": [1.0]}, TypeError, "x must be a torch.Tensor, got list"),
         ({"sel": torch.zeros(10, 12, device="meta")}, ValueError, "sel is on meta, expected"),
@@ -319,6 +372,6 @@ def test_double_backward_is_refused(device):
 )
 def test_bad_input(change, error, message, device):
     arguments = {"x": torch.zeros(3, 12), "sel": torch.zeros(10, 12), "n_heads": 2, "top_k": 2} | change
-    arguments = {k: v.to(device) if isinstance(v, torch.Tensor) and v.device.type != "meta" else v for k, v in arguments.items()}
+    arguments = tree_map_only(torch.Tensor, lambda t: t if t.device.type == "meta" else t.to(device), arguments)
     with refused(error, message):
         F.gating(arguments.pop("x"), arguments.pop("sel"), **arguments)

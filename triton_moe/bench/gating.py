@@ -10,11 +10,11 @@ def gating_rows(device: str, full: bool) -> list[Row]:
     if device == "cpu":
         return [gating_row(Shape(2, 3, 2, 20, 48, 2, 24), device)]
     shapes = SHAPES if full else SHAPES[:1]
-    return [gating_row(shape, device) for shape in shapes] + [gating_row(SHAPES[0], device, calls=2)]
+    return [gating_row(shape, device) for shape in shapes] + [gating_row(SHAPES[0], device, sides=2)]
 
 
-def gating_row(s: Shape, device: str, calls: int = 1) -> Row:
-    """Both gates of a layer with their routing plans: one selection matrix of 2 H heads, or one call for each side."""
+def gating_row(s: Shape, device: str, sides: int = 1) -> Row:
+    """Both gates of a layer with their routing plans: one selection matrix of 2 H heads, or one for each side."""
     dtype = op_dtype(device)
 
     def inputs():
@@ -24,14 +24,15 @@ def gating_row(s: Shape, device: str, calls: int = 1) -> Row:
     def route(p):
         from ..functional import gating
 
-        heads = 2 * s.H // calls
-        return [gating(p["x"], sel, n_heads=heads, top_k=s.TOP_K) for sel in p["sel"].chunk(calls)]
+        if sides == 1:
+            return [gating(p["x"], p["sel"], n_heads=2 * s.H, top_k=s.TOP_K)]
+        return gating(p["x"], p["sel"].chunk(sides), n_heads=s.H, top_k=s.TOP_K)
 
     def ours(p):
         return join([routing.weights for routing in route(p)]).view(s.B, s.T, 2 * s.H, s.TOP_K)
 
     def join(parts):  # for the report to have one output
-        return parts[0] if calls == 1 else torch.cat(parts, dim=1)
+        return parts[0] if sides == 1 else torch.cat(parts, dim=1)
 
     def truth(p, experts):
         from .. import reference
@@ -40,7 +41,7 @@ def gating_row(s: Shape, device: str, calls: int = 1) -> Row:
 
     logits = 2.0 * s.N * s.D * 2 * s.H * s.E
     return Row(
-        f"gating and plan, both sides{', two calls' if calls == 2 else ''}, {s}",
+        f"gating and plan, both sides{', two matrices' if sides == 2 else ''}, {s}",
         inputs,
         ours,
         truth,
@@ -48,5 +49,5 @@ def gating_row(s: Shape, device: str, calls: int = 1) -> Row:
         flops={FORWARD: logits, BOTH: 3 * logits},
         rivals=(Rival("cuBLAS GEMM of the logits alone", lambda p: products(p["x"], 2 * s.H * s.E)),),
         experts=lambda p: join([routing.experts for routing in route(p)]),
-        milliseconds={FORWARD: Target(0.040, 0.028)} if s == SHAPES[0] and calls == 1 else {},
+        milliseconds={FORWARD: Target(0.040, 0.028)} if s == SHAPES[0] and sides == 1 else {},
     )

@@ -145,7 +145,7 @@ def both_sides_row(s: Shape, device: str, skew: float, target: Target | None, pe
     def gates(p):
         from ..functional import gating
 
-        return [gating(p["x"], p[sel], n_heads=s.H, top_k=s.TOP_K) for sel in ("sel_v", "sel_o")]
+        return gating(p["x"], (p["sel_v"], p["sel_o"]), n_heads=s.H, top_k=s.TOP_K)
 
     def ours(p):
         from ..functional import output_projection, value_projection

@@ -1,5 +1,7 @@
 """The gate: kernels/gating.py, differentiable."""
 
+from typing import overload
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -8,7 +10,7 @@ from .. import _check
 from ..kernels.gating import MAX_EXPERTS, Plan, gating_backward, gating_forward
 from ..replay import replayed
 from ._shared import _as_they_are, _autocast, _cast, _compute_dtype, _routing_plan, _seed, _tokens
-from ._types import MODES, STREAM_GATE, Routing
+from ._types import MODES, STREAM_GATE, STREAM_GATES, Routing
 
 
 @replayed
@@ -22,14 +24,13 @@ def _gating_backward(tensors, mode: str):
 
 class _Gating(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, sel, seed, n_heads, top_k, mode, dropout, stream):
-        weights, experts, logits = gating_forward(x, sel, seed, 1, n_heads, top_k, mode, dropout, stream)
+    def forward(ctx, x, sel, seed, *config):
+        weights, experts, logits = gating_forward(x, sel, seed, *config)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, sel, weights, experts, logits)
-        ctx.mode = mode
-        experts = experts[0]
+        ctx.mode = config[3]
         ctx.mark_non_differentiable(experts)
-        return weights[0], experts, logits[0]
+        return weights, experts, logits
 
     @staticmethod
     @once_differentiable
@@ -37,12 +38,22 @@ class _Gating(torch.autograd.Function):
         saved = ctx.saved_tensors
         if dweights is None:
             dweights = torch.zeros_like(saved[2])
-        return *_gating_backward((dweights, dlogits, *saved), ctx.mode), None, None, None, None, None, None
+        return *_gating_backward((dweights, dlogits, *saved), ctx.mode), None, *[None] * 6
 
 
+@overload
+def gating(
+    x: Tensor, sel: Tensor, *, n_heads: int = 1, top_k: int, mode: str = ..., expert_dropout: float = ...,
+    training: bool = ..., seed: int | Tensor | None = ...,
+) -> Routing: ...  # fmt: skip
+@overload
+def gating(
+    x: Tensor, sel: tuple[Tensor, ...], *, n_heads: int = 1, top_k: int, mode: str = ..., expert_dropout: float = ...,
+    training: bool = ..., seed: int | Tensor | None = ...,
+) -> tuple[Routing, ...]: ...  # fmt: skip
 def gating(
     x: Tensor,
-    sel: Tensor,
+    sel: Tensor | tuple[Tensor, ...],
     *,
     n_heads: int = 1,
     top_k: int,
@@ -50,27 +61,39 @@ def gating(
     expert_dropout: float = 0.0,
     training: bool = False,
     seed: int | Tensor | None = None,
-) -> Routing:
+) -> Routing | tuple[Routing, ...]:
     """The experts each (token, head) uses and their gates (sigma-MoE, arXiv 2310.10837, equation 10 and section 5).
 
     x: [..., D]; sel: [H*E, D], row h*E + e. mode: "sigmoid"; "softmax" over all E; "softmax_topk" over the chosen. Equal logits:
     the lower expert id wins; NaN ranks below -inf. expert_dropout strikes (token, head, expert) from selection in training, as a
     function of (seed, token, head, expert) alone; seed: int, int64 scalar tensor, or None (drawn on x's device).
-    Returns a Routing of N = x.numel() / D tokens. Raises ValueError or TypeError for shapes, dtypes, devices or top_k > E.
+    Returns a Routing of N = x.numel() / D tokens. sel may be a tuple of several, all of one shape, such as (sel_v, sel_o): then as
+    many Routings, made in one pass over x; each draws a dropout mask of its own.
+    Raises ValueError or TypeError for shapes, dtypes, devices or top_k > E.
     """
     _check.tensor("x", x, ndim=1)
     D = _check.integer("the width of x", x.shape[-1], 1)
-    _check.tensor("sel", sel, None, D)
+    named = {f"sel[{i}]": t for i, t in enumerate(sel)} if isinstance(sel, tuple) else {"sel": sel}
+    if not named:
+        raise ValueError("sel must be a tensor or a tuple of one or more, got an empty tuple")
+    first = next(iter(named))
+    rows = _check.tensor(first, named[first], None, D).shape[0]
+    for name, t in named.items():
+        _check.tensor(name, t, rows, D)
     autocast = _autocast(x)
-    _check.same(x, {"x": x, "sel": sel}, autocast=autocast)
-    _check_gate("sel", sel, n_heads, top_k)
+    _check.same(x, {"x": x, **named}, autocast=autocast)
+    _check_gate(first, named[first], n_heads, top_k)
     _check.choice("mode", mode, MODES)
     p = _check.probability("expert_dropout", expert_dropout) * float(_check.instance("training", training, bool))
-    x, sel = _cast(_compute_dtype(x), x.reshape(_tokens(x), D), sel)
+    x, *sels = _cast(_compute_dtype(x), x.reshape(_tokens(x), D), *named.values())
     seed = _seed(seed, x.device, p > 0)
-    weights, experts, logits = _Gating.apply(x, sel, seed, n_heads, top_k, mode, p, STREAM_GATE)
-    plan = _routing_plan(experts[None], sel.shape[0] // n_heads, torch.bfloat16)  # a float32 gate may serve 16-bit projections
-    return Routing(weights, experts, logits, Plan(*(t[0] for t in plan)))
+    joined, stream = (torch.cat(sels), STREAM_GATES) if isinstance(sel, tuple) else (sels[0], STREAM_GATE)
+    gates = _Gating.apply(x, joined, seed, len(sels), n_heads, top_k, mode, p, stream)
+    plan = _routing_plan(gates[1], rows // n_heads, torch.bfloat16)  # a float32 gate may serve 16-bit projections
+    if isinstance(sel, tuple):
+        return tuple(Routing(*side[:3], Plan(*side[3:])) for side in zip(*(t.unbind() for t in (*gates, *plan)), strict=True))
+    weights, experts, logits, *orders = (t.squeeze(0) for t in (*gates, *plan))
+    return Routing(weights, experts, logits, Plan(*orders))
 
 
 def _check_gate(name: str, sel: Tensor, n_heads: int, top_k: int, what: str = "top_k") -> None:
