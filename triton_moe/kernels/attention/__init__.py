@@ -53,7 +53,7 @@ NOTE [Hopper]
 """
 
 from .backward import _attention_bwd_dkdv_kernel, _attention_bwd_dq_kernel, attention_backward
-from .configs import CONFIGS, SPACE
+from .configs import CONFIGS, SPACE, tile_width
 from .forward import _attention_fwd_kernel, attention_forward
 
 __all__ = [
@@ -64,4 +64,5 @@ __all__ = [
     "_attention_fwd_kernel",
     "attention_backward",
     "attention_forward",
+    "tile_width",
 ]

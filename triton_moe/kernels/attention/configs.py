@@ -127,6 +127,11 @@ def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if t is None else t.contiguous() for t in tensors]
 
 
+def tile_width(width: int, dtype: torch.dtype) -> int:
+    """What a tile spans of a head, in 16 bits: heads of a layer are stored as wide. NOTE [Head widths]"""
+    return width if dtype == torch.float32 else sum(_chunks(width, dtype))
+
+
 def _chunks(width: int, dtype: torch.dtype) -> tuple[int, ...]:
     """The head width as one or two powers of two, 80 = 64 + 16: what a tile spans."""
     chunk = next_power_of_2(width)
