@@ -1,4 +1,4 @@
-"""The launchers of attention.py and position.py against plain PyTorch formulas in float64."""
+"""The launchers of attention/ and position.py against plain PyTorch formulas in float64."""
 
 import math
 
@@ -7,8 +7,7 @@ import torch
 from cases import randn, run
 
 from triton_moe import functional as F
-from triton_moe.kernels import attention
-from triton_moe.kernels.attention import CONFIGS, attention_backward, attention_forward
+from triton_moe.kernels.attention import CONFIGS, attention_backward, attention_forward, configs
 from triton_moe.kernels.common import input_precision
 from triton_moe.kernels.position import rope_rotate
 from triton_moe.kernels.xl import xl_query, xl_query_backward_
@@ -150,8 +149,8 @@ def test_attention(device, dtype, case):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_position_channels_some_at_a_time(dtype, device, monkeypatch):
     """Too many of them to be held whole: also in half precision, and not a multiple of what is taken at a time."""
-    monkeypatch.setattr(attention, "WIDEST_POSITIONS", 8)
-    monkeypatch.setattr(attention, "POSITION_CHUNK", 16)
+    monkeypatch.setattr(configs, "WIDEST_POSITIONS", 8)
+    monkeypatch.setattr(configs, "POSITION_CHUNK", 16)
     check(device, dtype, T=40, S=50, H=4, Hkv=2, P=8, F=42, window=30)
 
 
@@ -316,8 +315,8 @@ def test_sections_of_heads_change_no_bit(heads, kv_heads, device, monkeypatch):
         small = {key: min(value, 32) if key in ("BLOCK_M", "BLOCK_N") else value for key, value in rungs["interpret"].items()}
         monkeypatch.setitem(CONFIGS, name, rungs | {"interpret": small})
     q, k, v = (randn(3, 70, n, 16, device=device, seed=i) for i, n in enumerate((heads, kv_heads, kv_heads)))
-    monkeypatch.setattr(attention, "SECTION_BYTES", 1 << 30)
+    monkeypatch.setattr(configs, "SECTION_BYTES", 1 << 30)
     whole = run(lambda *t: F.attention(*t), (q, k, v))
-    monkeypatch.setattr(attention, "SECTION_BYTES", 2 * 2 * 70 * 16 * 4)
+    monkeypatch.setattr(configs, "SECTION_BYTES", 2 * 2 * 70 * 16 * 4)
     for a, b in zip(whole, run(lambda *t: F.attention(*t), (q, k, v)), strict=True):
         assert torch.equal(a, b)

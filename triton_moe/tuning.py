@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 import torch
 
 SCHEMA = 1
-OPS = ("attention", "gating", "mlp", "projection", "sets")  # the files of kernels/ that declare a SPACE
+OPS = ("attention", "gating", "mlp", "projection", "sets")  # the files and folders of kernels/ that declare a SPACE
 MAX_BYTES = 1 << 20
 MAX_ENTRIES = 4096
 MAX_VALUE = 1 << 40
@@ -133,7 +133,7 @@ def kernel_name(kernel) -> str:
 
 
 def op_of(kernel) -> str:
-    return kernel.fn.__module__.rpartition(".")[2]
+    return kernel.fn.__module__.removeprefix(f"{__package__}.kernels.").partition(".")[0]
 
 
 @cache

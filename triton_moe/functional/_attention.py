@@ -1,4 +1,4 @@
-"""Attention and its positions: kernels/attention.py, position.py and xl.py, differentiable."""
+"""Attention and its positions: kernels/attention/, position.py and xl.py, differentiable."""
 
 from typing import NamedTuple
 

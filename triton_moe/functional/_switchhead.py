@@ -1,6 +1,7 @@
 """SwitchHead: gates, projections and attention as one layer."""
 
 import inspect
+from collections import defaultdict
 from typing import Any, NamedTuple
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import _check
+from ..kernels.attention import tile_width
 from ..kernels.cast import assemble, cast
 from ..kernels.common import cdiv, input_precision
 from ..kernels.gating import gating_backward, gating_forward
@@ -70,15 +72,17 @@ def _attention_config(c: _HeadConfig) -> _AttentionConfig:
 
 
 def _head_inputs(dtype: torch.dtype, c: _HeadConfig, x, k_src, v_src, q, k, v, o, sel_v, sel_o, pos):
-    """What `switchhead` was given, as the kernels take it: in dtype, heads padded (NOTE [Head widths]), the weights of queries
-    and keys in one tensor, and those of both gates -> x, k_src, v_src, qk [2*H*P, D], v, o, sel [2*H*E or H*E, D], pos."""
+    """What `switchhead` was given, as the kernels take it: in dtype, heads padded (NOTE [Head widths]), those of the experts'
+    weights further, to what `sets` reads; the weights of queries and keys in one tensor, and those of both gates -> x, k_src,
+    v_src, qk [2*H*P, D], v, o, sel [2*H*E or H*E, D], pos."""
     H, P, D = c.n_heads, c.width, x.shape[2]
-    wide = P if dtype == torch.float32 else cdiv(P, 32) * 32
+    wide = tile_width(P, dtype)
+    whole = P if dtype == torch.float32 else cdiv(wide, 32) * 32
     x, k_src, v_src = (t if t is None else cast(t, dtype) for t in (x, k_src, v_src))
     rows = (wide, D)
     groups: list[tuple[tuple[Tensor, ...], tuple[int, int]]] = [((q.reshape(H, P, D), k.reshape(H, P, D)), rows)]
-    groups.append(((v,), (D, wide)) if v.ndim == 3 else ((v.reshape(H, P, D),), rows))
-    groups.append(((o,), (wide, o.shape[2])) if o.ndim == 3 else ((o.reshape(-1, H, P),), (H, wide)))
+    groups.append(((v,), (D, whole)) if v.ndim == 3 else ((v.reshape(H, P, D),), rows))
+    groups.append(((o,), (whole, o.shape[2])) if o.ndim == 3 else ((o.reshape(-1, H, P),), (H, wide)))
     groups.append((tuple(s[None] for s in (sel_v, sel_o) if s is not None), tuple(sel_o.shape)))
     if pos is not None:
         groups.append(((pos.reshape(H, P, -1),), (wide, pos.shape[1])))
@@ -137,7 +141,7 @@ def _head_forward(tensors, dtype: torch.dtype, c: _HeadConfig):
     if v.ndim == 2:  # one expert: a dense value projection
         values, logits_v = v2 @ v.t(), None
     else:
-        values, u = value_forward(v2, v, weights_v, experts_v, *plan_v, c.keep, c.precision)
+        values, u = value_forward(v2, v, weights_v, experts_v, *plan_v, c.keep, c.precision, P)
     rotated = _rotated(c.fraction, c.width)
     if _joint(k_src, c):
         both = (x2 @ qk.t()).view(B, T, 2 * H, P)
@@ -192,10 +196,6 @@ def _head_gradients(dy, dlogits_v, dlogits_o, saved, dtypes, c: _HeadConfig):
     vs = ks if v_src is None else v_src
     S = ks.shape[1]
     x2, k2, v2 = x.reshape(B * T, D), ks.reshape(B * S, D), vs.reshape(B * S, D)
-
-    def rows(d):
-        """[.., H*P, D] without the rows of padding."""
-        return d.view(-1, P, D)[:, : c.width].reshape(-1, D)
 
     dy = dy.reshape(B * T, dy.shape[2])
     a = a.view(B * T, H, P)
@@ -253,7 +253,7 @@ def _head_gradients(dy, dlogits_v, dlogits_o, saved, dtypes, c: _HeadConfig):
             return value_backward(dvalues, gated, order_b, v2, v, weights_v, experts_v, *plan_v, *added)
         flat = dvalues.view(B * S, H * P)
         d = flat @ v if base is None else base.addmm_(flat, v)
-        return d if dgate is None else d.addmm_(dgate, sel), rows(flat.t() @ v2)
+        return d if dgate is None else d.addmm_(dgate, sel), flat.t() @ v2
 
     dv2 = None
     if v_src is not None:
@@ -264,10 +264,27 @@ def _head_gradients(dy, dlogits_v, dlogits_o, saved, dtypes, c: _HeadConfig):
         (dk2, dv), dx = value(dtypes[1], dk2, dgate_k, sel_k), dx.addmm_(dgate_x, sel_x)
     else:
         dx, dv = value(dtypes[0], dx, dgate_x, sel_x)
-    dpos = None if dpos is None else rows(dpos)
     dx, dk2 = dx.view(x.shape), None if k_src is None else dk2.view(ks.shape)
     dv2 = None if dv2 is None else dv2.view(vs.shape)
-    return _to((dx, dk2, dv2, rows(dq), rows(dk), dv, do, dsel_v, dsel_o, dpos), dtypes)
+    grads = dx, dk2, dv2, dq, dk, dv, do, dsel_v, dsel_o, dpos
+    return _without_padding(_to(grads[:3], dtypes[:3]) + grads[3:], dtypes, P, c.width)
+
+
+def _without_padding(grads, dtypes, P: int, width: int) -> tuple[Tensor | None, ...]:
+    """The gradients in their dtypes, and those of q, k, v with one expert and pos without their rows of padding: in one launch,
+    where they share a dtype."""
+    grads, groups = list(grads), defaultdict(list)
+    for i, (d, dtype) in enumerate(zip(grads, dtypes, strict=True)):
+        if d is None or dtype is None:
+            grads[i] = None
+        elif i in (3, 4, 5, 9) and d.ndim == 2:
+            groups[dtype].append((i, ((d.view(-1, P, d.shape[1]),), (width, d.shape[1]))))
+        elif d.dtype != dtype and i in (7, 8):
+            groups[dtype].append((i, ((d[None],), d.shape)))
+    for dtype, some in groups.items():
+        for (i, _), d in zip(some, assemble(dtype, *(group for _, group in some)), strict=True):
+            grads[i] = d.flatten(0, 1)
+    return tuple(grads)
 
 
 class _SwitchHead(torch.autograd.Function):

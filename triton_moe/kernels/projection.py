@@ -457,26 +457,26 @@ def _gate_rows(a, s):
 
 
 def _value_forward_fake(
-    x, w, weights, experts, order, offsets, rank, set_order, set_tiles, token_order, visited, keep, precision
+    x, w, weights, experts, order, offsets, rank, set_order, set_tiles, token_order, visited, keep, precision, width=None
 ):
-    N, H, _ = weights.shape
-    return x.new_empty(N, H, w.shape[2]), x.new_empty(weights.numel() if keep else 0, w.shape[2])
+    (N, H, _), P = weights.shape, w.shape[2] if width is None else width
+    return x.new_empty(N, H, P), x.new_empty(weights.numel() if keep else 0, P)
 
 
 @opaque(_value_forward_fake)
 def value_forward(
     x: torch.Tensor, w: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor, order: torch.Tensor,
     offsets: torch.Tensor, rank: torch.Tensor, set_order: torch.Tensor, set_tiles: torch.Tensor, token_order: torch.Tensor,
-    visited: torch.Tensor, keep: bool, precision: str,
+    visited: torch.Tensor, keep: bool, precision: str, width: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """x [N, D], w [H*E, D, P], weights and experts [N, H, TOP_K] and their plan -> v [N, H, P] and, to `keep` for the backward
-    pass, each route's product u [N*H*TOP_K, P]."""
-    N, H, TOP_K = weights.shape
-    if sets.serve(set_order, x, w.shape[2]):
-        return sets.gather(x, w, False, weights.contiguous(), experts.contiguous(), set_order, set_tiles, keep=keep)
-    u = _grouped_gemm(rows(x), w, order, offsets, H * TOP_K, precision)
-    v = _combine(u, weights.contiguous().view(-1), TOP_K).view(N, H, w.shape[2])
-    return v, u if keep else u.new_empty(0, w.shape[2])
+    pass, each route's product u [N*H*TOP_K, P]; of w's columns only the first `width`."""
+    (N, H, TOP_K), P = weights.shape, w.shape[2] if width is None else width
+    if sets.serve(set_order, x, P):
+        return sets.gather(x, w, False, weights.contiguous(), experts.contiguous(), set_order, set_tiles, P, keep=keep)
+    u = _grouped_gemm(rows(x), w[:, :, :P], order, offsets, H * TOP_K, precision)
+    v = _combine(u, weights.contiguous().view(-1), TOP_K).view(N, H, P)
+    return v, u if keep else u.new_empty(0, P)
 
 
 def _together(token_order, dv):
@@ -529,20 +529,20 @@ def value_backward(
     dw_dtype: torch.dtype | None = None, width: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """dv [N, H, P] and what `value_backward_rows` made of it -> dx [N, D], dw [H*E, D, P], in x's and w's dtypes or those given,
-    of dw the first `width` columns.
+    of dw the first `width` columns. w may have more than P.
 
     What else reaches x is added to dx in the same pass: base [N, D] and dlogits [N, C] sel."""
     _, H, TOP_K = experts.shape
     size = (w.shape[1], w.shape[2] if width is None else width)
     x, placed = rows(x), order_b if order_b.shape[0] else None
-    if sets.serve(set_order, x, w.shape[2]):
+    if sets.serve(set_order, x, dv.shape[2]):
         packed = gated
         if placed is None:  # heads go one by one
             args = experts.contiguous(), w.shape[0] // H, set_order, token_order, visited
             packed, _, _ = sets.pack(dv.contiguous(), weights.contiguous(), *args)
         dx = sets.spread(packed, w, True, H, TOP_K, set_order, token_order, visited, base, dlogits, sel, dx_dtype)
     else:
-        dx = _combine(_grouped_gemm(gated, w.transpose(1, 2), order, offsets, 1, precision), None, H * TOP_K)
+        dx = _combine(_grouped_gemm(gated, w[:, :, : dv.shape[2]].transpose(1, 2), order, offsets, 1, precision), None, H * TOP_K)
         if dlogits is not None:
             dx.addmm_(dlogits, sel)
         if base is not None:
@@ -564,14 +564,14 @@ def output_forward(
     offsets: torch.Tensor, rank: torch.Tensor, set_order: torch.Tensor, set_tiles: torch.Tensor, token_order: torch.Tensor,
     visited: torch.Tensor, precision: str,
 ) -> torch.Tensor:  # fmt: skip
-    """a [N, H, P], w [H*E, P, D], weights and experts [N, H, TOP_K] and their plan -> y [N, D]."""
+    """a [N, H, P], w [H*E, P or more, D], weights and experts [N, H, TOP_K] and their plan -> y [N, D]."""
     N, H, TOP_K = weights.shape
     a, weights = a.contiguous(), weights.contiguous()
-    if sets.serve(set_order, a, w.shape[1]):
+    if sets.serve(set_order, a, a.shape[2]):
         packed, _, _ = sets.pack(a, weights, experts.contiguous(), w.shape[0] // H, set_order, token_order, visited)
         return sets.spread(packed, w, False, H, TOP_K, set_order, token_order, visited)
     gated = _gate_rows(a.view(N * H, a.shape[2]), weights.view(-1))
-    return _combine(_grouped_gemm(gated, w, order, offsets, 1, precision), None, H * TOP_K)
+    return _combine(_grouped_gemm(gated, w[:, : a.shape[2]], order, offsets, 1, precision), None, H * TOP_K)
 
 
 def _output_backward_fake(
@@ -603,14 +603,15 @@ def output_backward(
     visited: torch.Tensor, precision: str,
     dw_dtype: torch.dtype | None = None, width: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """-> da [N, H, P], dw [H*E, P, D] in w's dtype or dw_dtype, of its rows the first `width`, d weights [N, H, TOP_K]."""
+    """-> da [N, H, P], dw [H*E, P, D] in w's dtype or dw_dtype, of its rows the first `width`, d weights [N, H, TOP_K]. w
+    may have more rows than P."""
     N, H, TOP_K = weights.shape
     dy, a, weights = rows(dy), a.contiguous(), weights.contiguous()
     a_rows, s = a.view(N * H, a.shape[2]), weights.view(-1)
-    if sets.serve(set_order, a, w.shape[1]):
-        da, dweights = sets.gather(dy, w, True, weights, experts.contiguous(), set_order, set_tiles, a)
+    if sets.serve(set_order, a, a.shape[2]):
+        da, dweights = sets.gather(dy, w, True, weights, experts.contiguous(), set_order, set_tiles, a.shape[2], a)
     else:
-        b = _grouped_gemm(dy, w.transpose(1, 2), order, offsets, H * TOP_K, precision)
+        b = _grouped_gemm(dy, w[:, : a.shape[2]].transpose(1, 2), order, offsets, H * TOP_K, precision)
         da, dweights = _combine(b, s, TOP_K).view(a.shape), _route_dot(b, a_rows, TOP_K)
     size = (dy.shape[1], a.shape[2] if width is None else width)
     dw = _grouped_dw(dy, _gate_rows(a_rows, s), order, offsets, H * TOP_K, 1, precision, size, dtype=dw_dtype, turned=True)

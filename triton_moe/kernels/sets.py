@@ -354,11 +354,11 @@ def _weight_descriptor(w: torch.Tensor, transposed: bool, block_k: int, block_n:
     return TensorDescriptor.from_tensor(w, [1, block_n, block_k] if transposed else [1, block_k, block_n])
 
 
-def gather(x, w, transposed, s, experts, order, table, a=None, keep=True):
-    """x [N, D], w [H*E, D, P] (or transposed, [H*E, P, D]), s and experts [N, H, TOP_K], the rows n*H + h in the order of their
-    sets and a plan's tiles of them -> v [N, H, P] and u [N*H*TOP_K, P], empty unless `keep`; with a [N, H, P] the dots u . a
-    instead, float32 [N*H*TOP_K]."""
-    x, P, w = rows(x), w.shape[1 if transposed else 2], _padded(w, transposed)
+def gather(x, w, transposed, s, experts, order, table, P, a=None, keep=True):
+    """x [N, D], w [H*E, D, P or more] (or transposed, [H*E, P or more, D]), s and experts [N, H, TOP_K], the rows n*H + h in the
+    order of their sets and a plan's tiles of them -> v [N, H, P] and u [N*H*TOP_K, P], empty unless `keep`; with a [N, H, P] the
+    dots u . a instead, float32 [N*H*TOP_K]."""
+    x, w = rows(x), _padded(w, transposed)
     (N, D), (H, TOP_K) = x.shape, experts.shape[1:]
     E = w.shape[0] // H
     v = x.new_empty(N, H, P)

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import INTERPRET, cdiv, launch
+from ..common import INTERPRET, cdiv, launch
 
 
 @triton.jit

@@ -1,0 +1,68 @@
+"""Fused attention: softmax over the keys without a [T, S] tensor.
+
+    s_ij = scale * (q_i . k_j + q_pos_i . k_pos_j)   where query i sees key j, else -inf
+    o_i  = sum_j p_ij v_j,   p_ij = exp(s_ij - lse_i),   lse_i = log sum_j exp(s_ij)
+
+    delta_i = do_i . o_i                   ds_ij = p_ij (do_i . v_j - delta_i + dlse_i)
+    dv_j = sum_i p_ij do_i                 dk_j = scale * sum_i ds_ij q_i
+    dq_i = scale * sum_j ds_ij k_j         dq_pos_i = scale * sum_j ds_ij k_pos_j
+
+Query head h reads key head h // GROUP, GROUP = H // Hkv. q_pos and k_pos carry the Transformer-XL term (../xl.py): F channels,
+k_pos [S, F] a constant table. A query that sees no key has o = 0, lse = -inf and zero gradients.
+
+configs.py has the tiles and what the launchers share; masks.py, which keys a query sees; tiles.py, what the kernels share;
+forward.py and backward.py, the kernels, each with its launcher.
+
+NOTE [Order]
+    The heads go in sections, one after the other, of as many as SECTION_BYTES hold the rows of, so that the second-level cache
+    keeps what their programs share; in a section the longest tiles of a causal mask start first. At T 1024 (NOTE [Hopper])
+    that takes the forward pass from 112 to 105 us, dq from 151 to 133 and dk with dv from 212 to 197. Sections differ by one head
+    at most: a small one at the end would leave most of the device idle during its longest tiles.
+
+NOTE [Position channels]
+    The Transformer-XL term is a second product of queries and keys, so a tile of queries holds the F channels of q_pos beside
+    those of q, a tile of keys those of k_pos, and dq_pos is made with dq: nothing has T^2 elements. That is for at most
+    WIDEST_POSITIONS channels of 16 bits. More, or float32, would not fit: then scores take POSITION_CHUNK channels at a time, and
+    so does dq_pos, in programs that make the scores once more.
+
+NOTE [Float32]
+    What rounds float32 most is not the products but the differences. So without tf32 (EXACT) scores and lse stay in natural
+    units and exp is our own; 16-bit inputs and tf32 fold log2(e) into the scale, as exp2 is what the hardware has. And the
+    backward pass of EXACT first loops over the keys once more, for two numbers of each query: norm = 1 / sum_j p_ij, which takes
+    the rounding of lse out of p again, and delta as the average of the very do.v that it is subtracted from, against which it
+    cancels where a query sees few keys. The others need no norm, and take delta - dlse from do.o in the kernel of dq.
+
+NOTE [Head widths]
+    A tile spans a head in one or two powers of two, 80 = 64 + 16, and 16-bit rows start on 16 bytes, if need be in a padded copy:
+    on an H200 (bfloat16, causal, N = 32768, T 4096, H 4) 80 channels take 229 us forward in two parts and 311 us as 128.
+
+NOTE [Hopper]
+    Measured on an H200, bfloat16, causal, N = 32768, H 4, P 128, in us at T 1024 and 4096: forward 105 and 281, dq 133 and
+    360, dk with dv 177 and 499. At T 4096 the tensor cores work 51 to 58 % of the cycles. Triton waits for a product before it
+    goes on, so in a block products and exponentials take turns, and only the other block of a multiprocessor fills in; a third
+    finds no registers. The rest is spent at the barriers of the loop and waiting for copies: with two stages, all that fit
+    beside two blocks, a tile's copy starts when the tile before it ends. What was tried, forward / dq / dk with dv at T 4096,
+    against 284 / 385 / 578 before sections:
+    * one loop for all tiles, with the mask in a branch: 324 / 423 / 647, as then all loads are masked;
+    * tiles of 32 for three blocks a multiprocessor, or four stages: 330 / 405 / 606;
+    * 8 warps on 128 rows: 328 / 354 / 672, and slower at T 1024;
+    * the next tile's scores, or its do.v, in flight during this one's exponentials: 358 / 516, and with Triton 3.6 mostly wrong;
+    * the statistics in the layout of the tile, each thread fetching them number by number: 569 instead of 509 for dk with dv;
+    * RoPE on load: forward 734 instead of 305, and 222 instead of 109 at T 1024, as rotated keys cannot be copied ahead;
+    * tensor descriptors: 176 for dk with dv at T 1024, no faster than pointers now; one shape died with an illegal instruction.
+"""
+
+from .backward import _attention_bwd_dkdv_kernel, _attention_bwd_dq_kernel, attention_backward
+from .configs import CONFIGS, SPACE, tile_width
+from .forward import _attention_fwd_kernel, attention_forward
+
+__all__ = [
+    "CONFIGS",
+    "SPACE",
+    "_attention_bwd_dkdv_kernel",
+    "_attention_bwd_dq_kernel",
+    "_attention_fwd_kernel",
+    "attention_backward",
+    "attention_forward",
+    "tile_width",
+]
