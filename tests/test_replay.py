@@ -9,11 +9,14 @@ import pytest
 import torch
 import triton
 
+from torch.utils._python_dispatch import TorchDispatchMode
+
 from triton_moe import functional as F
 from triton_moe import replay, tuning
 from triton_moe.kernels import common
 
 N_HEADS, E, P, D, G = 2, 3, 8, 24, 16
+SHOWN = {"_head_forward": 3, "_moe_forward": 2, "_block_forward": 2}
 HOMES = [F._gating, F._attention, F._moe, F._switchhead, F._switchall]
 
 
@@ -41,14 +44,20 @@ def recorded(monkeypatch, call, functions):
     for name in functions:
         home = next(m for m in HOMES if getattr(m, name, None) is not None and getattr(m, name).__module__ == m.__name__)
         function = getattr(home, name).__wrapped__
+        shown = SHOWN.get(name)
 
-        def recording(tensors, *constants, name=name, function=function):
+        def recording(tensors, *constants, kept=replay.NOTHING, name=name, function=function, shown=shown):
             if common.recorder is not None:  # inside another, of which it is a part
-                return function(tensors, *constants)
+                result = function((*tensors, *kept.flat()), *constants)
+                return result if shown is None else (*result[:shown], replay.Kept(result[shown:]))
             device = next(t for t in tensors if t is not None).device
-            result, made = replay.record(function, tensors, constants, device)
-            found[name] = function, tensors, constants, made
-            return result
+            result, made = replay.record(function, tensors, constants, device, shown, kept)
+            found[name] = function, (*tensors, *kept.tensors), constants, made, kept.layout, len(tensors)
+            if shown is None:
+                return result
+            if made is None:
+                return *result[:shown], replay.Kept(result[shown:])
+            return *result[:shown], replay.Kept(made.layout.packed(result[shown:]), made.layout)
 
         monkeypatch.setattr(home, name, recording)
     call()
@@ -56,7 +65,7 @@ def recorded(monkeypatch, call, functions):
     return found
 
 
-def renewed(tensors):
+def renewed(tensors, layout=None, own=0):
     """Other values in the same places; what counts, or masks, stays."""
     storages = {}
     for t in tensors:
@@ -67,21 +76,28 @@ def renewed(tensors):
         new = torch.empty(0, dtype=t.dtype, device=t.device)
         return new.set_(storages[t.untyped_storage()._cdata], t.storage_offset(), t.shape, t.stride())
 
-    new = [None if t is None else again(t) for t in tensors]
-    for t in new:
+    new = tuple(None if t is None else again(t) for t in tensors)
+    parts = {}
+    if layout is not None:
+        views = zip(layout.places, layout.views(new[own:]), strict=True)
+        parts = {place: t for place, t in views if isinstance(place, replay.Place) and place.slot == layout.slab}
+    for t in (*new, *parts.values()):
         if t is not None and t.is_floating_point():
             t.mul_(-1.25)
-    return tuple(new)
+    return new
 
 
 def assert_same(found, names):
     assert set(found) == set(names)
-    for name, (function, tensors, constants, recording) in found.items():
+    for name, (function, tensors, constants, recording, layout, own) in found.items():
         assert recording is not None, name
-        for given in (tensors, renewed(tensors)):
+        for given in (tensors, renewed(tensors, layout, own)):
             before = [None if t is None else t.clone() for t in given]
             assert recording.fits(given)
-            expected, got = function(given, *constants), recording(given)
+            flat = (*given[:own], *replay.Kept(given[own:], layout).flat())
+            expected, (got, kept) = function(flat, *constants), recording(given)
+            assert len(got) == SHOWN.get(name, len(expected))
+            got = (*got, *kept.flat())
             assert len(expected) == len(got)
             for i, (a, b) in enumerate(zip(expected, got, strict=True)):
                 assert (a is None) == (b is None), (name, i)
@@ -158,7 +174,7 @@ def test_a_recording_is_attention_on_parts_of_one_tensor(device, monkeypatch):
     names = "_attention_forward", "_attention_backward"
     found = recorded(monkeypatch, lambda: F.attention(q, k, v, position=F.RoPE()).square().sum().backward(), names)
     assert_same(found, names)
-    _, tensors, _, recording = found["_attention_forward"]
+    _, tensors, _, recording, *_ = found["_attention_forward"]
     assert recording.together and not recording.fits([None if t is None else t.clone() for t in tensors])
 
 
@@ -207,7 +223,7 @@ def test_nothing_of_the_recorded_call_stays(device, monkeypatch):
     calls = recorded(monkeypatch, call, names)
     assert_same(calls, names)
     kept = [weakref.ref(t) for _, tensors, *_ in calls.values() for t in tensors if t is not None]
-    recordings = [recording for *_, recording in calls.values()]
+    recordings = [recording for _, _, _, recording, *_ in calls.values()]
     del x, weights, call, calls
     gc.collect()
     assert all(recordings) and not any(t() is not None for t in kept)
@@ -234,17 +250,25 @@ def test_a_recording_frees_what_it_needs_no_more(device):
 
     x = torch.randn(5, device=device)
     _, recording = replay.record(function, (x,), (), x.device)
-    alive = []
-    recording.steps.append(lambda slots, addresses, stream: alive.extend(slots))
-    assert torch.equal(recording((x,))[0], function((x,))[0])
-    assert [t is None for t in alive] == [False, True, True, False]
+    made, alive = [], []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            alive.append([t() is not None for t in made])
+            result = func(*args, **kwargs or {})
+            made.append(weakref.ref(result))
+            return result
+
+    with Watch():
+        (got,), _ = recording((x,))
+    assert alive == [[], [True], [False, True]] and torch.equal(got, function((x,))[0])
 
 
 def test_indices_are_recorded(device):
     x, order = torch.randn(5, device=device), torch.tensor([3, 1, 0], device=device)
     function = lambda tensors: (tensors[0][tensors[1]],)  # noqa: E731
     _, recording = replay.record(function, (x, order), (), x.device)
-    assert torch.equal(recording((x + 1, order.flip(0)))[0], (x + 1)[order.flip(0)])
+    assert torch.equal(recording((x + 1, order.flip(0)))[0][0], (x + 1)[order.flip(0)])
 
 
 @pytest.fixture
