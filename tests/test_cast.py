@@ -24,6 +24,21 @@ def test_weights_side_by_side(dtype, device):
         assert result.data_ptr() % 16 == 0 or result.is_cpu  # for descriptors
 
 
+@pytest.mark.parametrize("compiling", [False, True])
+def test_gradients_without_their_padding(compiling, device, monkeypatch):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+    half, whole = torch.bfloat16, torch.float32
+    both, sel = randn(2 * 4 * 6, 7, device=device, dtype=half), randn(9, 7, device=device, dtype=half)
+    q, k = both.chunk(2)
+    parts = [(q, 6, 5, whole), (None, 6, 5, whole), (k, 6, 5, half), (sel, 1, 1, whole), (sel, 1, 1, half), (sel, 1, 1, None)]
+    parts += [(t, 6, r, whole) for t in (q, k) for r in (1, 6)]  # more than one launch
+    results = cast.trimmed(*parts)
+    assert results[4] is sel and results[1] is None and results[5] is None
+    for result, (t, full, r, dtype) in zip(results, parts, strict=True):
+        if result is not None:
+            assert result.dtype == dtype and torch.equal(result, t.view(-1, full, 7)[:, :r].reshape(-1, 7).to(dtype))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     "dtypes", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float16, torch.float32)]

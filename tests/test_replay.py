@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 import triton
-
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from triton_moe import functional as F

@@ -137,7 +137,9 @@ def _cast(make, H, E, P, D, N=4096):
     q, v, sel, x = (make(*shape, dtype=torch.float32) for shape in ((H, P, D), (H * E, D, P), (1, H * E, D), (N, D)))
     groups = ((q, q), (wide, D)), ((v,), (D, wide)), ((sel, sel), (H * E, D))
     other = torch.float16 if make.dtype == torch.float32 else make.dtype  # there is nothing to cast to float32
-    return dict(zip(("qk", "v", "sel", "x"), (*cast.assemble(make.dtype, *groups), cast.cast(x, other)), strict=True))
+    made = *cast.assemble(make.dtype, *groups), cast.cast(x, other)
+    trimmed = cast.trimmed((made[0].view(-1, D), wide, P, torch.float32), (make(H * E, D), 1, 1, other))
+    return dict(zip(("qk", "v", "sel", "x", "dqk", "dsel"), (*made, *trimmed), strict=True))
 
 
 # ---- the same in float64, by plain PyTorch

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import _check
-from ..kernels.cast import assemble, cast
+from ..kernels.cast import assemble, cast, trimmed
 from ..kernels.common import cdiv, input_precision
 from ..kernels.gating import gating_backward, gating_forward
 from ..kernels.position import rope_rotate_
@@ -194,10 +194,6 @@ def _head_gradients(dy, dlogits_v, dlogits_o, saved, dtypes, c: _HeadConfig):
     S = ks.shape[1]
     x2, k2, v2 = x.reshape(B * T, D), ks.reshape(B * S, D), vs.reshape(B * S, D)
 
-    def rows(d):
-        """[.., H*P, D] without the rows of padding."""
-        return d.view(-1, P, D)[:, : c.width].reshape(-1, D)
-
     dy = dy.reshape(B * T, dy.shape[2])
     a = a.view(B * T, H, P)
     da, do, dweights_o = output_backward(dy, a, _expert_out(o, H), weights_o, experts_o, *plan_o, c.precision, dtypes[6], c.width)
@@ -254,7 +250,7 @@ def _head_gradients(dy, dlogits_v, dlogits_o, saved, dtypes, c: _HeadConfig):
             return value_backward(dvalues, gated, order_b, v2, v, weights_v, experts_v, *plan_v, *added)
         flat = dvalues.view(B * S, H * P)
         d = flat @ v if base is None else base.addmm_(flat, v)
-        return d if dgate is None else d.addmm_(dgate, sel), rows(flat.t() @ v2)
+        return d if dgate is None else d.addmm_(dgate, sel), flat.t() @ v2
 
     dv2 = None
     if v_src is not None:
@@ -265,10 +261,13 @@ def _head_gradients(dy, dlogits_v, dlogits_o, saved, dtypes, c: _HeadConfig):
         (dk2, dv), dx = value(dtypes[1], dk2, dgate_k, sel_k), dx.addmm_(dgate_x, sel_x)
     else:
         dx, dv = value(dtypes[0], dx, dgate_x, sel_x)
-    dpos = None if dpos is None else rows(dpos)
     dx, dk2 = dx.view(x.shape), None if k_src is None else dk2.view(ks.shape)
     dv2 = None if dv2 is None else dv2.view(vs.shape)
-    return _to((dx, dk2, dv2, rows(dq), rows(dk), dv, do, dsel_v, dsel_o, dpos), dtypes)
+    by_heads = [(d, P, c.width) for d in (dq, dk, dpos, dv if v.ndim == 2 else None)]  # with rows of padding
+    parts = zip((*by_heads, (dsel_v, 1, 1), (dsel_o, 1, 1)), (dtypes[i] for i in (3, 4, 9, 5, 7, 8)), strict=True)
+    dq, dk, dpos, dense, dsel_v, dsel_o = trimmed(*((*part, dtype) for part, dtype in parts))
+    dv = dv if dense is None else dense
+    return *_to((dx, dk2, dv2), dtypes[:3]), dq, dk, *_to((dv, do), dtypes[5:7]), dsel_v, dsel_o, dpos
 
 
 class _SwitchHead(torch.autograd.Function):

@@ -2,9 +2,11 @@
 
     cast       y = x in another dtype
     assemble   w [A, R, C] -> [A, R', C'], R' >= R and C' >= C, the rest zeros; those of one group one after another
+    trimmed    dw [A, R', C] -> [A, R, C], for the gradients of what was assembled
 
-Both are bound by memory. torch's own float32 to bfloat16 took 100 us for [32768, 1024] on an H200, this cast 47; and to
-cast, pad and join the weights of SwitchHead one by one cost the host 280 of the 1750 us of a profiled forward pass.
+All are bound by memory. torch's own float32 to bfloat16 took 100 us for [32768, 1024] on an H200, this cast 47; and to
+cast, pad and join the weights of SwitchHead one by one cost the host 280 of the 1750 us of a profiled forward pass. So did their
+gradients: 8 operators of torch, 170 of the 635 us of a replayed backward pass.
 """
 
 import math
@@ -57,12 +59,42 @@ def _assemble_kernel(
         )  # fmt: skip
 
 
+@triton.jit
+def _trim(
+    x_ptr, y_ptr, program, PROGRAMS: tl.constexpr, SIZE: tl.constexpr, C: tl.constexpr, FULL_R: tl.constexpr, R: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A block of one result: nothing where `program` is not one of its own."""
+    if (program >= 0) & (program < PROGRAMS):
+        offs = program.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        if SIZE // R * FULL_R < 2**31:
+            offs = offs.to(tl.int32)
+        c, r = offs % C, offs // C
+        x = tl.load(x_ptr + (r // R * FULL_R + r % R) * C + c, mask=offs < SIZE, other=0.0)
+        tl.store(y_ptr + offs, x.to(y_ptr.dtype.element_ty), mask=offs < SIZE)
+
+
+@triton.jit
+def _trim_kernel(
+    x0_ptr, x1_ptr, x2_ptr, x3_ptr, x4_ptr, x5_ptr, y0_ptr, y1_ptr, y2_ptr, y3_ptr, y4_ptr, y5_ptr,
+    SHAPES: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """SHAPES: for each its first program, and PROGRAMS to R of `_trim`."""
+    x_ptrs = (x0_ptr, x1_ptr, x2_ptr, x3_ptr, x4_ptr, x5_ptr)
+    y_ptrs = (y0_ptr, y1_ptr, y2_ptr, y3_ptr, y4_ptr, y5_ptr)
+    for i in tl.static_range(COUNT):
+        _trim(
+            x_ptrs[i], y_ptrs[i], tl.program_id(0) - SHAPES[6 * i], SHAPES[6 * i + 1], SHAPES[6 * i + 2], SHAPES[6 * i + 3],
+            SHAPES[6 * i + 4], SHAPES[6 * i + 5], BLOCK,
+        )  # fmt: skip
+
+
 # ---- launchers
 
 
 def cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """x in another floating dtype; a compiler joins the cast with what stands next to it."""
-    if x.dtype == dtype or x.numel() < 1 << 20 or not x.is_contiguous() or INTERPRET or torch.compiler.is_compiling():
+    if x.dtype == dtype or not x.is_contiguous() or INTERPRET or torch.compiler.is_compiling():
         return x.to(dtype)
     y = torch.empty_like(x, dtype=dtype)
     launch(_cast_kernel, (cdiv(x.numel(), BLOCK),), x, y, x.numel(), BLOCK=BLOCK, num_warps=8)
@@ -116,3 +148,32 @@ def assemble(dtype: torch.dtype, *groups: tuple[tuple[torch.Tensor, ...], tuple[
         group[0] if place is None else out[place[0] : place[0] + math.prod(place[1])].view(place[1])
         for (group, _), place in zip(groups, places, strict=True)
     ]
+
+
+def trimmed(*parts: tuple[torch.Tensor | None, int, int, torch.dtype | None]) -> list[torch.Tensor | None]:
+    """Of each part (t [A * R', C], R', R, dtype) the tensor [A * R, C] in dtype; t itself where nothing is to be done, None
+    where it or its dtype is."""
+    results = [None if t is None or dtype is None else t for t, *_, dtype in parts]
+    work = [i for i, t in enumerate(results) if t is not None and (parts[i][1] != parts[i][2] or t.dtype != parts[i][3])]
+    if torch.compiler.is_compiling():
+        for i in work:
+            t, full, r, dtype = parts[i]
+            results[i] = t.view(-1, full, t.shape[1])[:, :r].reshape(-1, t.shape[1]).to(dtype)
+        return results
+    for start in range(0, len(work), MOST):
+        some = work[start : start + MOST]
+        xs = [parts[i][0].contiguous() for i in some]
+        ys = [
+            t.new_empty(t.shape[0] // parts[i][1] * parts[i][2], t.shape[1], dtype=parts[i][3])
+            for i, t in zip(some, xs, strict=True)
+        ]
+        block = next_power_of_2(min(max(y.numel() for y in ys), 1 << 18)) if INTERPRET else BLOCK
+        shapes: list[int] = []
+        programs = 0
+        for i, y in zip(some, ys, strict=True):
+            shapes += [programs, cdiv(y.numel(), block), y.numel(), y.shape[1], parts[i][1], parts[i][2]]
+            programs += cdiv(y.numel(), block)
+            results[i] = y
+        xs, ys = (ts + ts[:1] * (MOST - len(ts)) for ts in (xs, ys))
+        launch(_trim_kernel, (programs,), *xs, *ys, SHAPES=tuple(shapes), COUNT=len(some), BLOCK=block, num_warps=8)
+    return results
