@@ -94,13 +94,11 @@ class Layout:
 
     def restored(self, holders: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """As they were: a hook on saved tensors may give others back, with the same values and other strides."""
-        if all(
-            t.dtype == h.dtype and t.shape == h.shape and t.stride() == h.stride and t.device == self.device
-            for t, h in zip(holders, self.holders, strict=True)
-        ):
-            return holders
-        empty = functools.partial(torch.empty_strided, device=self.device)
-        return tuple(empty(h.shape, h.stride, dtype=h.dtype).copy_(t) for t, h in zip(holders, self.holders, strict=True))
+        for t, (_, _, dtype, shape, stride) in zip(holders, self.holders, strict=True):
+            if t.shape != shape or t.stride() != stride or t.dtype != dtype or t.device != self.device:
+                empty = functools.partial(torch.empty_strided, device=self.device)
+                return tuple(empty(h.shape, h.stride, dtype=h.dtype).copy_(t) for t, h in zip(holders, self.holders, strict=True))
+        return holders
 
 
 class Kept(NamedTuple):
@@ -187,30 +185,37 @@ def remembered(check: Callable) -> Callable:
     def call(*args, **named):
         if torch.compiler.is_compiling():
             return check(*args, **named)
+        key: list[Any] = [torch.is_grad_enabled(), *modes(), *named]
         try:
-            key = (facts(args), *named, facts(tuple(named.values())), torch.is_grad_enabled(), *modes())
-            answer = passed.get(key)
+            facts(args, key)
+            facts(named.values(), key)
+            known = tuple(key)
+            answer = passed.get(known)
         except TypeError:  # something that cannot be a key: the check will say more
             return check(*args, **named)
         if answer is not None:
             return answer
         if len(passed) >= RECORDINGS:
             passed.clear()
-        passed[key] = answer = check(*args, **named)
+        passed[known] = answer = check(*args, **named)
         return answer
 
     return call
 
 
-def facts(value):
-    """What a check may ask of an argument; that 1 is not True is part of it."""
-    if isinstance(value, Tensor):
-        if type(value) is not Tensor and type(value) is not torch.nn.Parameter:
+def facts(values, key: list) -> None:
+    """Adds to a key what a check may ask of its arguments; that 1 is not True is part of it."""
+    for value in values:
+        kind = type(value)
+        if kind is Tensor or kind is torch.nn.Parameter:
+            key += (value.shape, value.dtype, value.device)
+        elif isinstance(value, Tensor):
             raise TypeError("a tensor that may be anything")
-        return value.shape, value.dtype, value.device
-    if isinstance(value, tuple):
-        return type(value), *[facts(part) for part in value]
-    return type(value), value
+        elif isinstance(value, tuple):
+            key += (kind, len(value))
+            facts(value, key)
+        else:
+            key += (kind, value)
 
 
 def modes() -> tuple:
@@ -386,7 +391,7 @@ class Recorder(TorchDispatchMode):
         if torch.Tag.dynamic_output_shape in func.tags and not indexes_by_number(func, args):
             raise Unreplayable(f"{func} returns a shape that depends on values")
         copied = any(t is not None and self.slot_of(t) is None for t in outputs)  # a view may have to copy: `contiguous`, `to`
-        if func in ALLOCATIONS:
+        if func in ALLOCATIONS and result.device == self.device:
             self.allocated[self.new(result)] = len(self.lines)
         elif copied or (not func.is_view and (func._schema.is_mutable or not outputs)):
             self.operate(func, args, kwargs, result, outputs)
