@@ -1,5 +1,6 @@
 """A composition done again from its recording is the composition."""
 
+import functools
 import gc
 import threading
 import weakref
@@ -7,13 +8,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.utils.checkpoint
 import triton
+import triton.language as tl
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from triton_moe import functional as F
 from triton_moe import replay, tuning
 from triton_moe.kernels import common
 
 N_HEADS, E, P, D, G = 2, 3, 8, 24, 16
+SHOWN = {"_head_forward": 3, "_moe_forward": 2, "_block_forward": 2}
 HOMES = [F._gating, F._attention, F._moe, F._switchhead, F._switchall]
 
 
@@ -41,14 +48,20 @@ def recorded(monkeypatch, call, functions):
     for name in functions:
         home = next(m for m in HOMES if getattr(m, name, None) is not None and getattr(m, name).__module__ == m.__name__)
         function = getattr(home, name).__wrapped__
+        shown = SHOWN.get(name)
 
-        def recording(tensors, *constants, name=name, function=function):
+        def recording(tensors, *constants, kept=replay.NOTHING, name=name, function=function, shown=shown):
             if common.recorder is not None:  # inside another, of which it is a part
-                return function(tensors, *constants)
+                result = function((*tensors, *kept.flat()), *constants)
+                return result if shown is None else (*result[:shown], replay.Kept(result[shown:]))
             device = next(t for t in tensors if t is not None).device
-            result, made = replay.record(function, tensors, constants, device)
-            found[name] = function, tensors, constants, made
-            return result
+            result, made = replay.record(function, tensors, constants, device, shown, kept)
+            found[name] = function, (*tensors, *kept.tensors), constants, made, kept.layout, len(tensors)
+            if shown is None:
+                return result
+            if made is None:
+                return *result[:shown], replay.Kept(result[shown:])
+            return *result[:shown], replay.Kept(made.layout.packed(result[shown:]), made.layout)
 
         monkeypatch.setattr(home, name, recording)
     call()
@@ -56,7 +69,7 @@ def recorded(monkeypatch, call, functions):
     return found
 
 
-def renewed(tensors):
+def renewed(tensors, layout=None, own=0):
     """Other values in the same places; what counts, or masks, stays."""
     storages = {}
     for t in tensors:
@@ -67,33 +80,40 @@ def renewed(tensors):
         new = torch.empty(0, dtype=t.dtype, device=t.device)
         return new.set_(storages[t.untyped_storage()._cdata], t.storage_offset(), t.shape, t.stride())
 
-    new = [None if t is None else again(t) for t in tensors]
-    for t in new:
+    new = tuple(None if t is None else again(t) for t in tensors)
+    parts = {}
+    if layout is not None:
+        views = zip(layout.places, layout.views(new[own:]), strict=True)
+        parts = {place: t for place, t in views if isinstance(place, replay.Place) and place.slot == layout.slab}
+    for t in (*new, *parts.values()):
         if t is not None and t.is_floating_point():
             t.mul_(-1.25)
-    return tuple(new)
+    return new
 
 
 def assert_same(found, names):
     assert set(found) == set(names)
-    for name, (function, tensors, constants, recording) in found.items():
+    for name, (function, tensors, constants, recording, layout, own) in found.items():
         assert recording is not None, name
-        for given in (tensors, renewed(tensors)):
-            before = [None if t is None else t.clone() for t in given]
-            assert recording.fits(given)
-            expected, got = function(given, *constants), recording(given)
+        for these in (tensors, renewed(tensors, layout, own)):
+            before = [None if t is None else t.clone() for t in these]
+            assert recording.fits(these)
+            flat = (*these[:own], *replay.Kept(these[own:], layout).flat())
+            expected, (got, kept) = function(flat, *constants), recording(these)
+            assert len(got) == SHOWN.get(name, len(expected))
+            got = (*got, *kept.flat())
             assert len(expected) == len(got)
             for i, (a, b) in enumerate(zip(expected, got, strict=True)):
                 assert (a is None) == (b is None), (name, i)
                 if a is not None:
                     assert a.dtype == b.dtype and a.shape == b.shape and a.stride() == b.stride(), (name, i)
                     assert torch.equal(a, b), (name, i)
-            for i, t in enumerate(given):
+            for i, t in enumerate(these):
                 assert t is None or torch.equal(t, before[i]), "an input was written"
             for i, a in enumerate(expected):
                 for j, b in enumerate(expected[:i]):
                     assert a is not b or got[i] is got[j], "one tensor became two"
-            storages = {t.untyped_storage()._cdata for t in given if t is not None}
+            storages = {t.untyped_storage()._cdata for t in these if t is not None}
             for a, b in zip(expected, got, strict=True):
                 if a is not None and a.untyped_storage()._cdata in storages:
                     assert a.data_ptr() == b.data_ptr(), "what was given was copied"
@@ -158,7 +178,7 @@ def test_a_recording_is_attention_on_parts_of_one_tensor(device, monkeypatch):
     names = "_attention_forward", "_attention_backward"
     found = recorded(monkeypatch, lambda: F.attention(q, k, v, position=F.RoPE()).square().sum().backward(), names)
     assert_same(found, names)
-    _, tensors, _, recording = found["_attention_forward"]
+    _, tensors, _, recording, *_ = found["_attention_forward"]
     assert recording.together and not recording.fits([None if t is None else t.clone() for t in tensors])
 
 
@@ -207,7 +227,7 @@ def test_nothing_of_the_recorded_call_stays(device, monkeypatch):
     calls = recorded(monkeypatch, call, names)
     assert_same(calls, names)
     kept = [weakref.ref(t) for _, tensors, *_ in calls.values() for t in tensors if t is not None]
-    recordings = [recording for *_, recording in calls.values()]
+    recordings = [recording for _, _, _, recording, *_ in calls.values()]
     del x, weights, call, calls
     gc.collect()
     assert all(recordings) and not any(t() is not None for t in kept)
@@ -234,17 +254,25 @@ def test_a_recording_frees_what_it_needs_no_more(device):
 
     x = torch.randn(5, device=device)
     _, recording = replay.record(function, (x,), (), x.device)
-    alive = []
-    recording.steps.append(lambda slots, addresses, stream: alive.extend(slots))
-    assert torch.equal(recording((x,))[0], function((x,))[0])
-    assert [t is None for t in alive] == [False, True, True, False]
+    made, alive = [], []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            alive.append([t() is not None for t in made])
+            result = func(*args, **kwargs or {})
+            made.append(weakref.ref(result))
+            return result
+
+    with Watch():
+        (got,), _ = recording((x,))
+    assert alive == [[], [True], [False, True]] and torch.equal(got, function((x,))[0])
 
 
 def test_indices_are_recorded(device):
     x, order = torch.randn(5, device=device), torch.tensor([3, 1, 0], device=device)
     function = lambda tensors: (tensors[0][tensors[1]],)  # noqa: E731
     _, recording = replay.record(function, (x, order), (), x.device)
-    assert torch.equal(recording((x + 1, order.flip(0)))[0], (x + 1)[order.flip(0)])
+    assert torch.equal(recording((x + 1, order.flip(0)))[0][0], (x + 1)[order.flip(0)])
 
 
 @pytest.fixture
@@ -284,6 +312,145 @@ def test_the_third_call_records_and_what_differs_is_told_apart(device, recording
         for _ in range(3):
             function((x[:n],), 3)
     assert len(recordings) == 2
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9), st.integers(1, 6)), max_size=12))
+def test_what_is_used_at_one_time_shares_no_bytes(lives):
+    lives = [(min(a, b), max(a, b), 512 * size) for a, b, size in lives]
+    offsets, total = replay.packing(lives)
+    taken = [set(range(at, at + size, 512)) for at, (_, _, size) in zip(offsets, lives, strict=True)]
+    for i, (first, last, _) in enumerate(lives):
+        for j, (begin, end, _) in enumerate(lives[:i]):
+            assert last < begin or end < first or not taken[i] & taken[j]
+    assert total == max((at + size for at, (_, _, size) in zip(offsets, lives, strict=True)), default=0)
+    assert total <= sum(size for *_, size in lives) and all(at % 512 == 0 for at in offsets)
+
+
+def test_a_slab_is_used_again_and_what_the_caller_sees_is_not_in_it(device):
+    """A chain of kernels: the results between need the bytes of two."""
+
+    def function(tensors):
+        (x,) = tensors
+        for _ in range(6):
+            x, before = torch.empty_like(x), x
+            common.launch(_double, (1,), before, x, x.numel())
+        return x, before
+
+    x = torch.arange(5.0, device=device)
+    _, recording = replay.record(function, (x,), (), x.device, 1)
+    assert f"slab = empty_strided(({2 * replay.ALIGNMENT},)" in recording.source
+    assert f"kept = empty_strided(({replay.ALIGNMENT},)" in recording.source
+    (y,), kept = recording((x,))
+    (again,), other = recording((x + 1,))
+    assert torch.equal(y, 64 * x) and torch.equal(kept.flat()[0], 32 * x), "another call wrote to what this one gave"
+    assert torch.equal(again, 64 * (x + 1)) and torch.equal(other.flat()[0], 32 * (x + 1))
+    assert y.untyped_storage().nbytes() == 20 and len(kept.tensors) == 1
+
+
+@triton.jit
+def _double(x_ptr, y_ptr, N):
+    offs = tl.arange(0, 8)
+    tl.store(y_ptr + offs, 2 * tl.load(x_ptr + offs, mask=offs < N, other=0.0), mask=offs < N)
+
+
+@pytest.fixture
+def replaying(recordings, monkeypatch):
+    """On the CPU too, where the kernels of a recording are interpreted."""
+    monkeypatch.setattr(replay, "possible", lambda: common.recorder is None)
+    monkeypatch.setattr(replay, "here", lambda device: True)
+    return recordings
+
+
+def transposed(t):
+    return t.transpose(0, -1).clone(memory_format=torch.contiguous_format).transpose(0, -1)
+
+
+HOOKS = {
+    "copied": (torch.clone, lambda t: t),
+    "other strides": (transposed, lambda t: t),
+    "off the GPU": (lambda t: (t.device, t.to("cpu", copy=True).contiguous()), lambda packed: packed[1].to(packed[0])),
+}
+
+
+@pytest.mark.parametrize("layer", ["switchhead", "sigma_moe", "switchall"])
+def test_what_is_kept_for_the_backward_pass_may_move(layer, device, replaying):
+    """By hooks on saved tensors, between one pass and the next; and a pass backward may come twice."""
+    torch.manual_seed(10)
+    head, moe = head_weights(device), moe_weights(device)
+    norm = torch.ones(D, device=device), torch.zeros(D, device=device)
+    function, weights = {
+        "switchhead": (lambda x: F.switchhead(x, head, top_k=2, return_logits=True), head),
+        "sigma_moe": (lambda x: F.sigma_moe(x, moe, top_k=2), moe),
+        "switchall": (lambda x: F.switchall(x, F.SwitchAllWeights(norm, head, norm, moe), top_k=2, moe_top_k=2), (*head, *moe)),
+    }[layer]
+    x = torch.randn(1, 9, D, device=device, requires_grad=True)
+    leaves = [x, *(t.requires_grad_() for t in weights if t is not None)]
+
+    def gradients(times=1):
+        y, logits = function(x)
+        loss = y.square().sum() + sum(part.square().sum() for part in (logits if isinstance(logits, tuple) else (logits,)))
+        for _ in range(times):
+            grads = torch.autograd.grad(loss, leaves, retain_graph=times > 1, allow_unused=True)
+        return y, *grads
+
+    def assert_equal(got, expected):
+        for a, b in zip(got, expected, strict=True):
+            assert (a is None and b is None) or torch.equal(a, b)
+
+    first = gradients()
+    for _ in range(3):
+        assert_equal(gradients(), first)
+    assert len(replaying) == 2 and None not in replaying.values()
+    assert_equal(gradients(times=2), first)
+    for pack, unpack in HOOKS.values():
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            y, logits = function(x)
+        loss = y.square().sum() + sum(part.square().sum() for part in (logits if isinstance(logits, tuple) else (logits,)))
+        assert_equal((y, *torch.autograd.grad(loss, leaves, allow_unused=True)), first)
+    checkpointed = torch.utils.checkpoint.checkpoint(function, x, use_reentrant=False)
+    y, logits = checkpointed
+    loss = y.square().sum() + sum(part.square().sum() for part in (logits if isinstance(logits, tuple) else (logits,)))
+    assert_equal((y, *torch.autograd.grad(loss, leaves, allow_unused=True)), first)
+
+
+def test_hooks_move_no_more_than_was_kept(device, replaying):
+    """Of two inputs that are parts of one tensor, each its own part."""
+    buffer = torch.randn(2, 3, 4, device=device)
+    forward = functools.partial(replay.replayed, shown=1)(lambda tensors: (tensors[0] + 1, *tensors, tensors[1][1:]))
+    backward = replay.replayed(lambda tensors: (tensors[1] - tensors[2], tensors[3] * tensors[0].sum()))
+    for i in range(6):
+        y, kept = forward(tuple(buffer))
+        assert (kept.layout is not None) == (i >= 2)
+        for moved in (kept, kept._replace(tensors=tuple(t.clone() for t in kept.tensors))):
+            a, b = backward((y,), kept=moved)
+            assert torch.equal(a, buffer[0] - buffer[1]) and torch.equal(b, buffer[1, 1:] * y.sum())
+    assert all(t.numel() <= 12 for t in kept.tensors)
+
+
+@pytest.mark.gpu
+def test_a_recording_takes_no_more_memory(device, recordings, monkeypatch):
+    torch.manual_seed(11)
+    weights = head_weights(device)
+    leaves = [t.requires_grad_() for t in weights if t is not None]
+    for tokens in (300, 30000):
+        x = torch.randn(3, tokens // 3, D, device=device, requires_grad=True)
+
+        def peak(x=x):
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            grads = torch.autograd.grad(F.switchhead(x, weights, top_k=2).square().sum(), [x, *leaves])
+            torch.cuda.synchronize()
+            del grads
+            return torch.cuda.max_memory_allocated() - before
+
+        with monkeypatch.context() as patch:
+            patch.setattr(replay, "possible", lambda: False)
+            peak()
+            plain = peak()
+        for _ in range(4):
+            peak()
+        assert recordings and peak() <= 1.02 * plain + replay.SMALL
 
 
 @pytest.mark.gpu

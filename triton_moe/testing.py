@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 __all__ = ["LayerShape", "assert_close", "check", "expert_choices", "layer_shapes", "logits", "poisoned", "strided", "tensors"]
 
@@ -36,7 +37,7 @@ def poisoned(limit: int = POISON_LIMIT) -> Iterator[None]:
     def fill(tensor: Tensor) -> Tensor:
         if tensor.layout != torch.strided or tensor.is_meta or tensor.numel() > limit:
             return tensor
-        with torch.no_grad():
+        with torch.no_grad(), _disable_current_modes():  # what a mode sees is what there would be without this
             if tensor.is_floating_point() or tensor.is_complex():
                 return tensor.fill_(float("nan"))
             if tensor.dtype == torch.bool:

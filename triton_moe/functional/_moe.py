@@ -1,5 +1,6 @@
 """The sigma-MoE MLP: kernels/mlp.py with its gate, differentiable."""
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from ..kernels.cast import assemble, cast
 from ..kernels.common import input_precision
 from ..kernels.gating import gating_backward, gating_forward, routing_plan
 from ..kernels.mlp import COLUMNS, mlp_backward, mlp_backward_input, mlp_forward
-from ..replay import remembered, replayed
+from ..replay import Kept, remembered, replayed
 from ._gating import _check_gate
 from ._shared import _as_they_are, _autocast, _compute_dtype, _distinct, _dtypes, _seed, _sum_leading, _to, _tokens
 from ._types import ACTIVATIONS, MODES, STREAM_ACTIVATION, STREAM_GATE, SigmaMoEWeights
@@ -27,7 +28,7 @@ class _MoEConfig(NamedTuple):
     precision: str
 
 
-@replayed
+@functools.partial(replayed, shown=2)
 def _moe_forward(tensors, dtype: torch.dtype, c: _MoEConfig, columns: int):
     """x [N, D], gate_input [N, D] or None, the weights, seed, base and added [N, D_out] or None -> y [N, D_out] in dtype, or, on
     top of both, in base's; logits [N, E]; then the tensors `_moe_backward` takes."""
@@ -81,18 +82,19 @@ class _SigmaMoE(torch.autograd.Function):
     def forward(ctx, *args):
         inputs, seed, dtype, config = args[:7], args[7], args[8], args[9:]
         ctx.config, ctx.dtypes = config, _dtypes(inputs)
-        y, logits, *saved = _moe_forward((*inputs, seed, None, None), dtype, _MoEConfig(*config), COLUMNS)
+        y, logits, kept = _moe_forward((*inputs, seed, None, None), dtype, _MoEConfig(*config), COLUMNS)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*saved)
+        ctx.save_for_backward(*kept.tensors)
+        ctx.layout = kept.layout
         ctx.y_shape = y.shape
         return y, logits
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy, dlogits):
-        saved = ctx.saved_tensors
-        dy = saved[0].new_zeros(ctx.y_shape) if dy is None else dy
-        grads = _moe_backward((dy, dlogits, *saved), ctx.dtypes, _MoEConfig(*ctx.config))
+        kept = Kept(ctx.saved_tensors, ctx.layout)
+        dy = kept.flat()[0].new_zeros(ctx.y_shape) if dy is None else dy
+        grads = _moe_backward((dy, dlogits), ctx.dtypes, _MoEConfig(*ctx.config), kept=kept)
         return *grads, None, None, *[None] * len(ctx.config)
 
 

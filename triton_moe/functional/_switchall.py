@@ -1,5 +1,6 @@
 """SwitchAll: one pre-norm block of SwitchHead and a sigma-MoE MLP."""
 
+import functools
 import inspect
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from ..kernels.cast import cast
 from ..kernels.mlp import COLUMNS
 from ..kernels.norm import norm_backward, norm_forward
 from ..kernels.projection import dropout_rows
-from ..replay import remembered, replayed
+from ..replay import Kept, remembered, replayed
 from ._moe import _check_moe, _moe_forward, _moe_gradients, _MoEConfig
 from ._shared import ROUTE, _as_they_are, _autocast, _compute_dtype, _distinct, _dtypes, _saved_config, _seed
 from ._switchhead import _check_head, _head_forward, _head_gradients, _head_sources, _HeadConfig
@@ -40,7 +41,7 @@ OWN_SAVED = 9  # tensors that `_block_forward` keeps beside those of both halves
 HEAD_SAVED = 26 + 2 * ROUTE  # tensors that `_head_forward` keeps
 
 
-@replayed
+@functools.partial(replayed, shown=2)
 def _block_forward(tensors, dtype: torch.dtype, c: _BlockConfig):
     """x, norm 1, (q, k, v, o, sel_v, sel_o, pos), norm 2, (keys, values, expert_sel, bias, o_bias), mask, cu_seqlens, seed; the
     dtype of the products.
@@ -58,15 +59,15 @@ def _block_forward(tensors, dtype: torch.dtype, c: _BlockConfig):
         return dropout_rows(branch, seed, c.dropout, stream) if c.dropout > 0 else branch
 
     h, mean1, rstd1 = norm_forward(x2, None, w1, b1, c.eps, dtype)
-    attended, _, _, *head_saved = _head_forward((h.view(B, T, D), None, None, *head, mask, cu_seqlens, seed), dtype, c.head)
+    attended, _, _, head_kept = _head_forward((h.view(B, T, D), None, None, *head, mask, cu_seqlens, seed), dtype, c.head)
     attended = dropped(attended.view(B * T, D), STREAM_RESIDUAL_ATTENTION)
     h, mean2, rstd2 = norm_forward(x2, attended, w2, b2, c.eps, dtype)
     below = (x2, attended) if c.dropout == 0 else (None, None)
-    y, logits, *moe_saved = _moe_forward((h, None, *moe, seed, *below), dtype, c.moe, 2 * COLUMNS)
+    y, logits, moe_kept = _moe_forward((h, None, *moe, seed, *below), dtype, c.moe, 2 * COLUMNS)
     if c.dropout > 0:
         y = (x2 + attended + dropped(y, STREAM_RESIDUAL_MOE)).to(x.dtype)
     own = (x, w1, mean1, rstd1, attended, w2, mean2, rstd2, seed)
-    return y.view(B, T, D), logits.view(B, T, logits.shape[1]), *own, *head_saved, *moe_saved
+    return y.view(B, T, D), logits.view(B, T, logits.shape[1]), *own, *head_kept.flat(), *moe_kept.flat()
 
 
 @replayed
@@ -106,20 +107,21 @@ class _SwitchAll(torch.autograd.Function):
         n = len(_HeadConfig._fields)
         ctx.config, ctx.dtypes = (eps, dropout, args[23 : 23 + n], args[23 + n :]), _dtypes(args[:17])
         config = _BlockConfig(eps, dropout, _HeadConfig(*ctx.config[2]), _MoEConfig(*ctx.config[3]))
-        y, logits, *saved = _block_forward(tensors, dtype, config)
+        y, logits, kept = _block_forward(tensors, dtype, config)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*saved)
+        ctx.save_for_backward(*kept.tensors)
+        ctx.layout = kept.layout
         return y, logits
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy, dlogits):
-        saved = ctx.saved_tensors
+        kept = Kept(ctx.saved_tensors, ctx.layout)
         if dy is None:
-            dy = torch.zeros_like(saved[0])
+            dy = torch.zeros_like(kept.flat()[0])
         eps, dropout, head, moe = ctx.config
         config = _BlockConfig(eps, dropout, _HeadConfig(*head), _MoEConfig(*moe))
-        grads = _block_backward((dy, dlogits, *saved), ctx.dtypes, config)
+        grads = _block_backward((dy, dlogits), ctx.dtypes, config, kept=kept)
         return *grads, *[None] * (6 + len(head) + len(moe))
 
 
@@ -215,8 +217,8 @@ def switchall_forward(x: Tensor, weights: SwitchAllWeights, **options) -> tuple[
     mask, cu_seqlens = options.get("key_padding_mask"), options.get("cu_seqlens")
     with torch.no_grad():
         t, seed, dtype = _block_arguments(x, weights, options.get("position"), config, seed)
-        y, logits, *saved = _block_forward((*t, mask, cu_seqlens, seed), dtype, config)
-    return (y, logits), Saved(tuple(saved), ("switchall", config, _dtypes(t), y, logits))
+        y, logits, kept = _block_forward((*t, mask, cu_seqlens, seed), dtype, config)
+    return (y, logits), Saved(kept.flat(), ("switchall", config, _dtypes(t), y, logits))
 
 
 def switchall_backward(grad_y: Tensor, saved: Saved, grad_logits: Tensor | None = None) -> SwitchAllGradients:

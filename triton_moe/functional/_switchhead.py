@@ -1,5 +1,6 @@
 """SwitchHead: gates, projections and attention as one layer."""
 
+import functools
 import inspect
 from collections import defaultdict
 from typing import Any, NamedTuple
@@ -22,7 +23,7 @@ from ..kernels.projection import (
     value_backward_rows,
     value_forward,
 )
-from ..replay import remembered, replayed
+from ..replay import Kept, remembered, replayed
 from ._attention import _attention_forward, _attention_gradients, _AttentionConfig, _check_masks, _check_rope, _check_xl, _rotated
 from ._gating import _check_gate
 from ._shared import (
@@ -106,7 +107,7 @@ def _expert_out(o: Tensor, H: int) -> Tensor:
     return o if o.ndim == 3 else o.view(o.shape[0], H, o.shape[1] // H).permute(1, 2, 0)
 
 
-@replayed
+@functools.partial(replayed, shown=3)
 def _head_forward(tensors, dtype: torch.dtype, c: _HeadConfig):
     """x [B, T, D], k_src and v_src [B, S, D] or None, the weights, mask, cu_seqlens, seed -> y [B, T, D], logits_v, logits_o,
     then what `_head_backward` takes.
@@ -292,9 +293,10 @@ class _SwitchHead(torch.autograd.Function):
     def forward(ctx, *args):
         inputs, (mask, cu_seqlens, seed, dtype), config = args[:10], args[10:14], _HeadConfig(*args[14:])
         ctx.config, ctx.dtypes = args[14:], _dtypes(inputs)
-        y, logits_v, logits_o, *saved = _head_forward((*inputs, mask, cu_seqlens, seed), dtype, config)
+        y, logits_v, logits_o, kept = _head_forward((*inputs, mask, cu_seqlens, seed), dtype, config)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*saved)
+        ctx.save_for_backward(*kept.tensors)
+        ctx.layout = kept.layout
         if logits_v is logits_o:
             logits_v = logits_v.clone()
         elif torch.compiler.is_compiling() and logits_v is not None:  # parts of one tensor, whose gradients 2.11 would lose
@@ -305,10 +307,10 @@ class _SwitchHead(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy, dlogits_v, dlogits_o):
-        saved = ctx.saved_tensors
+        kept = Kept(ctx.saved_tensors, ctx.layout)
         if dy is None:
-            dy = saved[0].new_zeros(ctx.y_shape)
-        grads = _head_backward((dy, dlogits_v, dlogits_o, *saved), ctx.dtypes, _HeadConfig(*ctx.config))
+            dy = kept.flat()[0].new_zeros(ctx.y_shape)
+        grads = _head_backward((dy, dlogits_v, dlogits_o), ctx.dtypes, _HeadConfig(*ctx.config), kept=kept)
         return *grads, *[None] * (4 + len(ctx.config))
 
 
@@ -457,9 +459,9 @@ def switchhead_forward(x: Tensor, weights: SwitchHeadWeights, *, return_logits: 
     config = config._replace(keep=True)
     with torch.no_grad():
         given = (*inputs, mask, cu_seqlens, seed)
-        y, logits_v, logits_o, *saved = _head_forward(given, _compute_dtype(x), config)
+        y, logits_v, logits_o, kept = _head_forward(given, _compute_dtype(x), config)
     outputs = (y, (logits_v, logits_o)) if return_logits else y
-    return outputs, Saved(tuple(saved), ("switchhead", config, _dtypes(inputs), y, logits_v, logits_o))
+    return outputs, Saved(kept.flat(), ("switchhead", config, _dtypes(inputs), y, logits_v, logits_o))
 
 
 def switchhead_backward(
