@@ -88,7 +88,7 @@ class Kept(NamedTuple):
     tensors: tuple[Tensor | None, ...] = ()
     layout: Layout | None = None
 
-    def flat(self) -> tuple[Tensor | None, ...]:
+    def flat(self) -> tuple[Any, ...]:
         return self.tensors if self.layout is None else self.layout.views(self.layout.restored(self.tensors))
 
 
