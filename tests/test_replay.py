@@ -18,6 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton_moe import functional as F
 from triton_moe import replay, tuning
 from triton_moe.kernels import common
+from triton_moe.replay import layout as layouts
+from triton_moe.replay import writer
 
 N_HEADS, E, P, D, G = 2, 3, 8, 24, 16
 SHOWN = {"_head_forward": 3, "_moe_forward": 2, "_block_forward": 2}
@@ -84,7 +86,7 @@ def renewed(tensors, layout=None, own=0):
     parts = {}
     if layout is not None:
         views = zip(layout.places, layout.views(new[own:]), strict=True)
-        parts = {place: t for place, t in views if isinstance(place, replay.Place) and place.slot == layout.slab}
+        parts = {place: t for place, t in views if isinstance(place, layouts.Place) and place.slot == layout.slab}
     for t in (*new, *parts.values()):
         if t is not None and t.is_floating_point():
             t.mul_(-1.25)
@@ -317,7 +319,7 @@ def test_the_third_call_records_and_what_differs_is_told_apart(device, recording
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9), st.integers(1, 6)), max_size=12))
 def test_what_is_used_at_one_time_shares_no_bytes(lives):
     lives = [(min(a, b), max(a, b), 512 * size) for a, b, size in lives]
-    offsets, total = replay.packing(lives)
+    offsets, total = writer.packing(lives)
     taken = [set(range(at, at + size, 512)) for at, (_, _, size) in zip(offsets, lives, strict=True)]
     for i, (first, last, _) in enumerate(lives):
         for j, (begin, end, _) in enumerate(lives[:i]):
@@ -338,8 +340,8 @@ def test_a_slab_is_used_again_and_what_the_caller_sees_is_not_in_it(device):
 
     x = torch.arange(5.0, device=device)
     _, recording = replay.record(function, (x,), (), x.device, 1)
-    assert f"slab = empty_strided(({2 * replay.ALIGNMENT},)" in recording.source
-    assert f"kept = empty_strided(({replay.ALIGNMENT},)" in recording.source
+    assert f"slab = empty_strided(({2 * writer.ALIGNMENT},)" in recording.source
+    assert f"kept = empty_strided(({writer.ALIGNMENT},)" in recording.source
     (y,), kept = recording((x,))
     (again,), other = recording((x + 1,))
     assert torch.equal(y, 64 * x) and torch.equal(kept.flat()[0], 32 * x), "another call wrote to what this one gave"
@@ -450,7 +452,7 @@ def test_a_recording_takes_no_more_memory(device, recordings, monkeypatch):
             plain = peak()
         for _ in range(4):
             peak()
-        assert recordings and peak() <= 1.02 * plain + replay.SMALL
+        assert recordings and peak() <= 1.02 * plain + writer.SMALL
 
 
 @pytest.mark.gpu

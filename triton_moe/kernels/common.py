@@ -64,7 +64,7 @@ INTERPRET = not any(isinstance(f, triton.runtime.JITFunction) for f in (uniform,
 # What `launch` calls first, with (kernel, grid, args, meta-parameters); compiler.py and measure.py set it.
 on_launch: Callable | None = None
 
-# Writes down what `start` does; replay.py sets it.
+# Writes down what `start` does; replay/recorder.py sets it.
 recorder: Any = None
 
 constants: dict[int, torch.Tensor] = {}  # by storage: tables that no argument's values have a part in, and that never change

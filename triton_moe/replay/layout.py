@@ -1,0 +1,95 @@
+"""What a composition keeps for its backward pass: some tensors, in fewer that hold them."""
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Place(NamedTuple):
+    """Where a tensor lies: so many bytes after the beginning of the one in a slot."""
+
+    slot: int
+    offset: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+def view(t: Tensor, offset: int, dtype: torch.dtype, shape: tuple[int, ...], stride: tuple[int, ...]) -> Tensor:
+    """What lies so many bytes after the beginning of t, which is of a dtype of the same size, or a slab."""
+    if t.dtype != dtype:
+        t = t.view(dtype)
+    return t.as_strided(shape, stride, t.storage_offset() + offset // dtype.itemsize)
+
+
+class Address(NamedTuple):
+    """In a line: what a kernel takes."""
+
+    place: Place
+
+
+class Operand(NamedTuple):
+    """In a line: what an operator of torch takes."""
+
+    place: Place
+
+
+Piece = str | Address | Operand
+
+
+def storage(t: Tensor) -> int:
+    return t.untyped_storage()._cdata
+
+
+class Layout:
+    """What a composition kept, in the few tensors that hold it. Equal to itself alone, so that it can be part of a key."""
+
+    def __init__(self, holders: list[Place], places: list[Place | Tensor | None], slab: int | None, device: torch.device):
+        self.holders, self.slab, self.device = holders, slab, device
+        self.places = places  # in holders; a tensor is one of `common.constants`
+
+    def views(self, holders: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+        made: dict[Place, Tensor] = {}
+        for place in self.places:
+            if isinstance(place, Place) and place not in made:
+                whole = place == self.holders[place.slot]
+                made[place] = holders[place.slot] if whole else view(holders[place.slot], *place[1:])
+        return tuple(made[place] if isinstance(place, Place) else place for place in self.places)
+
+    def packed(self, flat: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
+        """The holders of tensors that lie elsewhere."""
+        holders: dict[int, Tensor] = {}
+        for t, place in zip(flat, self.places, strict=True):
+            if t is None or not isinstance(place, Place):
+                continue
+            i, holder = place.slot, self.holders[place.slot]
+            if i == self.slab:
+                if i not in holders:
+                    holders[i] = torch.empty_strided(holder.shape, holder.stride, dtype=holder.dtype, device=self.device)
+                view(holders[i], *place[1:]).copy_(t)
+            elif i not in holders:
+                holders[i] = t if place == holder else view(t, -place.offset, *holder[2:])
+        return tuple(holders[i] for i in range(len(self.holders)))
+
+    def restored(self, holders: tuple[Any, ...]) -> tuple[Tensor, ...]:
+        """As they were: a hook on saved tensors may give others back, with the same values and other strides."""
+        for t, (_, _, dtype, shape, stride) in zip(holders, self.holders, strict=True):
+            if t.shape != shape or t.stride() != stride or t.dtype != dtype or t.device != self.device:
+                empty = functools.partial(torch.empty_strided, device=self.device)
+                return tuple(empty(h.shape, h.stride, dtype=h.dtype).copy_(t) for t, h in zip(holders, self.holders, strict=True))
+        return holders
+
+
+class Kept(NamedTuple):
+    """What one composition keeps for another: the tensors themselves, or those that hold them."""
+
+    tensors: tuple[Tensor | None, ...] = ()
+    layout: Layout | None = None
+
+    def flat(self) -> tuple[Any, ...]:
+        return self.tensors if self.layout is None else self.layout.views(self.layout.restored(self.tensors))
+
+
+NOTHING = Kept()
