@@ -90,6 +90,7 @@ def detached_inputs(tensors):
         {"shape": (1, 5, 20, 2, 3, 2, 10), "xl": True, "S": 11},
         {"shape": (1, 5, 20, 2, 3, 2, 10), "S": 8, "v_src": True, "shared": True, "window": 4},
         {"shape": (1, 6, 12, 1, 13, 4, 41), "position": None, "causal": False, "S": 4},
+        {"shape": (1, 256, 16, 1, 2, 1, 41)},  # grouped by sets, whose weights are padded further than the heads
     ],
     ids=str,
 )

@@ -36,6 +36,18 @@ NOTE [Head widths]
     A tile spans a head in one or two powers of two, 80 = 64 + 16, and 16-bit rows start on 16 bytes, if need be in a padded copy:
     on an H200 (bfloat16, causal, N = 32768, T 4096, H 4) 80 channels take 229 us forward in two parts and 311 us as 128.
 
+NOTE [RoPE]
+    Rotations are no part of these kernels: position.py rotates a layer's queries and keys in place, makes rotated copies of a
+    caller's, and rotates dq and dk back in place. On load there would be no copies, but a key (in dk with dv a query) is rotated
+    once for every tile that meets it, on its way from the copy in shared memory to the product, and q_i . R_{j-i} k_j leaves no
+    form in which the queries alone are rotated. On an H200 (bfloat16, causal, N = 32768, H 4), halves and rest as parts of a
+    tile, a table of float16 sines, packed arithmetic, the better of two tile sizes, in us against rotated copies: P 128, 64
+    channels rotated, T 256 / 512 / 1024 / 4096, forward 89 / 113 / 161 / 435 against 64 / 79 / 108 / 292, dq 108 / 137 / 198 /
+    517 against 81 / 99 / 135 / 367, dk with dv 127 / 169 / 253 / 754 against 91 / 112 / 161 / 449; P 64, 32 rotated, T 1024,
+    forward 109 against 60, dq 130 against 72, dk with dv 169 against 106; a table in float32 takes 8 to 20 % longer, all channels
+    rotated as long. The copies take @@. To rotate dq and dk back as they are stored took 6 and 7 us at T 1024, 10 and 14 at
+    T 4096, but wants halves that are powers of two.
+
 NOTE [Hopper]
     Measured on an H200, bfloat16, causal, N = 32768, H 4, P 128, in us at T 1024 and 4096: forward 105 and 281, dq 133 and
     360, dk with dv 177 and 499. At T 4096 the tensor cores work 51 to 58 % of the cycles. Triton waits for a product before it
@@ -48,7 +60,6 @@ NOTE [Hopper]
     * 8 warps on 128 rows: 328 / 354 / 672, and slower at T 1024;
     * the next tile's scores, or its do.v, in flight during this one's exponentials: 358 / 516, and with Triton 3.6 mostly wrong;
     * the statistics in the layout of the tile, each thread fetching them number by number: 569 instead of 509 for dk with dv;
-    * RoPE on load: forward 734 instead of 305, and 222 instead of 109 at T 1024, as rotated keys cannot be copied ahead;
     * tensor descriptors: 176 for dk with dv at T 1024, no faster than pointers now; one shape died with an illegal instruction.
 """
 
