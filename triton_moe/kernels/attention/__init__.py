@@ -38,15 +38,18 @@ NOTE [Head widths]
 
 NOTE [RoPE]
     Rotations are no part of these kernels: position.py rotates a layer's queries and keys in place, makes rotated copies of a
-    caller's, and rotates dq and dk back in place. On load there would be no copies, but a key (in dk with dv a query) is rotated
-    once for every tile that meets it, on its way from the copy in shared memory to the product, and q_i . R_{j-i} k_j leaves no
-    form in which the queries alone are rotated. On an H200 (bfloat16, causal, N = 32768, H 4), halves and rest as parts of a
-    tile, a table of float16 sines, packed arithmetic, the better of two tile sizes, in us against rotated copies: P 128, 64
-    channels rotated, T 256 / 512 / 1024 / 4096, forward 89 / 113 / 161 / 435 against 64 / 79 / 108 / 292, dq 108 / 137 / 198 /
-    517 against 81 / 99 / 135 / 367, dk with dv 127 / 169 / 253 / 754 against 91 / 112 / 161 / 449; P 64, 32 rotated, T 1024,
-    forward 109 against 60, dq 130 against 72, dk with dv 169 against 106; a table in float32 takes 8 to 20 % longer, all channels
-    rotated as long. The copies take @@. To rotate dq and dk back as they are stored took 6 and 7 us at T 1024, 10 and 14 at
-    T 4096, but wants halves that are powers of two.
+    caller's, and rotates dq and dk back in place. On load there would be no copies, but a key (for dk, a query) is rotated once
+    for every tile that meets it, on its way from shared memory to the product; the queries cannot carry the rotation alone, as
+    R_{j-i} depends on both. Measured on an H200 (bfloat16, causal, N = 32768, H 4, P 128, 64 channels rotated; halves and rest as
+    parts of a tile, a table of float16 sines, the better of two tile sizes), in us at T 256 / 512 / 1024 / 4096:
+
+        rotated on load    forward 89 / 113 / 161 / 435    dq 108 / 137 / 198 / 517    dk with dv 127 / 169 / 253 / 754
+        rotated copies             64 /  79 / 108 / 292        81 /  99 / 135 / 367                91 / 112 / 161 / 449
+
+    and P 64, 32 rotated, T 1024: 109, 130 and 169 against 60, 72 and 106. A table in float32 takes 9 to 20 % longer. The copies
+    take 41 us (P 64: 24), to rotate dq and dk back 17 (12): on load wins a forward pass alone up to T 512, by 16 and 7 us, and
+    loses every forward pass with its backward. To rotate dq and dk back where they are stored takes 6 and 7 us at T 1024, 10 and
+    14 at T 4096, not the 17, but asks for halves that are powers of two.
 
 NOTE [Hopper]
     Measured on an H200, bfloat16, causal, N = 32768, H 4, P 128, in us at T 1024 and 4096: forward 105 and 281, dq 133 and
