@@ -513,7 +513,8 @@ def operator_calls(device):
     block = block_weights(12, 2, 3, 8, 4, 8, device=device, dtype=torch.float32)
     dropouts = {"top_k": 2, "moe_top_k": 2, "dropout": 0.3, "moe_dropout": 0.3, "training": True, "seed": 1}
     used = {
-        name: layers(device)[name] for name in ("gating", "value_projection", "output_projection", "switchhead xl", "switchall")
+        name: layers(device)[name]
+        for name in ("gating", "attention", "value_projection", "output_projection", "switchhead xl", "switchall")
     }
     used["dropouts"] = lambda x: F.switchall(x, block, **dropouts), randn(1, 5, 12, device=device)
     for function, *tensors in used.values():
