@@ -90,6 +90,7 @@ def detached_inputs(tensors):
         {"shape": (1, 5, 20, 2, 3, 2, 10), "xl": True, "S": 11},
         {"shape": (1, 5, 20, 2, 3, 2, 10), "S": 8, "v_src": True, "shared": True, "window": 4},
         {"shape": (1, 6, 12, 1, 13, 4, 41), "position": None, "causal": False, "S": 4},
+        {"shape": (1, 256, 16, 1, 2, 1, 41)},  # grouped by sets, whose weights are padded further than the heads
     ],
     ids=str,
 )
@@ -521,7 +522,8 @@ def operator_calls(device):
     block = block_weights(12, 2, 3, 8, 4, 8, device=device, dtype=torch.float32)
     dropouts = {"top_k": 2, "moe_top_k": 2, "dropout": 0.3, "moe_dropout": 0.3, "training": True, "seed": 1}
     used = {
-        name: layers(device)[name] for name in ("gating", "value_projection", "output_projection", "switchhead xl", "switchall")
+        name: layers(device)[name]
+        for name in ("gating", "attention", "value_projection", "output_projection", "switchhead xl", "switchall")
     }
     used["dropouts"] = lambda x: F.switchall(x, block, **dropouts), randn(1, 5, 12, device=device)
     for function, *tensors in used.values():

@@ -7,7 +7,7 @@ import torch
 from cases import randn, run
 
 from triton_moe import functional as F
-from triton_moe.kernels.attention import CONFIGS, attention_backward, attention_forward, configs
+from triton_moe.kernels.attention import CONFIGS, attention_backward, attention_forward, configs, tile_width
 from triton_moe.kernels.common import input_precision
 from triton_moe.kernels.position import rope_rotate
 from triton_moe.kernels.xl import xl_query, xl_query_backward_
@@ -306,6 +306,12 @@ def test_rope(device, dtype, n, P, offset):
     leaf = x.detach().requires_grad_()
     (dx_twin,) = torch.autograd.grad(rope_formula(leaf, n, 500.0, offset), leaf, dy)
     assert_close(rope_rotate(dy, n, 500.0, offset, True), dx, dx_twin)
+
+
+@pytest.mark.parametrize("P, wide", [(8, 16), (41, 48), (64, 64), (76, 80), (100, 128), (112, 128), (132, 144), (200, 256)])
+def test_heads_are_stored_as_wide_as_their_tiles(P, wide):
+    assert tile_width(P, torch.bfloat16) == wide and tile_width(P, torch.float32) == P
+    assert tile_width(wide, torch.float16) == wide
 
 
 @pytest.mark.parametrize("heads, kv_heads", [(3, 3), (6, 2)])

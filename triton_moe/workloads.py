@@ -246,16 +246,16 @@ WORKLOADS: dict[str, Callable[..., dict[str, Tensor]]] = {
 
 
 # Shapes of published models and of what users train, 32768 tokens of bfloat16, the most used first. Heads are as wide as the
-# layers pad them, 100 channels to 128 and 76 to 96; `width` is what gradients of weights keep.
+# layers pad them, 100 channels to 128 and 76 to 80; `width` is what gradients of weights keep.
 _PAPER: list[tuple[str, dict]] = [
     ("projection", {"H": 4, "E": 4, "TOP_K": 2, "P": 128, "D": 1024, "N": 32768, "width": 100, "alone": False}),
     ("mlp", {"E": 32, "G": 128, "TOP_K": 4, "D": 1024, "N": 32768}),
     ("attention", {"P": 128, "H": 4, "B": 32, "T": 1024}),
     ("gating", {"sides": 2, "H": 4, "E": 4, "TOP_K": 2, "D": 1024, "N": 32768}),
     ("gating", {"sides": 1, "H": 1, "E": 32, "TOP_K": 4, "D": 1024, "N": 32768}),
-    ("projection", {"H": 2, "E": 5, "TOP_K": 3, "P": 96, "D": 412, "N": 32768, "width": 76, "alone": False}),
+    ("projection", {"H": 2, "E": 5, "TOP_K": 3, "P": 80, "D": 412, "N": 32768, "width": 76, "alone": False}),
     ("mlp", {"E": 16, "G": 128, "TOP_K": 4, "D": 412, "N": 32768}),
-    ("attention", {"P": 96, "H": 2, "B": 128, "T": 256}),
+    ("attention", {"P": 80, "H": 2, "B": 128, "T": 256}),
     ("gating", {"sides": 2, "H": 2, "E": 5, "TOP_K": 3, "D": 412, "N": 32768}),
     ("attention", {"P": 64, "H": 2, "B": 64, "T": 512}),
 ]

@@ -37,7 +37,9 @@ PACKED = [1024, 4608, 1536, 5120, 8192, 5632, 4608, 2048]  # lengths of sequence
 
 def stored_width(P: int, device: str) -> int:
     """The channels of a head as a layer stores it: NOTE [Head widths] in functional."""
-    return P if op_dtype(device) == torch.float32 else -(-P // 32) * 32
+    from ..kernels.attention import tile_width
+
+    return tile_width(P, op_dtype(device))
 
 
 def stored(B: int, T: int, H: int, P: int, device: str) -> torch.Tensor:

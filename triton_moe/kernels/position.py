@@ -1,4 +1,4 @@
-"""Rotary position embeddings (RoPE), in place.
+"""Rotary position embeddings (RoPE), in place or as a copy.
 
 Halves convention, over the first n channels of a head, at position i with frequency w_c = base^(-2c/n), c < n/2:
 
@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import INTERPRET, cdiv, launch, next_power_of_2, opaque
+from .common import INTERPRET, cdiv, launch, next_power_of_2, opaque, rows
 
 
 @triton.jit
@@ -38,16 +38,18 @@ def angles(position, frequency):
 
 @triton.jit
 def _rope_rotate_kernel(
-    x_ptr, T, H, offset, stride_b, stride_t: tl.constexpr, stride_h: tl.constexpr,
+    x_ptr, y_ptr, B, T, H, offset, stride_xb, stride_xt: tl.constexpr, stride_xh: tl.constexpr,
+    stride_yb, stride_yt: tl.constexpr, stride_yh: tl.constexpr,
     P: tl.constexpr, N: tl.constexpr, LOG2_BASE: tl.constexpr, CONJUGATE: tl.constexpr, PERMUTE: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_C: tl.constexpr,
+    BATCHES: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """In place: a program owns the first N channels of BLOCK_T rows, of all heads. Halves that do not start on 16 bytes would be
-    read number by number; with PERMUTE both come at once, in whole words, and change places in the tile. On an H200, 8 heads of
-    128 channels, N = 32768: 50 rotated channels take 26 us, and 52 in halves; 64 take 14 us in halves, and 22 otherwise."""
+    """y, which may be x: a program owns the first N channels of BLOCK_T rows, of all heads, in BATCHES sequences; for a copy the
+    others too, BLOCK_R or in the same tile. Halves that do not start on 16 bytes would be read number by number; with PERMUTE
+    both come at once, in whole words, and change places in the tile, and several sequences share the angles. On an H200, 8 heads
+    of 128 channels, N = 32768, T 1024: 100 rotated channels take 45 us, and 52 with one sequence a program; 50 take 21, 26 so,
+    and 52 in halves; 64 take 14 us in halves, and 22 otherwise."""
     tiles = tl.cdiv(T, BLOCK_T)
     pid = tl.program_id(0)
-    b = (pid // tiles).to(tl.int64)
     offs_t = (pid % tiles * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
     c = tl.arange(0, BLOCK_C)
     HALF: tl.constexpr = N // 2
@@ -58,43 +60,65 @@ def _rope_rotate_kernel(
     if PERMUTE:
         sin = tl.where((c < HALF)[None, :], -sin, sin)
     cos, sin = cos[:, None, :], sin[:, None, :]
-    x_ptrs = x_ptr + b * stride_b + (offs_t * stride_t)[:, None, None] + c[None, None, :]
-    mask = (offs_t < T)[:, None, None] & (c < (P if PERMUTE else HALF))[None, None, :]
-    for start in range(0, H, BLOCK_H):
-        h = (start + tl.arange(0, BLOCK_H)).to(tl.int64)
-        mask_h = mask & (h < H)[None, :, None]
-        ptrs = x_ptrs + (h * stride_h)[None, :, None]
-        x = tl.load(ptrs, mask=mask_h, other=0.0)
-        if PERMUTE:
-            partner = tl.where(c < HALF, c + HALF, tl.where(c < N, c - HALF, c))
-            other = tl.gather(x, tl.broadcast_to(partner[None, None, :], x.shape), 2)
-            y = x.to(tl.float32) * cos + other.to(tl.float32) * sin
-            tl.store(ptrs, tl.where((c < N)[None, None, :], y, x.to(tl.float32)), mask=mask_h)
-        else:
-            x1, x2 = x.to(tl.float32), tl.load(ptrs + HALF, mask=mask_h, other=0.0).to(tl.float32)
-            tl.store(ptrs, x1 * cos - x2 * sin, mask=mask_h)
-            tl.store(ptrs + HALF, x2 * cos + x1 * sin, mask=mask_h)
+    for i in range(BATCHES):
+        b = (pid // tiles * BATCHES + i).to(tl.int64)
+        x_ptrs = x_ptr + b * stride_xb + (offs_t * stride_xt)[:, None, None] + c[None, None, :]
+        y_ptrs = y_ptr + b * stride_yb + (offs_t * stride_yt)[:, None, None] + c[None, None, :]
+        mask = ((offs_t < T) & (b < B))[:, None, None] & (c < (P if PERMUTE else HALF))[None, None, :]
+        for start in range(0, H, BLOCK_H):
+            h = (start + tl.arange(0, BLOCK_H)).to(tl.int64)[None, :, None]
+            mask_h = mask & (h < H)
+            x = tl.load(x_ptrs + h * stride_xh, mask=mask_h, other=0.0)
+            if PERMUTE:
+                partner = tl.where(c < HALF, c + HALF, tl.where(c < N, c - HALF, c))
+                other = tl.gather(x, tl.broadcast_to(partner[None, None, :], x.shape), 2)
+                y = x.to(tl.float32) * cos + other.to(tl.float32) * sin
+                tl.store(y_ptrs + h * stride_yh, tl.where((c < N)[None, None, :], y, x.to(tl.float32)), mask=mask_h)
+            else:
+                x1 = x.to(tl.float32)
+                x2 = tl.load(x_ptrs + h * stride_xh + HALF, mask=mask_h, other=0.0).to(tl.float32)
+                tl.store(y_ptrs + h * stride_yh, x1 * cos - x2 * sin, mask=mask_h)
+                tl.store(y_ptrs + h * stride_yh + HALF, x2 * cos + x1 * sin, mask=mask_h)
+                if BLOCK_R > 0:
+                    r = N + tl.arange(0, BLOCK_R)[None, None, :]
+                    mask_r = ((offs_t < T) & (b < B))[:, None, None] & (h < H) & (r < P)
+                    x_rest = x_ptr + b * stride_xb + (offs_t * stride_xt)[:, None, None] + h * stride_xh + r
+                    y_rest = y_ptr + b * stride_yb + (offs_t * stride_yt)[:, None, None] + h * stride_yh + r
+                    tl.store(y_rest, tl.load(x_rest, mask=mask_r, other=0.0), mask=mask_r)
+
+
+def _launch(x: Tensor, y: Tensor, n: int, base: float, offset: int, conjugate: bool) -> None:
+    B, T, H, P = x.shape
+    permute = n * x.element_size() % 32 != 0
+    rest = 0 if x is y else P - n  # channels to copy
+    block_c = next_power_of_2(n + rest if permute else n // 2)
+    block_h = min(8, next_power_of_2(H, 1))
+    block_t = min(256 if INTERPRET else max(1, 4096 // (block_c * block_h)), next_power_of_2(T, 1))
+    batches = min(4, next_power_of_2(B // 2 + 1, 1)) if permute else 1
+    launch(
+        _rope_rotate_kernel, (cdiv(B, batches) * cdiv(T, block_t),), x, y, B, T, H, offset, *x.stride()[:3], *y.stride()[:3],
+        P=P, N=n, LOG2_BASE=math.log2(base), CONJUGATE=conjugate, PERMUTE=permute,
+        BATCHES=batches, BLOCK_T=block_t, BLOCK_H=block_h, BLOCK_C=block_c,
+        BLOCK_R=0 if permute or rest == 0 else next_power_of_2(rest), num_warps=4,
+    )  # fmt: skip
 
 
 @opaque(lambda x, n, base, offset, conjugate: None, mutates=("x",))
 def rope_rotate_(x: Tensor, n: int, base: float, offset: int, conjugate: bool) -> None:
     """Rotate the first n (even) channels of x [B, T, H, P], rows contiguous, by position offset + t, or back when conjugate."""
-    if n == 0:
-        return
-    B, T, H, P = x.shape
-    permute = n * x.element_size() % 32 != 0
-    block_c = next_power_of_2(n if permute else n // 2)
-    block_h = min(8, next_power_of_2(H, 1))
-    block_t = min(256 if INTERPRET else max(1, 4096 // (block_c * block_h)), next_power_of_2(T, 1))
-    launch(
-        _rope_rotate_kernel, (B * cdiv(T, block_t),), x, T, H, offset, *x.stride()[:3],
-        P=P, N=n, LOG2_BASE=math.log2(base), CONJUGATE=conjugate, PERMUTE=permute,
-        BLOCK_T=block_t, BLOCK_H=block_h, BLOCK_C=block_c, num_warps=4,
-    )  # fmt: skip
+    if n > 0:
+        _launch(x, x, n, base, offset, conjugate)
 
 
+def _rope_rotate_fake(x, n, base, offset, conjugate):
+    return x.new_empty(x.shape)
+
+
+@opaque(_rope_rotate_fake)
 def rope_rotate(x: Tensor, n: int, base: float, offset: int, conjugate: bool) -> Tensor:
     """A rotated copy, contiguous."""
-    y = x.clone(memory_format=torch.contiguous_format)
-    rope_rotate_(y, n, base, offset, conjugate)
+    if n == 0:
+        return x.clone(memory_format=torch.contiguous_format)
+    y = _rope_rotate_fake(x, n, base, offset, conjugate)
+    _launch(rows(x), y, n, base, offset, conjugate)
     return y

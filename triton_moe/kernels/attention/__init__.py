@@ -36,6 +36,21 @@ NOTE [Head widths]
     A tile spans a head in one or two powers of two, 80 = 64 + 16, and 16-bit rows start on 16 bytes, if need be in a padded copy:
     on an H200 (bfloat16, causal, N = 32768, T 4096, H 4) 80 channels take 229 us forward in two parts and 311 us as 128.
 
+NOTE [RoPE]
+    Rotations are no part of these kernels: position.py rotates a layer's queries and keys in place, makes rotated copies of a
+    caller's, and rotates dq and dk back in place. On load there would be no copies, but a key (for dk, a query) is rotated once
+    for every tile that meets it, on its way from shared memory to the product; the queries cannot carry the rotation alone, as
+    R_{j-i} depends on both. Measured on an H200 (bfloat16, causal, N = 32768, H 4, P 128, 64 channels rotated; halves and rest as
+    parts of a tile, a table of float16 sines, the better of two tile sizes), in us at T 256 / 512 / 1024 / 4096:
+
+        rotated on load    forward 89 / 113 / 161 / 435    dq 108 / 137 / 198 / 517    dk with dv 127 / 169 / 253 / 754
+        rotated copies             64 /  79 / 108 / 292        81 /  99 / 135 / 367                91 / 112 / 161 / 449
+
+    and P 64, 32 rotated, T 1024: 109, 130 and 169 against 60, 72 and 106. A table in float32 takes 9 to 20 % longer. The copies
+    take 41 us (P 64: 24), to rotate dq and dk back 17 (12): on load wins a forward pass alone up to T 512, by 16 and 7 us, and
+    loses every forward pass with its backward. To rotate dq and dk back where they are stored takes 6 and 7 us at T 1024, 10 and
+    14 at T 4096, not the 17, but asks for halves that are powers of two.
+
 NOTE [Hopper]
     Measured on an H200, bfloat16, causal, N = 32768, H 4, P 128, in us at T 1024 and 4096: forward 105 and 281, dq 133 and
     360, dk with dv 177 and 499. At T 4096 the tensor cores work 51 to 58 % of the cycles. Triton waits for a product before it
@@ -48,7 +63,6 @@ NOTE [Hopper]
     * 8 warps on 128 rows: 328 / 354 / 672, and slower at T 1024;
     * the next tile's scores, or its do.v, in flight during this one's exponentials: 358 / 516, and with Triton 3.6 mostly wrong;
     * the statistics in the layout of the tile, each thread fetching them number by number: 569 instead of 509 for dk with dv;
-    * RoPE on load: forward 734 instead of 305, and 222 instead of 109 at T 1024, as rotated keys cannot be copied ahead;
     * tensor descriptors: 176 for dk with dv at T 1024, no faster than pointers now; one shape died with an illegal instruction.
 """
 

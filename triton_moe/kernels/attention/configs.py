@@ -19,7 +19,6 @@ CONFIGS = {
     "attention_forward": {
         "hopper": (
             (64, _tile(128, 64, 4, 3)),
-            (80, _tile(64, 64, 4, 3)),
             (96, _tile(128, 64, 4, 3)),
             (112, _tile(128, 64, 8, 3)),
             (128, _tile(64, 64, 4, 3)),
@@ -68,7 +67,6 @@ CONFIGS = {
     "attention_dq": {
         "hopper": (
             (64, _tile(64, 64, 4, 3)),
-            (80, _tile(64, 64, 4, 2)),
             (96, _tile(64, 32, 4, 3)),
             (112, _tile(128, 64, 8, 3)),
             (128, _tile(64, 64, 4, 2)),
@@ -114,12 +112,12 @@ def _aligned(x: Tensor) -> bool:
 
 
 def _rows(x: Tensor) -> Tensor:
-    """As `common.rows`. 16-bit rows that do not consist of whole 16 bytes, like those of width 100, get a copy with zeros to the
-    next multiple of 32 channels: to load them in pieces costs more."""
+    """As `common.rows`. 16-bit rows that do not consist of whole 16 bytes, like those of width 100, get a copy with zeros up to
+    what a tile spans: to load them in pieces costs more."""
     x = rows(x)
     if x.element_size() == 4 or (x.shape[-1] % 8 == 0 and _aligned(x)):
         return x
-    channels = -x.shape[-1] % 32 if x.shape[-1] % 8 else 0
+    channels = tile_width(x.shape[-1], x.dtype) - x.shape[-1] if x.shape[-1] % 8 else 0
     return torch.nn.functional.pad(x, (0, channels)) if channels else x.clone(memory_format=torch.contiguous_format)
 
 
