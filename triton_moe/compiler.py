@@ -295,7 +295,7 @@ CASES = {  # op: shapes of its workload, published ones and what lies at the edg
     ],
     "position": [{"P": 82, "D": 412}],
     "cast": [{"H": 4, "E": 4, "P": 100, "D": 1024}],
-    "norm": [{"D": 412}, {"D": 1024}, {"D": 8192}],
+    "norm": [{"D": 412}, {"D": 1024}, {"D": 4096}],
 }
 
 

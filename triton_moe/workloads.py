@@ -82,14 +82,14 @@ def _projection(make, H, E, TOP_K, P, D, N=4096, width=0, alone=True):
 def _mlp(make, E, G, TOP_K, D, activation="relu", bias=False, dropout=0.0, N=4096):
     x, keys = make(N, D), make(E, D, 2 * G if activation in ("swiglu", "geglu") else G, fan=D)
     values, dy = make(E, G, D, fan=G * TOP_K), make(N, D)
-    b, o_bias, base, added = (make(*keys.shape[::2]), make(D), make(N, D), make(N, D)) if bias else [None] * 4
+    b, below = (make(*keys.shape[::2]), (make(D), make(N, D), make(N, D))) if bias else (None, ())
+    o_bias, base, added = below or (None, None, None)
     weights, experts, *plan = make.routing(N, 1, E, TOP_K, D)[:4]
     args = keys, values, b, o_bias, make.seed() if dropout else None, weights, experts, *plan
     options = activation, dropout, 0, common.input_precision(make.dtype)
     dlogits, sel = make(N, E), make(E, D, fan=D)
     if make.dtype == torch.float64:
-        to_y = o_bias + base + added if bias else None
-        return _exact_mlp(x, dy, keys, values, b, to_y, weights, experts, activation, dlogits @ sel)
+        return _exact_mlp(x, dy, keys, values, b, sum(below), weights, experts, activation, dlogits @ sel)
     y, z = mlp.mlp_forward(x, *args, *options, base, added)
     dz, *gradients = mlp.mlp_backward(dy, x, *args, z, *options)
     results = {"y": y, **dict(zip(("dkeys", "dvalues", "dbias", "dweights"), gradients, strict=True))}
@@ -211,8 +211,7 @@ def _exact_mlp(x, dy, keys, values, bias, to_y, weights, experts, activation, to
         products = [lambda n, k=k, b=b, v=v: _activation(activation, x.index_select(0, n) @ k + b) @ v for k, b, v in parts]
         y = _routed(weights, experts, 0, products, values.shape[2])
         dx, dkeys, dvalues, dbias, dweights = torch.autograd.grad(y, (x, keys, values, bias, weights), dy)
-    y = y.detach() if to_y is None else y.detach() + to_y
-    results = {"y": y, "dx alone": dx, "dx": dx + to_dx, "dkeys": dkeys, "dvalues": dvalues, "dweights": dweights}
+    results = {"y": y.detach() + to_y, "dx alone": dx, "dx": dx + to_dx, "dkeys": dkeys, "dvalues": dvalues, "dweights": dweights}
     return results | {"dbias": dbias[: len(keys) * given]}
 
 

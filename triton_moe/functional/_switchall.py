@@ -88,9 +88,8 @@ def _block_gradients(dy, dlogits, saved, dtypes, c: _BlockConfig):
     def dropped(d, stream):
         return dropout_rows(d, seed, c.dropout, stream) if c.dropout > 0 else d
 
-    moe_dtypes = dtype, None, *dtypes[12:17]
-    dbranch = dropped(cast(dy, dtype), STREAM_RESIDUAL_MOE)
-    dh, _, *dmoe = _moe_gradients(dbranch, dlogits, *moe_saved, moe_dtypes, c.moe, 2 * COLUMNS)
+    moe_rest = dlogits, *moe_saved, (dtype, None, *dtypes[12:17]), c.moe, 2 * COLUMNS
+    dh, _, *dmoe = _moe_gradients(dropped(cast(dy, dtype), STREAM_RESIDUAL_MOE), *moe_rest)
     dx1, copy, dw2, db2 = norm_backward(dh, dy, x2, attended, mean2, rstd2, w2, x.dtype != dtype, *dtypes[10:12])
     dattended = dropped(dx1 if x.dtype == dtype else copy, STREAM_RESIDUAL_ATTENTION).view(B, T, D)
     head_dtypes = dtype, None, None, *dtypes[3:10]

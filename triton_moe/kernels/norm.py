@@ -12,9 +12,9 @@ copy of d x that the branch's own backward pass takes. A program has whole rows 
 two passes over them and none over memory. d w and d b are sums over a fixed set of rows in each program, and then over programs.
 s itself is never written: whoever needs it adds x and a again, and of 16 bits a is half as much to read, and to keep, as s.
 
-On an H200, N = 32768, D = 1024, a float32 stream and bfloat16 products: 51 us forward, 101 with the sum, 119 backward, 135 with
-the copy, which is 3.9 to 4.1 TB/s of what must be moved (a copy of the stream: 4.1). Programs of 1 to 8 warps with 8 to 64
-elements a thread took 50 to 62 us forward and 119 to 235 backward, where too few or too many programs cost most.
+On an H200, N = 32768, D = 1024, a float32 stream and bfloat16 products: 51 us forward and 119 backward, and the two norms of a
+block together 114 and 255, which is 3.9 to 4.1 TB/s of what must be moved (a copy of the stream: 4.1). Programs of 1 to 8 warps
+with 8 to 64 elements a thread took 50 to 62 us forward and 119 to 235 backward, where too few or too many programs cost most.
 """
 
 import torch
@@ -49,9 +49,10 @@ def _norm_fwd_kernel(
     mask_n, mask_d = offs_n < N, offs_d < D
     mask = mask_n[:, None] & mask_d[None, :]
     x = _sum(x_ptr, added_ptr, offs_n, offs_d, mask, stride_x, stride_added)
-    mean = tl.sum(x, axis=1) / D
+    mean = tl.sum(x, axis=1) * (1.0 / D)
     z = tl.where(mask_d[None, :], x - mean[:, None], 0.0)
-    rstd = tl.rsqrt(tl.sum(z * z, axis=1) / D + eps)
+    z = tl.where(mask_d[None, :], z - (tl.sum(z, axis=1) * (1.0 / D))[:, None], 0.0)  # what the mean's own rounding left
+    rstd = tl.rsqrt(tl.sum(z * z, axis=1) * (1.0 / D) + eps)
     weight = tl.load(weight_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)
     h = z * rstd[:, None] * weight[None, :] + bias[None, :]
@@ -83,15 +84,15 @@ def _norm_bwd_kernel(
         mean = tl.load(mean_ptr + offs_n, mask=mask_n, other=0.0)
         rstd = tl.load(rstd_ptr + offs_n, mask=mask_n, other=0.0)
         z = tl.where(mask_d[None, :], (x - mean[:, None]) * rstd[:, None], 0.0)
-        g = dh * weight[None, :]
-        mean_g, mean_gz = tl.sum(g, axis=1) / D, tl.sum(g * z, axis=1) / D
+        dweight += dh * z
+        dbias += dh
+        g = tl.fma(dh, weight[None, :], 0.0)  # rounded: a row of equal g must give g - mean(g) = 0, as its r may be large
+        mean_g, mean_gz = tl.sum(g, axis=1) * (1.0 / D), tl.sum(g * z, axis=1) * (1.0 / D)
         dx = dsum + (g - mean_g[:, None] - z * mean_gz[:, None]) * rstd[:, None]
         offs = offs_n[:, None] * D + offs_d[None, :]
         tl.store(dx_ptr + offs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
         if copy_ptr is not None:
             tl.store(copy_ptr + offs, dx.to(copy_ptr.dtype.element_ty), mask=mask)
-        dweight += dh * z
-        dbias += dh
     parts_ptrs = parts_ptr + pid * D + offs_d
     tl.store(parts_ptrs, tl.sum(dweight, axis=0), mask=mask_d)
     tl.store(parts_ptrs + programs * D, tl.sum(dbias, axis=0), mask=mask_d)
