@@ -67,8 +67,8 @@ def gating(
     x: [..., D]; sel: [H*E, D], row h*E + e. mode: "sigmoid"; "softmax" over all E; "softmax_topk" over the chosen. Equal logits:
     the lower expert id wins; NaN ranks below -inf. expert_dropout strikes (token, head, expert) from selection in training, as a
     function of (seed, token, head, expert) alone; seed: int, int64 scalar tensor, or None (drawn on x's device).
-    Returns a Routing of N = x.numel() / D tokens. sel may be a tuple of several, all of one shape, such as (sel_v, sel_o): then as
-    many Routings, made in one pass over x; each draws a dropout mask of its own.
+    Returns a Routing of N = x.numel() / D tokens. sel may be a tuple of several, all of one shape, such as (sel_v, sel_o): then
+    as many Routings, made in one pass over x; each draws a dropout mask of its own.
     Raises ValueError or TypeError for shapes, dtypes, devices or top_k > E.
     """
     _check.tensor("x", x, ndim=1)
