@@ -41,7 +41,7 @@ NOTE [Ranks]
     An item's rank among its like in the chunk is how many of the earlier items have its key: a sum along a row for each expert,
     comparisons of items with items for sets and signatures. On an H200 (N = 32768, two sides, a graph) the plan takes 21.5 us
     for H 4, E 4, TOP_K 2, 24 for H 4, E 10, TOP_K 2, and 28 for H 2, E 8, TOP_K 4. With a row for each set too: 22, 44 and 43
-    (two by 16 rows a program). By 16 rows, 24, 26 and 28; with four warps too, 31, 33 and 29, and chunks of 128 tokens 28, 30
+    (the last two by 16 rows). By 16 rows 24, 26 and 28; with four warps too, 31, 33 and 29, and chunks of 128 tokens 28, 30
     and 29. Ranks made by the first launch, so that the last only adds, took the first from 5 to 19 us and more (by comparisons,
     products with a triangular matrix, sums of packed counters), and left 10 of the last. Counts at the end of the gate's own
     launch made that 4 us longer, and all together 1 us shorter.
