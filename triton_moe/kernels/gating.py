@@ -36,6 +36,15 @@ NOTE [Counting sort]
     digits before it make an odd number (reflected Gray code), so neighbouring signatures differ in one expert too. Signatures
     are divided until MAX_SIGNATURES are left. For 4 heads, 2 of 4 experts and N = 32768, a tile of 64 tokens then holds 10.1
     different experts of all heads in the mean, of 128 tokens 10.7; lexicographic ranks in full give 10.6 and 11.3.
+
+NOTE [Ranks]
+    An item's rank among its like in the chunk is how many of the earlier items have its key: a sum along a row for each expert,
+    comparisons of items with items for sets and signatures. On an H200 (N = 32768, two sides, a graph) the plan takes 21.5 us
+    for H 4, E 4, TOP_K 2, 24 for H 4, E 10, TOP_K 2, and 28 for H 2, E 8, TOP_K 4. With a row for each set too: 22, 44 and 43
+    (the last two by 16 rows). By 16 rows 24, 26 and 28; with four warps too, 31, 33 and 29, and chunks of 128 tokens 28, 30
+    and 29. Ranks made by the first launch, so that the last only adds, took the first from 5 to 19 us and more (by comparisons,
+    products with a triangular matrix, sums of packed counters), and left 10 of the last. Counts at the end of the gate's own
+    launch made that 4 us longer, and all together 1 us shorter.
 """
 
 import math
@@ -48,12 +57,13 @@ import triton.language as tl
 from .. import tuning
 from . import sets
 from .common import INTERPRET, cdiv, default_config, launch, next_power_of_2, opaque, rows, uniform
+from .sets import _lowest
 
 MAX_EXPERTS = 1024  # per head: one tile holds all logits of a head
 MAX_SIGNATURES = 512
 MAX_COLUMNS = 64  # of logits a program of several heads computes
 MAX_COUNTED = 64  # experts of all heads
-CHUNK, ROWS = 64, 16  # tokens of a side that a program of the plan takes, and how many experts or sets
+CHUNK, ROWS = 64, 8  # tokens of a side that a program of the plan takes, and how many experts
 
 CONFIGS = {
     "gating_fwd": {
@@ -237,14 +247,12 @@ def _set_rank(experts_ptrs, mask, TOP_K: tl.constexpr, SETS: tl.constexpr):
 
 @triton.jit
 def _plan_count_kernel(
-    experts_ptr, keys_ptr, counts_ptr, visited_ptr, N, chunks,
+    experts_ptr, keys_ptr, counts_ptr, N, chunks,
     BY_SETS: tl.constexpr, JOINT: tl.constexpr, H: tl.constexpr, E: tl.constexpr, TOP_K: tl.constexpr, SETS: tl.constexpr,
     SORTED_HEADS: tl.constexpr, DIVISOR: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr,
-    TILE: tl.constexpr,
+    BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """counts[side, chunk]: how many of the chunk's items have each key; keys[side]: set ranks [N, H], then signatures [N].
-
-    JOINT: visited[side] is made ready for `_plan_place_kernel`: no experts yet, and each tile's first block of packed rows."""
+    """counts[side, chunk]: how many of the chunk's items have each key; keys[side]: set ranks [N, H], then signatures [N]."""
     route_blocks: tl.constexpr = (H * E + ROWS - 1) // ROWS
     problems: tl.constexpr = route_blocks + 1 if BY_SETS else route_blocks
     chunk = tl.program_id(0) // problems % chunks
@@ -258,7 +266,7 @@ def _plan_count_kernel(
         row = problem * ROWS + tl.arange(0, ROWS)
         mask_row = row < H * E
         count = tl.zeros((ROWS, CHUNK), tl.int32)
-        for j in range(TOP_K):
+        for j in tl.static_range(TOP_K):
             e_ptrs = experts_ptr + (n[None, :] * H + (row // E)[:, None]) * TOP_K + j
             e = tl.load(e_ptrs, mask=mask_row[:, None] & mask[None, :], other=-1)
             count += (e == (row % E)[:, None]).to(tl.int32)
@@ -269,30 +277,35 @@ def _plan_count_kernel(
             offs_k = column + tl.arange(0, 128)
             tl.store(counts_ptr + offs_k, tl.zeros((128,), tl.int32), mask=offs_k < COLUMNS)
         tl.debug_barrier()
-        signature = tl.zeros((CHUNK,), tl.int32)
-        for h in range(H):
-            rank = _set_rank(experts_ptr + (n * H + h) * TOP_K, mask, TOP_K, SETS)
-            tl.store(keys_ptr + n * H + h, rank, mask=mask)
-            tl.atomic_add(counts_ptr + H * E + h * SETS + rank, 1, mask=mask, sem="relaxed")
-            digit = tl.where(signature % 2 == 1, SETS - 1 - rank, rank)
-            signature = tl.where(h < SORTED_HEADS, signature * SETS + digit, signature)
+        h = tl.arange(0, BLOCK_H)[None, :]
+        item = n[:, None] * H + h
+        mask_h = mask[:, None] & (h < H)
+        rank = _set_rank(experts_ptr + item * TOP_K, mask_h, TOP_K, SETS)
+        tl.store(keys_ptr + item, rank, mask=mask_h)
+        tl.atomic_add(counts_ptr + H * E + h * SETS + rank, 1, mask=mask_h, sem="relaxed")
         if JOINT:
+            signature = tl.zeros((CHUNK,), tl.int32)
+            for i in tl.static_range(SORTED_HEADS):
+                digit = tl.sum(tl.where(h == i, rank, 0), axis=1)
+                signature = signature * SETS + tl.where(signature % 2 == 1, SETS - 1 - digit, digit)
             signature = signature // DIVISOR
             tl.store(keys_ptr + N * H + n, signature, mask=mask)
             tl.atomic_add(counts_ptr + H * (E + SETS) + signature, 1, mask=mask, sem="relaxed")
-            visited_ptrs = visited_ptr + (side * ((N + TILE - 1) // TILE) + n // TILE) * 2
-            tl.store(visited_ptrs, n.to(tl.int64) * 0, mask=mask & (n % TILE == 0))
-            tl.store(visited_ptrs + 1, (n // TILE).to(tl.int64) * (H * E), mask=mask & (n % TILE == 0))
 
 
 @triton.jit
 def _plan_sum_kernel(
-    counts_ptr, totals_ptr, chunks, COLUMNS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr
+    counts_ptr, totals_ptr, visited_ptr, N, chunks,
+    JOINT: tl.constexpr, HE: tl.constexpr, COLUMNS: tl.constexpr, TILE: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Each count becomes the sum of the chunks before its own; totals[side] are the sums of all."""
+    """Each count becomes the sum of the chunks before its own; totals[side] are the sums of all.
+
+    JOINT: visited[side] is made ready for `_plan_place_kernel`: no experts yet, and each tile's first block of packed rows."""
     blocks: tl.constexpr = (COLUMNS + BLOCK_K - 1) // BLOCK_K
     side = (tl.program_id(0) // blocks).to(tl.int64)
-    offs_k = tl.program_id(0) % blocks * BLOCK_K + tl.arange(0, BLOCK_K)
+    block = tl.program_id(0) % blocks
+    offs_k = block * BLOCK_K + tl.arange(0, BLOCK_K)
     mask_k = offs_k < COLUMNS
     total = tl.zeros((BLOCK_K,), tl.int32)
     for c in range(0, chunks, BLOCK_C):
@@ -303,6 +316,13 @@ def _plan_sum_kernel(
         tl.store(ptrs, total[None, :] + tl.cumsum(count, 0) - count, mask=mask)
         total += tl.sum(count, axis=0)
     tl.store(totals_ptr + side * COLUMNS + offs_k, total, mask=mask_k)
+    if JOINT:
+        tiles = (N + TILE - 1) // TILE
+        for t in range(block * BLOCK_C, tiles, blocks * BLOCK_C):
+            tile = t + tl.arange(0, BLOCK_C)
+            visited_ptrs = visited_ptr + (side * tiles + tile) * 2
+            tl.store(visited_ptrs, tile.to(tl.int64) * 0, mask=tile < tiles)
+            tl.store(visited_ptrs + 1, tile.to(tl.int64) * HE, mask=tile < tiles)
 
 
 @triton.jit
@@ -314,19 +334,47 @@ def _first_place(totals_ptr, row, KEYS: tl.constexpr, BLOCK_KEYS: tl.constexpr):
 
 
 @triton.jit
+def _place(key, mask, counts_ptr, totals_ptr, KEYS: tl.constexpr, BLOCK_KEYS: tl.constexpr):
+    """Of a chunk's items: where their key begins, and how many earlier ones have it, in the chunks before and in this."""
+    offs_k = tl.arange(0, BLOCK_KEYS)
+    total = tl.load(totals_ptr + offs_k, mask=offs_k < KEYS, other=0)
+    before = tl.load(counts_ptr + key, mask=mask, other=0)
+    size: tl.constexpr = key.shape[0]
+    offs = tl.arange(0, size)
+    # Of the same key and earlier: key * size + place is from key * size to less than the item's own, in one comparison.
+    apart = (key * size + offs)[:, None] - (key * size)[None, :]
+    earlier = apart.to(tl.uint32, bitcast=True) < offs.to(tl.uint32)[None, :]
+    return tl.gather(tl.cumsum(total, 0) - total, key, 0) + before + tl.sum(earlier.to(tl.int32), axis=0)
+
+
+@triton.jit
+def _or(a, b):
+    return a | b
+
+
+@triton.jit
 def _tables(
     totals_ptr, set_tiles_ptr, visited_ptr, N, program, programs, set_tiles,
-    JOINT: tl.constexpr, H: tl.constexpr, E: tl.constexpr, TOP_K: tl.constexpr, SETS: tl.constexpr, BLOCK_SETS: tl.constexpr,
-    TILE: tl.constexpr,
+    JOINT: tl.constexpr, H: tl.constexpr, E: tl.constexpr, TOP_K: tl.constexpr, SETS: tl.constexpr, BLOCK_H: tl.constexpr,
+    BLOCK_S: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Of set_tiles the i-th tiles of all sets and, unless JOINT, of visited those of all heads; i is program, + programs, .."""
     head_tiles = (N + TILE - 1) // TILE
     if (program >= head_tiles) & (program > 0):
         return
-    offs_s = tl.arange(0, BLOCK_SETS)
-    count = tl.load(totals_ptr + offs_s, mask=offs_s < H * SETS, other=0)
+    offs = tl.arange(0, BLOCK_H * BLOCK_S)
+    h, s = offs // BLOCK_S, offs % BLOCK_S
+    count = tl.load(totals_ptr + h * SETS + s, mask=(h < H) & (s < SETS), other=0)
     end = tl.cumsum(count, 0)
     tiles = (count + TILE - 1) // TILE
+    bits = tl.zeros((BLOCK_H * BLOCK_S,), tl.int64)  # the experts of each set
+    rest = s
+    for j in tl.static_range(TOP_K):  # the set of that rank, its largest expert first
+        e = rest * 0
+        for smaller in tl.static_range(1, E):
+            e += (_binomial(rest * 0 + smaller, TOP_K - j) <= rest).to(tl.int32)
+        rest = _binomial(e + 1, TOP_K - j) - 1 - rest
+        bits |= tl.full(bits.shape, 1, tl.int64) << e.to(tl.int64)
     for i in range(program, head_tiles, programs):
         here = i < tiles
         # Tiles that are equally far in their sets stand together: they read the same tokens at about the same time.
@@ -334,33 +382,25 @@ def _tables(
         entry_ptrs = set_tiles_ptr + entry * (3 + TOP_K)
         tl.store(entry_ptrs, end - count + i * TILE, mask=here)
         tl.store(entry_ptrs + 1, end, mask=here)
-        tl.store(entry_ptrs + 2, offs_s // SETS, mask=here)
-        bits = tl.zeros((BLOCK_SETS,), tl.int64)  # the experts of each set
-        rest = offs_s % SETS
-        for j in tl.static_range(TOP_K):  # the set of that rank, its largest expert first
-            e = rest * 0
-            for smaller in tl.static_range(1, E):
-                e += (_binomial(rest * 0 + smaller, TOP_K - j) <= rest).to(tl.int32)
-            rest = _binomial(e + 1, TOP_K - j) - 1 - rest
-            bits |= tl.full((BLOCK_SETS,), 1, tl.int64) << e.to(tl.int64)
-            tl.store(entry_ptrs + 2 + TOP_K - j, e, mask=here)
+        tl.store(entry_ptrs + 2, h, mask=here)
+        left = bits
+        for j in tl.static_range(TOP_K):
+            tl.store(entry_ptrs + 3 + j, _lowest(left), mask=here)
+            left = left & (left - 1)
         if not JOINT:
-            for h in range(H):
-                first = h * N + i * TILE
-                last = tl.minimum(first + TILE, h * N + N)
-                inside = (end - count < last) & (end > first) & (count > 0)
-                used = tl.zeros((1,), tl.int64)
-                for i_e in range(E):
-                    one = tl.max((inside & (((bits >> i_e) & 1) != 0)).to(tl.int64), axis=0)
-                    used |= one << i_e
-                rank = tl.min(tl.where(inside, offs_s - h * SETS, SETS), axis=0)
-                visited_ptrs = visited_ptr + (h * head_tiles + i) * 2 + tl.arange(0, 1)
-                tl.store(visited_ptrs, used)
-                tl.store(visited_ptrs + 1, used * 0 + h * (head_tiles * TOP_K + SETS) + i * TOP_K + rank)
+            first = h * N + i * TILE
+            inside = (end - count < tl.minimum(first + TILE, h * N + N)) & (end > first) & (count > 0)
+            used = tl.reduce(tl.reshape(tl.where(inside, bits, 0), (BLOCK_H, BLOCK_S)), 1, _or)
+            rank = tl.min(tl.reshape(tl.where(inside, s, SETS), (BLOCK_H, BLOCK_S)), axis=1)
+            head = tl.arange(0, BLOCK_H)
+            visited_ptrs = visited_ptr + (head * head_tiles + i) * 2
+            tl.store(visited_ptrs, used, mask=head < H)
+            block = head * (head_tiles * TOP_K + SETS) + i * TOP_K + rank
+            tl.store(visited_ptrs + 1, block.to(tl.int64), mask=head < H)
     if program == 0:  # up to the grid's bound
-        entry = tl.sum(tiles, 0) + offs_s
+        entry = tl.sum(tiles, 0) + offs
         for column in tl.static_range(3 + TOP_K):
-            tl.store(set_tiles_ptr + entry * (3 + TOP_K) + column, offs_s * 0, mask=entry < set_tiles)
+            tl.store(set_tiles_ptr + entry * (3 + TOP_K) + column, offs * 0, mask=entry < set_tiles)
 
 
 @triton.jit
@@ -369,11 +409,11 @@ def _plan_place_kernel(
     order_ptr, offsets_ptr, rank_ptr, set_order_ptr, set_tiles_ptr, token_order_ptr, visited_ptr, N, chunks, set_tiles,
     BY_SETS: tl.constexpr, JOINT: tl.constexpr, H: tl.constexpr, E: tl.constexpr, TOP_K: tl.constexpr, SETS: tl.constexpr,
     SIGNATURES: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
-    BLOCK_HE: tl.constexpr, BLOCK_SETS: tl.constexpr, BLOCK_SIGNATURES: tl.constexpr,
+    BLOCK_HE: tl.constexpr, BLOCK_SIGNATURES: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """Write each item of the chunk to its place, and what a tile of each set (and head) is."""
     route_blocks: tl.constexpr = (H * E + ROWS - 1) // ROWS
-    set_blocks: tl.constexpr = (H * SETS + ROWS - 1) // ROWS if BY_SETS else 0
+    set_blocks: tl.constexpr = H if BY_SETS else 0
     problems: tl.constexpr = route_blocks + set_blocks + (2 if JOINT else 1) if BY_SETS else route_blocks
     chunk = tl.program_id(0) // problems % chunks
     problem = tl.program_id(0) % problems
@@ -391,7 +431,7 @@ def _plan_place_kernel(
         mask_tile = mask_row[:, None] & mask[None, :]
         count = tl.zeros((ROWS, CHUNK), tl.int32)
         first_route = (n[None, :] * H + (row // E)[:, None]) * TOP_K
-        for j in range(TOP_K):
+        for j in tl.static_range(TOP_K):
             e = tl.load(experts_ptr + first_route + j, mask=mask_tile, other=-1)
             count += (e == (row % E)[:, None]).to(tl.int32)
         begin = _first_place(totals_ptr, row, H * E, BLOCK_HE)
@@ -399,7 +439,7 @@ def _plan_place_kernel(
         place = base[:, None] + tl.cumsum(count, 1) - count
         order_ptr += side * N * (H * TOP_K)
         rank_ptr += side * N * (H * TOP_K)
-        for j in range(TOP_K):
+        for j in tl.static_range(TOP_K):
             e = tl.load(experts_ptr + first_route + j, mask=mask_tile, other=-1)
             here = e == (row % E)[:, None]
             tl.store(order_ptr + place, first_route + j, mask=here)
@@ -411,38 +451,29 @@ def _plan_place_kernel(
             tl.store(offsets_ptr + row, begin, mask=mask_row)
             tl.store(offsets_ptr + H * E, N * (H * TOP_K))
     elif problem < route_blocks + set_blocks:
-        row = (problem - route_blocks) * ROWS + tl.arange(0, ROWS)
-        mask_row = row < H * SETS
-        item = n[None, :] * H + (row // SETS)[:, None]
-        rank = tl.load(keys_ptr + item, mask=mask_row[:, None] & mask[None, :], other=-1)
-        here = rank == (row % SETS)[:, None]
-        begin = _first_place(totals_ptr + H * E, row, H * SETS, BLOCK_SETS)
-        base = begin + tl.load(counts_ptr + H * E + row, mask=mask_row, other=0)
-        place = base[:, None] + tl.cumsum(here.to(tl.int32), 1) - 1
-        tl.store(set_order_ptr + side * N * H + place, item, mask=here)
+        h = problem - route_blocks
+        key = tl.load(keys_ptr + n * H + h, mask=mask, other=0)
+        place = _place(key, mask, counts_ptr + H * E + h * SETS, totals_ptr + H * E + h * SETS, SETS, BLOCK_S)
+        tl.store(set_order_ptr + (side * H + h) * N + place, n * H + h, mask=mask)
     elif BY_SETS and problem == route_blocks + set_blocks:
         tiles = (N + TILE - 1) // TILE
         set_tiles_ptr += side * set_tiles * (3 + TOP_K)
         visited_ptr += side * tiles * (2 if JOINT else 2 * H)
         _tables(
             totals_ptr + H * E, set_tiles_ptr, visited_ptr, N, chunk, chunks, set_tiles,
-            JOINT, H, E, TOP_K, SETS, BLOCK_SETS, TILE,
+            JOINT, H, E, TOP_K, SETS, BLOCK_H, BLOCK_S, TILE,
         )  # fmt: skip
     elif JOINT:
         key = tl.load(keys_ptr + N * H + n, mask=mask, other=0)
-        earlier = (key[:, None] == key[None, :]) & (offs[:, None] < offs[None, :])
-        offs_k = tl.arange(0, BLOCK_SIGNATURES)
-        mask_k = offs_k < SIGNATURES
-        total = tl.load(totals_ptr + H * (E + SETS) + offs_k, mask=mask_k, other=0)
-        first = tl.cumsum(total, 0) - total + tl.load(counts_ptr + H * (E + SETS) + offs_k, mask=mask_k, other=0)
-        token_place = tl.gather(first, key, 0) + tl.sum(earlier.to(tl.int32), axis=0)
-        tl.store(token_order_ptr + side * N + token_place, n, mask=mask)
         bits = tl.zeros((CHUNK,), tl.int64)
-        for r in range(H * TOP_K):
+        for r in tl.static_range(H * TOP_K):
             e = tl.load(experts_ptr + n * (H * TOP_K) + r, mask=mask, other=0)
             bits |= tl.full((CHUNK,), 1, tl.int64) << (r // TOP_K * E + e).to(tl.int64)
+        first: tl.constexpr = H * (E + SETS)
+        place = _place(key, mask, counts_ptr + first, totals_ptr + first, SIGNATURES, BLOCK_SIGNATURES)
+        tl.store(token_order_ptr + side * N + place, n, mask=mask)
         visited_ptr += side * ((N + TILE - 1) // TILE) * 2
-        tl.atomic_or(visited_ptr + token_place // TILE * 2, bits, mask=mask, sem="relaxed")
+        tl.atomic_or(visited_ptr + place // TILE * 2, bits, mask=mask, sem="relaxed")
 
 
 # ---- launchers
@@ -569,18 +600,21 @@ def routing_plan(
     keys = experts.new_empty(sides, N * (H + 1)) if by_sets else counts
     meta = {
         "BY_SETS": by_sets, "JOINT": joint, "H": H, "E": n_experts, "TOP_K": TOP_K, "SETS": S, "COLUMNS": columns,
-        "CHUNK": CHUNK, "ROWS": ROWS, "TILE": sets.TILE, "num_warps": 4,
+        "CHUNK": CHUNK, "ROWS": ROWS, "BLOCK_H": next_power_of_2(H, 1), "num_warps": 2,
     }  # fmt: skip
     blocks = cdiv(HE, ROWS)
     launch(
         _plan_count_kernel, (sides * chunks * (blocks + by_sets),),
-        experts, keys, counts, plan[6], N, chunks, SORTED_HEADS=heads, DIVISOR=divisor, **meta,
+        experts, keys, counts, N, chunks, SORTED_HEADS=heads, DIVISOR=divisor, **meta,
     )  # fmt: skip
-    launch(_plan_sum_kernel, (sides * cdiv(columns, 8),), counts, totals, chunks, COLUMNS=columns, BLOCK_C=256, BLOCK_K=8)
     launch(
-        _plan_place_kernel, (sides * chunks * (blocks + (cdiv(H * S, ROWS) + 1 + joint if by_sets else 0)),),
+        _plan_sum_kernel, (sides * cdiv(columns, 8),),
+        counts, totals, plan[6], N, chunks, JOINT=joint, HE=HE, COLUMNS=columns, TILE=sets.TILE, BLOCK_C=512, BLOCK_K=8,
+    )  # fmt: skip
+    launch(
+        _plan_place_kernel, (sides * chunks * (blocks + (H + 1 + joint if by_sets else 0)),),
         experts, keys, counts, totals, *plan, N, chunks, plan[4].shape[1],
-        SIGNATURES=signatures, BLOCK_HE=next_power_of_2(HE), BLOCK_SETS=next_power_of_2(H * S),
+        SIGNATURES=signatures, TILE=sets.TILE, BLOCK_HE=next_power_of_2(HE), BLOCK_S=next_power_of_2(S, 1),
         BLOCK_SIGNATURES=next_power_of_2(signatures), **meta,
     )  # fmt: skip
     return plan

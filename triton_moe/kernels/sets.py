@@ -366,9 +366,8 @@ def gather(x, w, transposed, s, experts, order, table, P, a=None, keep=True):
     dot = x.new_empty(0 if a is None else N * H * TOP_K, dtype=torch.float32)
     config = _config("gather", x)
     BLOCK_P, BLOCK_Q = columns(P)
-    if P <= 128 and config["BLOCK_M"] == 128:  # on an H200 80 columns take 93 us so, and 108 as 64 and 16
-        BLOCK_P, BLOCK_Q = next_power_of_2(P), 0
-    if (BLOCK_P + BLOCK_Q) * TOP_K <= 192 and config["BLOCK_M"] == 128 and not INTERPRET:  # two tiles on one multiprocessor
+    few = (BLOCK_P + BLOCK_Q) * min(TOP_K, 2) <= 192  # columns: two tiles fit on one multiprocessor
+    if few and config["BLOCK_M"] == 128 and not INTERPRET:
         config["num_warps"], config["num_stages"] = 4, 3
     if BLOCK_P + BLOCK_Q > 128:  # as much shared memory as there is
         config["num_stages"] = min(config["num_stages"], 3)
