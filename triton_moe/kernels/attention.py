@@ -150,9 +150,9 @@ CONFIGS = {
     },
 }
 SPACE = {  # what may be tuned; see tuning.py
-    "attention_fwd": {"BLOCK_M": [64, 128], "BLOCK_N": [32, 64], "num_warps": [4, 8], "num_stages": [1, 2, 3]},
-    "attention_bwd_dkdv": {"BLOCK_M": [32, 64, 128], "BLOCK_N": [32, 64, 128], "num_warps": [4, 8], "num_stages": [2, 3]},
-    "attention_bwd_dq": {"BLOCK_M": [64, 128], "BLOCK_N": [16, 32, 64], "num_warps": [4, 8], "num_stages": [2, 3]},
+    "attention_fwd": {"BLOCK_M": [64, 128], "BLOCK_N": [32, 64, 128], "num_warps": [4, 8], "num_stages": [1, 2, 3, 4]},
+    "attention_bwd_dkdv": {"BLOCK_M": [32, 64, 128], "BLOCK_N": [32, 64, 128], "num_warps": [4, 8], "num_stages": [1, 2, 3]},
+    "attention_bwd_dq": {"BLOCK_M": [64, 128], "BLOCK_N": [16, 32, 64, 128], "num_warps": [4, 8], "num_stages": [1, 2, 3]},
 }
 
 
