@@ -234,7 +234,7 @@ def test_the_whole_space_is_compiled_in_parts(tmp_path):
         assert sum(int(n) for _, n, _ in summary) == len(names) > 0
         report.write_bytes(report.read_bytes()[:-9])
     assert names == sorted(set(names))
-    assert all(int(whole) > 100 for _, _, whole in summary)
+    assert all(int(whole) > 60 for _, _, whole in summary)
     command = child("-m", "triton_moe", "compile", "--resume", timeout=100)
     assert command.returncode == 2 and "--json" in command.stderr
 

@@ -392,18 +392,25 @@ def too_large(row: Compiled) -> bool:
 
 
 def whole_space(jobs: list[tuple]) -> dict[str, tuple]:
-    """The arguments of `compile_candidate` for all configurations of all lookups that these workloads make, by a name of all
-    that decides the outcome. They are sorted by name, which is a hash: any first part of them is a fair sample."""
+    """The arguments of `compile_candidate` for all configurations of the lookups that these workloads make, by a name of all that
+    decides the outcome. They are sorted by name, which is a hash: any first part of them is a fair sample.
+
+    Of lookups that only differ in how long a loop is or where a mask ends, the first stands for all."""
     import triton
 
     from . import tuning
 
-    found = {}
+    found: dict[str, tuple] = {}
+    first: dict[tuple, Any] = {}
     for target, dtype, op, shape in jobs:
         for kernel, key, default in lookups(op, target, dtype, shape):
             file = tuning.op_of(kernel)
             space = tuning.space(file).get(key.kernel)
-            if space is not None and (file != "gating" or op == "gating"):
+            if space is None or (file == "gating" and op != "gating"):
+                continue
+            sides = SUMS.get(key.kernel, ())
+            kind = tuple((name, width if name in sides else width > 0) for name, width in key.widths)
+            if first.setdefault((target, dtype, key.kernel, kind), key) == key:
                 what = target, dtype, key, tuning.source_hash(kernel), triton.__version__
                 for config in candidates(space, key, default):
                     name = hashlib.sha256(json.dumps([*what, config]).encode()).hexdigest()[:16]
