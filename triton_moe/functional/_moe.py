@@ -84,6 +84,7 @@ class _SigmaMoE(torch.autograd.Function):
         ctx.config, ctx.dtypes = config, _dtypes(inputs)
         y, logits, kept = _moe_forward((*inputs, seed, None, None), dtype, _MoEConfig(*config), COLUMNS)
         ctx.set_materialize_grads(False)
+        kept = kept.to_save()
         ctx.save_for_backward(*kept.tensors)
         ctx.layout = kept.layout
         ctx.y_shape = y.shape

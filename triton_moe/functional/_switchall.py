@@ -108,6 +108,7 @@ class _SwitchAll(torch.autograd.Function):
         config = _BlockConfig(eps, dropout, _HeadConfig(*ctx.config[2]), _MoEConfig(*ctx.config[3]))
         y, logits, kept = _block_forward(tensors, dtype, config)
         ctx.set_materialize_grads(False)
+        kept = kept.to_save()
         ctx.save_for_backward(*kept.tensors)
         ctx.layout = kept.layout
         return y, logits

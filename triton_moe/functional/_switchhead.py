@@ -295,6 +295,7 @@ class _SwitchHead(torch.autograd.Function):
         ctx.config, ctx.dtypes = args[14:], _dtypes(inputs)
         y, logits_v, logits_o, kept = _head_forward((*inputs, mask, cu_seqlens, seed), dtype, config)
         ctx.set_materialize_grads(False)
+        kept = kept.to_save()
         ctx.save_for_backward(*kept.tensors)
         ctx.layout = kept.layout
         if logits_v is logits_o:

@@ -1,6 +1,5 @@
 """What a composition keeps for its backward pass: some tensors, in fewer that hold them."""
 
-import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -74,12 +73,24 @@ class Layout:
         return tuple(holders[i] for i in range(len(self.holders)))
 
     def restored(self, holders: tuple[Any, ...]) -> tuple[Tensor, ...]:
-        """As they were: a hook on saved tensors may give others back, with the same values and other strides."""
-        for t, (_, _, dtype, shape, stride) in zip(holders, self.holders, strict=True):
-            if t.shape != shape or t.stride() != stride or t.dtype != dtype or t.device != self.device:
-                empty = functools.partial(torch.empty_strided, device=self.device)
-                return tuple(empty(h.shape, h.stride, dtype=h.dtype).copy_(t) for t, h in zip(holders, self.holders, strict=True))
-        return holders
+        """As they were: a hook on a saved tensor may give another back, with the same values and other strides."""
+        if all(self.as_it_was(i, t) for i, t in enumerate(holders)):
+            return holders
+        return tuple(t if self.as_it_was(i, t) else self.copied(i, t) for i, t in enumerate(holders))
+
+    def as_it_was(self, i: int, t: Tensor) -> bool:
+        _, _, dtype, shape, stride = self.holders[i]
+        same = t.shape == shape and t.stride() == stride and t.dtype == dtype and t.device == self.device
+        return same and (i != self.slab or t.data_ptr() % 16 == 0)  # as kernels were told
+
+    def copied(self, i: int, t: Tensor) -> Tensor:
+        _, _, dtype, shape, stride = self.holders[i]
+        made = rest = torch.empty_strided(shape, stride, dtype=dtype, device=self.device)
+        for axis, step in enumerate(stride):
+            if step == 0:  # expanded: all of it is one element
+                rest, t = rest.narrow(axis, 0, min(1, shape[axis])), t.narrow(axis, 0, min(1, shape[axis]))
+        rest.copy_(t)
+        return made
 
 
 class Kept(NamedTuple):
@@ -90,6 +101,12 @@ class Kept(NamedTuple):
 
     def flat(self) -> tuple[Any, ...]:
         return self.tensors if self.layout is None else self.layout.views(self.layout.restored(self.tensors))
+
+    def to_save(self) -> "Kept":
+        """By autograd: where hooks pack what is saved, as checkpointing does, the tensors themselves, as it counts on there being as
+        many each time."""
+        hooked = self.layout is not None and torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+        return Kept(self.flat()) if hooked else self
 
 
 NOTHING = Kept()

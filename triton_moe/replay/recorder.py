@@ -35,6 +35,7 @@ class Recorder(TorchDispatchMode):
         self.thread = threading.get_ident()
         self.device, self.given, self.slots = device, len(tensors), len(tensors)
         self.where: dict[int, int] = {}  # of a storage: its slot
+        self.others: dict[tuple[int, int], int] = {}  # of a storage given in several dtypes, and an element's size: a slot
         self.alive: list[StorageWeakRef] = []  # so that no address of a storage comes twice
         self.wholes: dict[int, Place] = {}  # of a slot
         self.starts: dict[int, int] = {}  # of a slot: its storage offset, in bytes
@@ -55,7 +56,11 @@ class Recorder(TorchDispatchMode):
                 first = self.where[storage(t)]
                 if not tensors[first].numel():
                     raise Unreplayable("an empty tensor, which has no address, before another of its storage")
-                self.together.append((first, slot, t.data_ptr() - tensors[first].data_ptr()))
+                if t.numel():
+                    self.together.append((first, slot, t.data_ptr() - tensors[first].data_ptr()))
+                if (storage(t), t.element_size()) not in self.others and t.element_size() != tensors[first].element_size():
+                    self.others[storage(t), t.element_size()] = slot
+                    self.whole(slot, t)
                 continue
             self.know(slot, t)
 
@@ -64,10 +69,13 @@ class Recorder(TorchDispatchMode):
     def know(self, slot: int, t: Tensor) -> None:
         self.alive.append(StorageWeakRef(t.untyped_storage()))
         self.where[storage(t)] = slot
-        self.wholes[slot] = Place(slot, 0, t.dtype, tuple(t.shape), tuple(t.stride()))
-        self.starts[slot] = int(t.storage_offset()) * t.element_size()
+        self.whole(slot, t)
         if t.numel() * t.element_size() == t.untyped_storage().nbytes():
             self.dense.add(slot)
+
+    def whole(self, slot: int, t: Tensor) -> None:
+        self.wholes[slot] = Place(slot, 0, t.dtype, tuple(t.shape), tuple(t.stride()))
+        self.starts[slot] = int(t.storage_offset()) * t.element_size()
 
     def new(self, t: Tensor) -> int:
         slot = self.slots
@@ -76,7 +84,7 @@ class Recorder(TorchDispatchMode):
         return slot
 
     def slot_of(self, t: Tensor) -> int | None:
-        slot = self.where.get(storage(t))
+        slot = self.others.get((storage(t), t.element_size()), self.where.get(storage(t)))
         if slot is None and storage(t) in common.constants:
             slot = self.new(t)
             self.constants[slot] = self.names[f"t{slot}"] = t
@@ -164,6 +172,8 @@ class Recorder(TorchDispatchMode):
     def finish(self, name: str, result: tuple, shown: int | None) -> Recording:
         places = [None if t is None else self.place(t) for t in result]
         shown = len(places) if shown is None else shown
+        if any(place is not None and place.slot in self.constants and place != self.wholes[place.slot] for place in places[shown:]):
+            raise Unreplayable("a part of a constant, to be kept")
         return Writer(self, places[:shown], places[shown:]).recording(name)
 
 
