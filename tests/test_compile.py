@@ -37,6 +37,7 @@ SPILLS: dict[tuple[str, str, str], int] = {
     ("_grouped_dw_kernel", "float32", "sm_90"): 8,
     ("_grouped_dw_kernel", "float32", "sm_100"): 8,
     ("_grouped_dw_kernel", "half", "sm_80"): 24,
+    ("_norm_bwd_kernel", "half", "sm_80"): 8,
     # A tile of what is added to y waits for the sum.
     ("_spread_kernel", "half", "sm_80"): 144,
     ("_spread_kernel", "half", "sm_100"): 24,
