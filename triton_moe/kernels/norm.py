@@ -87,8 +87,9 @@ def _norm_bwd_kernel(
         dweight += dh * z
         dbias += dh
         g = tl.fma(dh, weight[None, :], 0.0)  # rounded: a row of equal g must give g - mean(g) = 0, as its r may be large
-        mean_g, mean_gz = tl.sum(g, axis=1) * (1.0 / D), tl.sum(g * z, axis=1) * (1.0 / D)
-        dx = dsum + (g - mean_g[:, None] - z * mean_gz[:, None]) * rstd[:, None]
+        mean_g, mean_z = tl.sum(g, axis=1) * (1.0 / D), tl.sum(z, axis=1) * (1.0 / D)  # of z, what the mean's rounding left
+        mean_gz = tl.sum(g * z, axis=1) * (1.0 / D) - mean_g * mean_z
+        dx = dsum + (g - mean_g[:, None] - (z - mean_z[:, None]) * mean_gz[:, None]) * rstd[:, None]
         offs = offs_n[:, None] * D + offs_d[None, :]
         tl.store(dx_ptr + offs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
         if copy_ptr is not None:
