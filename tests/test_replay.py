@@ -429,6 +429,55 @@ def test_hooks_move_no_more_than_was_kept(device, replaying):
     assert all(t.numel() <= 12 for t in kept.tensors)
 
 
+def test_checkpointed_layers_save_as_many_tensors_each_time(device, replaying):
+    """Layers of one shape, which are first called, then recorded, then replayed, between a pass and its repetition."""
+    torch.manual_seed(12)
+    layers = [moe_weights(device) for _ in range(4)]
+    leaves = [t.requires_grad_() for weights in layers for t in weights]
+    x = torch.randn(9, D, device=device)
+
+    def gradients(call):
+        h = x
+        for weights in layers:
+            h = h + call(lambda h, w=weights: F.sigma_moe(h, w, top_k=2)[0], h)
+        return torch.autograd.grad(h.square().sum(), leaves)
+
+    first = gradients(functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=False))
+    assert replaying and None not in replaying.values()
+    for a, b in zip(first, gradients(lambda function, h: function(h)), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_what_a_forward_saved_in_several_dtypes_is_recorded(device, replaying):
+    """Parts of one slab, which `switchhead_backward` is given one by one."""
+    torch.manual_seed(13)
+    weights = head_weights(device, torch.float16)
+    x, dy = (torch.randn(1, 9, D, device=device, dtype=torch.float16) for _ in range(2))
+    rounds = [F.switchhead_backward(dy, F.switchhead_forward(x, weights, top_k=2)[1]) for _ in range(7)]
+    assert {key[0].__name__: made is not None for key, made in replaying.items()} == {
+        "_head_forward": True,
+        "_head_backward": True,
+    }
+    for found in rounds[1:]:
+        assert torch.equal(found.x, rounds[0].x)
+        for a, b in zip(found.weights, rounds[0].weights, strict=True):
+            assert (a is None and b is None) or torch.equal(a, b)
+
+
+def test_what_is_kept_comes_back_in_any_place(device):
+    """A tensor that was expanded, and a slab at an odd address."""
+    expanded, slab = torch.randn(3, 1, device=device).expand(3, 4), torch.arange(64, device=device, dtype=torch.uint8)
+    holders = [layouts.Place(i, 0, t.dtype, tuple(t.shape), t.stride()) for i, t in enumerate((expanded, slab))]
+    places = [holders[0], layouts.Place(1, 16, torch.float32, (3,), (1,))]
+    layout = layouts.Layout(holders, places, 1, expanded.device)
+    assert all(a is b for a, b in zip(layout.restored((expanded, slab)), (expanded, slab), strict=True))
+    odd = torch.empty(65, device=device, dtype=torch.uint8)[1:].copy_(slab)
+    restored = layout.restored((expanded.contiguous(), odd))
+    assert restored[0].stride() == expanded.stride() and restored[1].data_ptr() % 16 == 0
+    for a, b in zip(layout.views(restored), layout.views((expanded, slab)), strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.gpu
 def test_a_recording_takes_no_more_memory(device, recordings, monkeypatch):
     torch.manual_seed(11)

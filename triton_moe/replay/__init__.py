@@ -58,6 +58,8 @@ def replayed(function: Callable[..., tuple], shown: int | None = None) -> Callab
         if torch.compiler.is_compiling() or not possible():
             return plain(tensors, constants, kept)
         autocast = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
+        if kept.layout is not None and not kept.layout.recorded:
+            kept = Kept(kept.flat())
         layout = kept.layout
         key: list[Any] = [function, constants, layout, autocast, torch.is_inference_mode_enabled(), tuning.generation]
         if layout is not None:

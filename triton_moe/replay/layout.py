@@ -45,8 +45,11 @@ def storage(t: Tensor) -> int:
 class Layout:
     """What a composition kept, in the few tensors that hold it. Equal to itself alone, so that it can be part of a key."""
 
-    def __init__(self, holders: list[Place], places: list[Place | Tensor | None], slab: int | None, device: torch.device):
+    def __init__(
+        self, holders: list[Place], places: list[Place | Tensor | None], slab: int | None, device: torch.device, recorded=True
+    ):
         self.holders, self.slab, self.device = holders, slab, device
+        self.recorded = recorded  # a recording's, and so the same at each of its calls
         self.places = places  # in holders; a tensor is one of `common.constants`
 
     def views(self, holders: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
@@ -103,10 +106,15 @@ class Kept(NamedTuple):
         return self.tensors if self.layout is None else self.layout.views(self.layout.restored(self.tensors))
 
     def to_save(self) -> "Kept":
-        """By autograd: where hooks pack what is saved, as checkpointing does, the tensors themselves, as it counts on there being as
-        many each time."""
-        hooked = self.layout is not None and torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-        return Kept(self.flat()) if hooked else self
+        """By autograd: where hooks pack what is saved, the tensors themselves, as checkpointing wants as many each time."""
+        if torch.compiler.is_compiling() or torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
+            return self
+        flat = self.flat()
+        holders = [Place(i, 0, t.dtype, tuple(t.shape), t.stride()) for i, t in enumerate(t for t in flat if t is not None)]
+        of_each = iter(holders)
+        places: list[Place | Tensor | None] = [None if t is None else next(of_each) for t in flat]
+        saved = tuple(t for t in flat if t is not None)
+        return Kept(saved, Layout(holders, places, None, saved[0].device, recorded=False))
 
 
 NOTHING = Kept()

@@ -172,7 +172,8 @@ class Recorder(TorchDispatchMode):
     def finish(self, name: str, result: tuple, shown: int | None) -> Recording:
         places = [None if t is None else self.place(t) for t in result]
         shown = len(places) if shown is None else shown
-        if any(place is not None and place.slot in self.constants and place != self.wholes[place.slot] for place in places[shown:]):
+        parts = (place for place in places[shown:] if place is not None and place != self.wholes[place.slot])
+        if any(place.slot in self.constants for place in parts):
             raise Unreplayable("a part of a constant, to be kept")
         return Writer(self, places[:shown], places[shown:]).recording(name)
 
