@@ -100,7 +100,7 @@ def test_the_layers_do_not_even_import_the_tuner():
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=300)
     assert result.stdout.strip() == "[]", result.stderr
     kernels = Path(common.__file__).parent
-    assert not [path for path in kernels.glob("*.py") if "@triton.autotune" in path.read_text()]
+    assert not [path for path in kernels.rglob("*.py") if "@triton.autotune" in path.read_text()]
 
 
 def test_lookup_asks_the_files_once(folder, monkeypatch):
