@@ -64,7 +64,8 @@ def _rope_rotate_kernel(
         b = (pid // tiles * BATCHES + i).to(tl.int64)
         x_ptrs = x_ptr + b * stride_xb + (offs_t * stride_xt)[:, None, None] + c[None, None, :]
         y_ptrs = y_ptr + b * stride_yb + (offs_t * stride_yt)[:, None, None] + c[None, None, :]
-        mask = ((offs_t < T) & (b < B))[:, None, None] & (c < (P if PERMUTE else HALF))[None, None, :]
+        mask_t = (offs_t < tl.where(b < B, T, 0))[:, None, None]
+        mask = mask_t & (c < (P if PERMUTE else HALF))[None, None, :]
         for start in range(0, H, BLOCK_H):
             h = (start + tl.arange(0, BLOCK_H)).to(tl.int64)[None, :, None]
             mask_h = mask & (h < H)
@@ -81,7 +82,7 @@ def _rope_rotate_kernel(
                 tl.store(y_ptrs + h * stride_yh + HALF, x2 * cos + x1 * sin, mask=mask_h)
                 if BLOCK_R > 0:
                     r = N + tl.arange(0, BLOCK_R)[None, None, :]
-                    mask_r = ((offs_t < T) & (b < B))[:, None, None] & (h < H) & (r < P)
+                    mask_r = mask_t & (h < H) & (r < P)
                     x_rest = x_ptr + b * stride_xb + (offs_t * stride_xt)[:, None, None] + h * stride_xh + r
                     y_rest = y_ptr + b * stride_yb + (offs_t * stride_yt)[:, None, None] + h * stride_yh + r
                     tl.store(y_rest, tl.load(x_rest, mask=mask_r, other=0.0), mask=mask_r)
