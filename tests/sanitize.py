@@ -63,7 +63,7 @@ def switchall(dtype):
 
 
 def autocast():
-    """Float32 weights are cast; the heads are filled up to a multiple of 32 channels."""
+    """Float32 weights are cast, and the heads padded."""
     with torch.autocast("cuda", torch.bfloat16):
         return layer(65, 48, 2, 4, 2, 20, torch.float32)
 
