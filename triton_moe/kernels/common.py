@@ -10,6 +10,12 @@ NOTE [Meta tensors]
     A launcher called on `meta` tensors runs nothing. But first `launch` hands the kernel and its arguments to `on_launch`:
     compiler.py compiles them there, just as the launch would have, and the tuner keeps those that it wants to repeat.
 
+NOTE [Sums of products]
+    After tl.sum all threads that share a row hold its sum, and a store takes it from any of them. They do not always agree: the
+    compiler makes a * b + (what another lane sent) one fma, so where every thread has one product, lane i holds a_i b_i, not
+    rounded, plus a_j b_j, rounded, and lane j the reverse. compute-sanitizer's racecheck sees such sums as races. So products are
+    added up tile by tile and summed over threads at the end, or a thread has several, whose own sum comes first.
+
 NOTE [Launches]
     A layer at a small size waits for the host, and most of that was Triton's: with 30 arguments it binds them by name, reads its
     environment, and asks the driver about every pointer. `start` does that once per kernel and kind of arguments: it keys

@@ -209,9 +209,8 @@ def _attention_bwd_dq_kernel(
             norm = tl.load(stats_ptr + 2 * plane, mask=mask_t, other=0.0)
             dlse = tl.load(stats_ptr + 3 * plane, mask=mask_t, other=0.0)
 
-    total = tl.zeros((BLOCK_M,), tl.float32)
-    if OUT == "delta":
-        acc = (total,)
+    if OUT == "delta":  # p and p * dp, summed over the tiles; NOTE [Sums of products] in common.py
+        acc = (_zeros(BLOCK_M, BLOCK_N), _zeros(BLOCK_M, BLOCK_N))
     elif OUT == "dq":
         acc = _zero_chunks(BLOCK_M, CHUNKS_P) + _zero_chunks(BLOCK_M, CHUNKS_F)
     else:
@@ -234,8 +233,7 @@ def _attention_bwd_dq_kernel(
             v = _load_rows(v_ptr, b, hk, n, stride_vb, stride_vt, stride_vh, keep, LOAD_PV, CHUNKS_PV, BLOCK_N)
             dp = _dot_rows(do, v, PRECISION)
             if OUT == "delta":
-                total += tl.sum(p, 1)
-                acc = (acc[0] + tl.sum(p * dp, 1),)
+                acc = (acc[0] + p, acc[1] + p * dp)
             else:
                 ds = dp - delta[:, None]
                 if EXACT:
@@ -250,8 +248,9 @@ def _attention_bwd_dq_kernel(
                     acc = _add_dots(acc, ds, k, PRECISION)
 
     if OUT == "delta":
+        total = tl.sum(acc[0], 1)
         total = tl.where(total == 0.0, 1.0, total)
-        tl.store(stats_ptr + plane, acc[0] / total, mask=mask_t)
+        tl.store(stats_ptr + plane, tl.sum(acc[1], 1) / total, mask=mask_t)
         tl.store(stats_ptr + 2 * plane, 1.0 / total, mask=mask_t)
         tl.store(stats_ptr + 3 * plane, dlse, mask=mask_t)
     elif OUT == "dq":
