@@ -175,20 +175,24 @@ def test_compiles_once_more_for_other_lengths_and_never_again(name, device):
 
 D, H, E, K, P, MOE_E, MOE_K, G = 64, 2, 4, 2, 41, 5, 3, 16
 HEAD_BYTES = 2 * D + 2 * H * 64 * (4 + K) + 4 * H * (1 + 2 * (3 * K + E))  # x; q, k, v, a and u; log-sum-exps, gates and orders
+U_BYTES = 2 * H * 64 * K
 MOE_BYTES = 2 * D + 2 * MOE_K * G + 4 * (3 * MOE_K + MOE_E)  # x; what enters the activation; gates and orders
+BLOCK_BYTES = HEAD_BYTES + MOE_BYTES + 2 * 4 * D + 4 * 4  # the residual stream twice, and two numbers for each norm
 
 
 @pytest.mark.parametrize(
     "make, expected",
     [
         (lambda: nn.SwitchHead(D, H, E, d_head=P, top_k=K), HEAD_BYTES),
+        (lambda: nn.SwitchHead(D, H, E, d_head=P, top_k=K, recompute=True), HEAD_BYTES - U_BYTES),
         (lambda: nn.SigmaMoE(D, MOE_E, G, MOE_K), MOE_BYTES),
+        (lambda: nn.SwitchAll(D, H, E, MOE_E, G, d_head=P, top_k=K, moe_top_k=MOE_K), BLOCK_BYTES),
         (
-            lambda: nn.SwitchAll(D, H, E, MOE_E, G, d_head=P, top_k=K, moe_top_k=MOE_K),
-            HEAD_BYTES + MOE_BYTES + 2 * 4 * D + 4 * 4,  # the residual stream twice, and two numbers for each norm
+            lambda: nn.SwitchAll(D, H, E, MOE_E, G, d_head=P, top_k=K, moe_top_k=MOE_K, recompute=True),
+            BLOCK_BYTES - U_BYTES - 2 * 2 * D,  # what both norms made
         ),
     ],
-    ids=["SwitchHead", "SigmaMoE", "SwitchAll"],
+    ids=["SwitchHead", "SwitchHead, recompute", "SigmaMoE", "SwitchAll", "SwitchAll, recompute"],
 )
 def test_a_layer_keeps_no_more_than_this_for_its_backward(make, expected, device):
     """Bytes a token under autocast to 16 bits, where heads of 41 channels are stored as 64."""
@@ -206,6 +210,26 @@ def test_a_layer_keeps_no_more_than_this_for_its_backward(make, expected, device
         return sum(storage.nbytes() for storage in storages.values())
 
     assert kept(128) - kept(64) <= 128 * expected
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_what_is_computed_again_is_the_same(name, device):
+    """Outputs and gradients, with every dropout on, of passes that are recorded and replayed as well."""
+    module, x = modules(device, dropout=0.3)[name], randn(2, 5, 12, device=device)
+    head = getattr(module, "attention", module)
+    if not hasattr(head, "recompute"):
+        pytest.skip("keeps nothing that could be made again")
+    number = 4 if device == "cuda" else 1  # the third is recorded
+    for dtype in (torch.float32, torch.float16):
+        passes = []
+        for recompute in number * [False] + number * [True]:
+            head.recompute = recompute
+            with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+                torch.manual_seed(1)
+                passes.append(gradients(module, x))
+        for other in passes[1:]:
+            for a, b in zip(passes[0], other, strict=True):
+                assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("name", MODULES)

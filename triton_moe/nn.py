@@ -107,7 +107,8 @@ class SwitchHead(nn.Module):
     """SwitchHead attention (arXiv 2312.07987): `forward(x [B, T, D], k_src=None, v_src=None, ...) -> y [B, T, D]`.
 
     d_model: D; n_heads: H attention matrices; n_experts: E per head; d_head: P (default d_model // n_heads); top_k: experts per
-    token and head; position: "rope", "xl" or None. shared_selection: one gate weight for values and outputs. Parameters:
+    token and head; position: "rope", "xl" or None. shared_selection: one gate weight for values and outputs. recompute: as of
+    `functional.switchhead`, less memory for more time; it may be changed at any time. Parameters:
     q.weight, k.weight [H*P, D], v [H*E, D, P], o [H*E, P, D], sel_v, sel_o [H*E, D], pos_to_pk [H*P, D] ("xl"); with one expert
     v [H*P, D], o [D, H*P], sel_o [H, D].
     """
@@ -127,6 +128,7 @@ class SwitchHead(nn.Module):
         expert_dropout: float = 0.0,
         init_scale: float = 1.0,
         shared_selection: bool = False,
+        recompute: bool = False,
         device=None,
         dtype=None,
     ):
@@ -144,6 +146,7 @@ class SwitchHead(nn.Module):
         self.dropout = _check.probability("dropout", dropout)
         self.expert_dropout = _check.probability("expert_dropout", expert_dropout)
         self.init_scale = init_scale
+        self.recompute = recompute
 
         factory = {"device": device, "dtype": dtype}
         H, E, P = self.n_heads, self.n_experts, self.d_head
@@ -212,6 +215,7 @@ class SwitchHead(nn.Module):
             expert_dropout=self.expert_dropout,
             training=self.training,
             seed=seed,
+            recompute=self.recompute,
             return_logits=return_logits,
         )
 
@@ -219,7 +223,7 @@ class SwitchHead(nn.Module):
         return (
             f"d_model={self.d_model}, n_heads={self.n_heads}, n_experts={self.n_experts}, d_head={self.d_head}, "
             f"top_k={self.top_k}, position={self.position!r}, dropout={self.dropout}, expert_dropout={self.expert_dropout}, "
-            f"shared_selection={self.n_experts > 1 and self.sel_v is None}"
+            f"shared_selection={self.n_experts > 1 and self.sel_v is None}, recompute={self.recompute}"
         )
 
 
@@ -227,7 +231,8 @@ class SwitchAll(nn.Module):
     """One pre-norm SwitchAll block: `forward(x [B, T, D], ...) -> (y [B, T, D], logits [B, T, E])`.
 
     Children norm1, attention (SwitchHead), norm2, moe (SigmaMoE). dropout acts on both residual branches; attention_dropout on q;
-    moe_dropout on the activated experts; expert_dropout and moe_expert_dropout on the two selections.
+    moe_dropout on the activated experts; expert_dropout and moe_expert_dropout on the two selections. recompute: less memory for
+    more time, as of `functional.switchall`.
     """
 
     def __init__(
@@ -249,6 +254,7 @@ class SwitchAll(nn.Module):
         attention_dropout: float = 0.0,
         expert_dropout: float = 0.0,
         shared_selection: bool = False,
+        recompute: bool = False,
         activation: str = "relu",
         mode: str = "sigmoid",
         bias: bool = False,
@@ -276,6 +282,7 @@ class SwitchAll(nn.Module):
             expert_dropout=expert_dropout,
             init_scale=init_scale,
             shared_selection=shared_selection,
+            recompute=recompute,
             **factory,
         )
         self.norm2 = nn.LayerNorm(d_model, eps=eps, **factory)
@@ -338,6 +345,7 @@ class SwitchAll(nn.Module):
             moe_expert_dropout=self.moe.expert_dropout,
             training=self.training,
             seed=seed,
+            recompute=self.attention.recompute,
         )
 
     def extra_repr(self) -> str:

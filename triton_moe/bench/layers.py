@@ -35,9 +35,11 @@ def layer_rows(device: str, full: bool) -> list[Row]:
     return [
         *(switchhead_row(narrow.of_length(T), device, dense=dense.get(T), public=p100) for T in lengths),
         *(switchhead_row(wide.of_length(T), device, public=p128) for T in (1024, 4096)),
+        switchhead_row(narrow, device, recompute=True),
         switchhead_row(narrow, device, fraction=None, public=xl),
         switchhead_row(small, device, heads=(10, 42), dense=Target(0.8, 0.55)),
         switchall_row(narrow, 32, 128, 4, device),
+        switchall_row(narrow, 32, 128, 4, device, recompute=True),
         *host_rows(narrow._replace(B=1, T=256), 32, 128, 4, device),
     ]
 
@@ -68,6 +70,7 @@ def switchhead_row(
     heads: tuple[int, int] | None = None,
     dense: Target | None = None,
     public: Target | None = None,
+    recompute: bool = False,
 ) -> Row:
     """fraction: None for Transformer-XL's positions. heads: of the dense rival, their number and width."""
     n_heads, d_head = heads or (s.D // 64, 64)
@@ -82,7 +85,7 @@ def switchhead_row(
     def ours(p):
         from .. import functional as F
 
-        return F.switchhead(p["x"], head_weights(p), position=position(F, fraction), **tops)
+        return F.switchhead(p["x"], head_weights(p), position=position(F, fraction), recompute=recompute, **tops)
 
     def experts(p):
         from .. import functional as F
@@ -115,7 +118,7 @@ def switchhead_row(
         rivals.append(Rival(PUBLIC_HEAD, public_switchhead, {BOTH: public}, graph=False, compiles=True))
     projections, pairs = layer_projection_flops(s.N, s.D, s.H, s.TOP_K, s.P), attention_flops(s.N, s.T, s.H, s.P)
     return Row(
-        f"SwitchHead{' XL' if fraction is None else ''} {s}, T {s.T}",
+        f"SwitchHead{' XL' if fraction is None else ''} {s}, T {s.T}{', recompute' if recompute else ''}",
         inputs,
         ours,
         truth,
@@ -128,7 +131,9 @@ def switchhead_row(
     )
 
 
-def switchall_row(s: Shape, MOE_E: int, G: int, MOE_TOP_K: int, device: str, *, fraction: float = 1.0) -> Row:
+def switchall_row(
+    s: Shape, MOE_E: int, G: int, MOE_TOP_K: int, device: str, *, fraction: float = 1.0, recompute: bool = False
+) -> Row:
     tops = {"top_k": s.TOP_K, "moe_top_k": MOE_TOP_K}
 
     def inputs():
@@ -142,7 +147,7 @@ def switchall_row(s: Shape, MOE_E: int, G: int, MOE_TOP_K: int, device: str, *, 
     def ours(p):
         from .. import functional as F
 
-        return F.switchall(p["x"], switchall_weights(p), position=position(F, fraction), **tops)[0]
+        return F.switchall(p["x"], switchall_weights(p), position=position(F, fraction), recompute=recompute, **tops)[0]
 
     def experts(p):
         from .. import functional as F
@@ -163,7 +168,7 @@ def switchall_row(s: Shape, MOE_E: int, G: int, MOE_TOP_K: int, device: str, *, 
     attention = attention_flops(s.N, s.T, s.H, s.P)
     name = f"dense block, attention {s.D // 64} x 64 and MLP {MOE_E * G}"
     return Row(
-        f"SwitchAll {s}, MLP E {MOE_E} G {G} TOP_K {MOE_TOP_K}, T {s.T}",
+        f"SwitchAll {s}, MLP E {MOE_E} G {G} TOP_K {MOE_TOP_K}, T {s.T}{', recompute' if recompute else ''}",
         inputs,
         ours,
         truth,

@@ -37,7 +37,7 @@ class _BlockConfig(NamedTuple):
     moe: _MoEConfig
 
 
-OWN_SAVED = 9  # tensors that `_block_forward` keeps beside those of both halves
+OWN_SAVED = 11  # tensors that `_block_forward` keeps beside those of both halves
 HEAD_SAVED = 26 + 2 * ROUTE  # tensors that `_head_forward` keeps
 
 
@@ -46,8 +46,8 @@ def _block_forward(tensors, dtype: torch.dtype, c: _BlockConfig):
     """x, norm 1, (q, k, v, o, sel_v, sel_o, pos), norm 2, (keys, values, expert_sel, bias, o_bias), mask, cu_seqlens, seed; the
     dtype of the products.
 
-    -> y, logits, then the tensors `_block_backward` takes: x, norm weights and statistics, what attention adds to x, the seed,
-    then those of both halves.
+    -> y, logits, then the tensors `_block_backward` takes: x, both norms and their statistics, what attention adds to x, the
+    seed, then those of both halves.
     """
     (x, w1, b1), head, (w2, b2), moe, (mask, cu_seqlens, seed) = (
         tensors[:3], tensors[3:10], tensors[10:12], tensors[12:17], tensors[17:],
@@ -66,8 +66,11 @@ def _block_forward(tensors, dtype: torch.dtype, c: _BlockConfig):
     y, logits, moe_kept = _moe_forward((h, None, *moe, seed, *below), dtype, c.moe, 2 * COLUMNS)
     if c.dropout > 0:
         y = (x2 + attended + dropped(y, STREAM_RESIDUAL_MOE)).to(x.dtype)
-    own = (x, w1, mean1, rstd1, attended, w2, mean2, rstd2, seed)
-    return y.view(B, T, D), logits.view(B, T, logits.shape[1]), *own, *head_kept.flat(), *moe_kept.flat()
+    own = (x, w1, b1, mean1, rstd1, attended, w2, b2, mean2, rstd2, seed)
+    head_kept, moe_kept = head_kept.flat(), moe_kept.flat()
+    if c.head.recompute:  # what the norms made
+        head_kept, moe_kept = (None, *head_kept[1:]), (None, *moe_kept[1:])
+    return y.view(B, T, D), logits.view(B, T, logits.shape[1]), *own, *head_kept, *moe_kept
 
 
 @replayed
@@ -79,19 +82,24 @@ def _block_backward(tensors, dtypes, c: _BlockConfig):
 
 
 def _block_gradients(dy, dlogits, saved, dtypes, c: _BlockConfig):
-    x, w1, mean1, rstd1, attended, w2, mean2, rstd2, seed = saved[:OWN_SAVED]
+    x, w1, b1, mean1, rstd1, attended, w2, b2, mean2, rstd2, seed = saved[:OWN_SAVED]
     head_saved, moe_saved = saved[OWN_SAVED : OWN_SAVED + HEAD_SAVED], saved[OWN_SAVED + HEAD_SAVED :]
     B, T, D = x.shape
-    dtype = head_saved[0].dtype
+    dtype = attended.dtype
     x2, dy = x.reshape(B * T, D), dy.reshape(B * T, D)
 
     def dropped(d, stream):
         return dropout_rows(d, seed, c.dropout, stream) if c.dropout > 0 else d
 
+    if c.head.recompute:
+        moe_saved = norm_forward(x2, attended, w2, b2, c.eps, dtype)[0], *moe_saved[1:]
     moe_rest = dlogits, *moe_saved, (dtype, None, *dtypes[12:17]), c.moe, 2 * COLUMNS
     dh, _, *dmoe = _moe_gradients(dropped(cast(dy, dtype), STREAM_RESIDUAL_MOE), *moe_rest)
     dx1, copy, dw2, db2 = norm_backward(dh, dy, x2, attended, mean2, rstd2, w2, x.dtype != dtype, *dtypes[10:12])
     dattended = dropped(dx1 if x.dtype == dtype else copy, STREAM_RESIDUAL_ATTENTION).view(B, T, D)
+    del moe_rest, moe_saved
+    if c.head.recompute:
+        head_saved = norm_forward(x2, None, w1, b1, c.eps, dtype)[0].view(B, T, D), *head_saved[1:]
     head_dtypes = dtype, None, None, *dtypes[3:10]
     dh, _, _, *dhead = _head_gradients(dattended, None, None, head_saved, head_dtypes, c.head)
     dx, _, dw1, db1 = norm_backward(dh.view(B * T, D), dx1, x2, None, mean1, rstd1, w1, False, *dtypes[1:3])
@@ -189,18 +197,20 @@ def switchall(
     moe_expert_dropout: float = 0.0,
     training: bool = False,
     seed: int | Tensor | None = None,
+    recompute: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """One pre-norm SwitchAll block: x += drop(SwitchHead(LN1 x)); x += drop(sigma_moe(LN2 x)) (arXiv 2312.07987, section 4).
 
     x: [B, T, D]. dropout acts on both residual branches, attention_dropout on q, moe_dropout on the activated experts, the expert
-    dropouts on the two selections; all in training only. The other keywords are those of `switchhead` and `sigma_moe`.
+    dropouts on the two selections; all in training only. recompute: what `switchhead` then does not keep and what the norms made
+    is made again in the backward pass. The other keywords are those of `switchhead` and `sigma_moe`.
     Returns y [B, T, D] in x's dtype and the MLP gate's logits [B, T, E], float32.
     """
     config = _check_block(
         x, weights, top_k=top_k, moe_top_k=moe_top_k, eps=eps, dropout=dropout, position=position, causal=causal,
         window=window, key_padding_mask=key_padding_mask, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen,
         attention_dropout=attention_dropout, expert_dropout=expert_dropout, activation=activation, mode=mode,
-        moe_dropout=moe_dropout, moe_expert_dropout=moe_expert_dropout, training=training,
+        moe_dropout=moe_dropout, moe_expert_dropout=moe_expert_dropout, training=training, recompute=recompute,
     )  # fmt: skip
     tensors, seed, dtype = _block_arguments(x, weights, position, config, seed)
     return _SwitchAll.apply(

@@ -64,6 +64,7 @@ class _HeadConfig(NamedTuple):
     dropout: float
     expert_dropout: float
     precision: str
+    recompute: bool
     keep: bool  # what only a backward pass needs
 
 
@@ -114,7 +115,7 @@ def _head_forward(tensors, dtype: torch.dtype, c: _HeadConfig):
 
     The tensors kept are: the 11 inputs, as `_head_inputs` made them; what the gates on x made (weights, experts, logits and the
     seven of the plan, each with the sides as another first axis: value and output, or output alone); the same of the value gate
-    on k_src (None without one); u (None with one expert); then those of the attention.
+    on k_src (None without one); u (None with one expert or to be made again); then those of the attention.
     """
     *given, mask, cu_seqlens, seed = tensors
     inputs = (*_head_inputs(dtype, c, *given), mask, cu_seqlens, seed)
@@ -142,7 +143,9 @@ def _head_forward(tensors, dtype: torch.dtype, c: _HeadConfig):
     if v.ndim == 2:  # one expert: a dense value projection
         values, logits_v = v2 @ v.t(), None
     else:
-        values, u = value_forward(v2, v, weights_v, experts_v, *plan_v, c.keep, c.precision, P)
+        keep = c.keep and not c.recompute
+        values, u = value_forward(v2, v, weights_v, experts_v, *plan_v, keep, c.precision, P)
+        u = u if keep else None
     rotated = _rotated(c.fraction, c.width)
     if _joint(k_src, c):
         both = (x2 @ qk.t()).view(B, T, 2 * H, P)
@@ -228,6 +231,8 @@ def _head_gradients(dy, dlogits_v, dlogits_o, saved, dtypes, c: _HeadConfig):
     # the gates
     of_values: Any = (None, None, None)
     if v.ndim == 3:
+        if u is None:
+            u = value_forward(v2, v, weights_v, experts_v, *plan_v, True, c.precision, P)[1]
         of_values = value_backward_rows(dvalues, u, weights_v, experts_v, *plan_v)
     gated, order_b, dweights_v = of_values
     sel_k = dgate_k = dsel_k = None
@@ -328,7 +333,7 @@ def _head_sources(x, weights, position=None, k_src=None, v_src=None, **_) -> tup
 @remembered
 def _check_head(
     x, weights, *, top_k, position=RoPE(), k_src=None, v_src=None, causal=True, window=None, key_padding_mask=None,
-    cu_seqlens=None, max_seqlen=None, dropout=0.0, expert_dropout=0.0, training=False, what="",
+    cu_seqlens=None, max_seqlen=None, dropout=0.0, expert_dropout=0.0, training=False, recompute=False, what="",
 ) -> _HeadConfig:  # fmt: skip
     _check.tensor("x", x, None, None, None)
     B, T, D = x.shape
@@ -399,10 +404,11 @@ def _check_head(
     p = _check.probability(f"{what}dropout", dropout)
     delta = _check.probability("expert_dropout", expert_dropout)
     _check.instance("training", training, bool)
+    _check.instance("recompute", recompute, bool)
     on = float(training)
     return _HeadConfig(
         H, w.q.shape[0] // H, top_k, kind, fraction, base, causal, window or 0, on * p, on * delta,
-        input_precision(_compute_dtype(x)), torch.is_grad_enabled(),
+        input_precision(_compute_dtype(x)), recompute, torch.is_grad_enabled(),
     )  # fmt: skip
 
 
@@ -423,6 +429,7 @@ def switchhead(
     expert_dropout: float = 0.0,
     training: bool = False,
     seed: int | Tensor | None = None,
+    recompute: bool = False,
     return_logits: bool = False,
 ):
     """SwitchHead attention (arXiv 2312.07987, equations 7 to 10): few heads whose values and outputs are mixtures of experts.
@@ -430,13 +437,14 @@ def switchhead(
     x: [B, T, D], the queries' source; k_src: [B, S, D], the keys' and the value gate's (default x); v_src: [B, S, D], what the
     value experts see (default k_src). S > T means memory or a prefix in front of x. H, E and P follow from the weights' shapes.
     position: RoPE(), XL() (which takes weights.pos_to_pk) or None. dropout acts on q. Masks as in `attention`.
+    recompute: the value experts' products [B*S, H, TOP_K, P] are not kept for the backward pass, which makes them again.
     Returns y [B, T, D], no residual and no norm; with return_logits also (logits_v [B*S, H, E] or None with one expert,
     logits_o [B*T, H, E]), float32 and differentiable. Raises ValueError or TypeError for anything that does not fit.
     """
     config = _check_head(
         x, weights, top_k=top_k, position=position, k_src=k_src, v_src=v_src, causal=causal, window=window,
         key_padding_mask=key_padding_mask, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, dropout=dropout,
-        expert_dropout=expert_dropout, training=training,
+        expert_dropout=expert_dropout, training=training, recompute=recompute,
     )  # fmt: skip
     seed = _seed(seed, x.device, config.dropout > 0 or config.expert_dropout > 0)
     k_src, v_src, pos = _head_sources(x, weights, position, k_src, v_src)
