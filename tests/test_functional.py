@@ -457,6 +457,7 @@ def layers(device):
             ),
             *(plain(1, 5, 12), plain(12)),
         ),
+        "switchall recompute": (lambda x: F.switchall(x, block, top_k=2, moe_top_k=2, recompute=True), plain(1, 5, 12)),
     }
 
 
@@ -474,6 +475,7 @@ COMPILED = [
     "switchhead shared",
     "switchhead memory",
     "switchall tied",
+    "switchall recompute",
 ]
 
 
@@ -525,7 +527,7 @@ def operator_calls(device):
         name: layers(device)[name]
         for name in ("gating", "attention", "value_projection", "output_projection", "switchhead xl", "switchall")
     }
-    used["dropouts"] = lambda x: F.switchall(x, block, **dropouts), randn(1, 5, 12, device=device)
+    used["dropouts"] = lambda x: F.switchall(x, block, recompute=True, **dropouts), randn(1, 5, 12, device=device)
     for function, *tensors in used.values():
         with pytest.MonkeyPatch.context() as patch, Recording():
             patch.setattr(torch.compiler, "is_compiling", lambda: True)

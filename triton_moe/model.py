@@ -30,6 +30,7 @@ class ModelConfig:
     position: str = "rope"
     rotate_fraction: float = 0.5  # of a SwitchHead; dense attention rotates every channel
     vocabulary: int = 256  # bytes
+    recompute: bool = False  # as of `functional.switchhead` and `switchall`
 
     def dense_twin(self) -> "ModelConfig":
         """As many parameters, with heads of about 64 channels and no experts."""
@@ -117,7 +118,7 @@ def block(c: ModelConfig) -> nn.Module:
     from .nn import SwitchAll, SwitchHead
 
     shared = {"d_head": c.d_head, "top_k": c.top_k, "position": c.position, "rotate_fraction": c.rotate_fraction}
-    shared["init_scale"] = math.sqrt(2 / c.n_layers)
+    shared |= {"init_scale": math.sqrt(2 / c.n_layers), "recompute": c.recompute}
     if not c.moe_n_experts:
         made = Block(c.d_model, SwitchHead(c.d_model, c.n_heads, c.n_experts, **shared), c.d_ff)
     else:

@@ -23,7 +23,11 @@ def model_rows(device: str, full: bool) -> list[Row]:
         "SwitchAll 259M": (Target(0.65, 0.45), Target(0.65, 0.5)),
     }
     timed = {name: configs for name, configs in PUBLISHED.items() if full or configs[0].position == "rope"}
-    return [model_row(name, *configs, 32, 1024, device, *bounds.get(name, ())) for name, configs in timed.items()]
+    rows = [model_row(name, *configs, 32, 1024, device, *bounds.get(name, ())) for name, configs in timed.items()]
+    for name in bounds:
+        config, twin = PUBLISHED[name]
+        rows.append(model_row(f"{name}, recompute", replace(config, recompute=True), twin, 32, 1024, device))
+    return rows
 
 
 def model_row(

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from .. import _check
 from ..kernels.cast import cast
 from ..kernels.mlp import COLUMNS
-from ..kernels.norm import norm_backward, norm_forward
+from ..kernels.norm import norm_again, norm_backward, norm_forward
 from ..kernels.projection import dropout_rows
 from ..replay import Kept, remembered, replayed
 from ._moe import _check_moe, _moe_forward, _moe_gradients, _MoEConfig
@@ -92,14 +92,14 @@ def _block_gradients(dy, dlogits, saved, dtypes, c: _BlockConfig):
         return dropout_rows(d, seed, c.dropout, stream) if c.dropout > 0 else d
 
     if c.head.recompute:
-        moe_saved = norm_forward(x2, attended, w2, b2, c.eps, dtype)[0], *moe_saved[1:]
+        moe_saved = norm_again(x2, attended, w2, b2, c.eps, dtype), *moe_saved[1:]
     moe_rest = dlogits, *moe_saved, (dtype, None, *dtypes[12:17]), c.moe, 2 * COLUMNS
     dh, _, *dmoe = _moe_gradients(dropped(cast(dy, dtype), STREAM_RESIDUAL_MOE), *moe_rest)
     dx1, copy, dw2, db2 = norm_backward(dh, dy, x2, attended, mean2, rstd2, w2, x.dtype != dtype, *dtypes[10:12])
     dattended = dropped(dx1 if x.dtype == dtype else copy, STREAM_RESIDUAL_ATTENTION).view(B, T, D)
     del moe_rest, moe_saved
     if c.head.recompute:
-        head_saved = norm_forward(x2, None, w1, b1, c.eps, dtype)[0].view(B, T, D), *head_saved[1:]
+        head_saved = norm_again(x2, None, w1, b1, c.eps, dtype).view(B, T, D), *head_saved[1:]
     head_dtypes = dtype, None, None, *dtypes[3:10]
     dh, _, _, *dhead = _head_gradients(dattended, None, None, head_saved, head_dtypes, c.head)
     dx, _, dw1, db1 = norm_backward(dh.view(B * T, D), dx1, x2, None, mean1, rstd1, w1, False, *dtypes[1:3])

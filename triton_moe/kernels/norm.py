@@ -163,6 +163,18 @@ def norm_forward(
     return h, mean, rstd
 
 
+def _norm_again_fake(x, added, weight, bias, eps, dtype):
+    return x.new_empty(x.shape, dtype=dtype)
+
+
+@opaque(_norm_again_fake)
+def norm_again(
+    x: torch.Tensor, added: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor, eps: float, dtype: torch.dtype
+) -> torch.Tensor:  # fmt: skip
+    """The h of `norm_forward` once more. An operator of its own, as a compiler keeps the result of a call that occurs twice."""
+    return norm_forward(x, added, weight, bias, eps, dtype)[0]
+
+
 def _norm_backward_fake(dh, dsum, x, added, mean, rstd, weight, copied, dweight_dtype, dbias_dtype):
     N, D = x.shape
     dweight, dbias = (weight.new_empty(D, dtype=dtype) for dtype in (dweight_dtype, dbias_dtype))
