@@ -397,6 +397,7 @@ WORKLOADS = [
     ("mlp", {"E": 3, "G": 16, "TOP_K": 2, "D": 24, "N": 40, "activation": "geglu", "bias": True}),
     ("attention", {"P": 16, "B": 2, "T": 32, "H": 4, "Hkv": 2, "padding": True, "window": 9}),
     ("attention", {"P": 16, "T": 64, "packed": True, "causal": False}),
+    ("attention", {"P": 16, "B": 2, "T": 32, "H": 4, "Hkv": 2, "xl": 24}),
 ]
 
 

@@ -107,13 +107,13 @@ def _attention(make, P, H=4, Hkv=None, causal=True, window=0, padding=False, pac
     q, k, v, do = (make(B, n, h, P) for n, h in ((T, H), (S, Hkv), (S, Hkv), (T, H)))
     mask = torch.zeros(B, S, dtype=torch.bool, device=make.device) if padding else None
     cu_seqlens = torch.arange(17, dtype=torch.int32, device=make.device) * (T // 16) if packed else None
-    if make.dtype == torch.float64:
-        dlse = make(B, H, T) if padding else None
-        return _exact_attention(q, k, v, do, dlse, causal, window, mask, cu_seqlens)
     q_pos = k_pos = None
     if xl:
-        weight = make(H * P, xl, fan=xl)
-        q_pos, k_pos, _ = transformer_xl.xl_query(q, weight, S, window, causal, common.input_precision(make.dtype))
+        F = transformer_xl.channels(xl, S, window, causal, make.stored == torch.float32)
+        q_pos, k_pos = make(B, T, H, F), make(S, F, fan=F)
+    if make.dtype == torch.float64:
+        dlse = make(B, H, T) if padding else None
+        return _exact_attention(q, k, v, q_pos, k_pos, do, dlse, causal, window, mask, cu_seqlens)
     args = q, k, v, q_pos, k_pos, mask, cu_seqlens
     options = causal, window, P**-0.5, common.input_precision(make.dtype)
     o, lse = attention.attention_forward(*args, *options)
@@ -154,8 +154,8 @@ def _norm(make, D, N=4096):
 
 
 def has_twin(op: str, shape: dict) -> bool:
-    """Whether a workload can run in float64: not with random bits, nor with position scores of their own."""
-    return op in ("gating", "projection", "mlp", "attention") and not shape.get("dropout") and not shape.get("xl")
+    """Whether a workload can run in float64: not with random bits."""
+    return op in ("gating", "projection", "mlp", "attention") and not shape.get("dropout")
 
 
 def _exact_gating(make, x, sel, sides, H, TOP_K, mode):
@@ -215,22 +215,25 @@ def _exact_mlp(x, dy, keys, values, bias, to_y, weights, experts, activation, to
     return results | {"dbias": dbias[: len(keys) * given]}
 
 
-def _exact_attention(q, k, v, do, dlse, causal, window, mask, cu_seqlens):
-    """One sequence at a time, for the memory of its scores."""
+def _exact_attention(q, k, v, q_pos, k_pos, do, dlse, causal, window, mask, cu_seqlens):
+    """One sequence at a time, for the memory of its scores. Position channels are more channels of queries and keys."""
     from . import reference
 
-    found = []
+    P, found = q.shape[3], []
+    if q_pos is not None:
+        q, k = torch.cat([q, q_pos], 3), torch.cat([k, k_pos[:, None].expand(*k.shape[:3], -1)], 3)
     for b in range(len(q)):
         with torch.enable_grad():
             inputs = [a[b : b + 1].detach().requires_grad_() for a in (q, k, v)]
             padding = None if mask is None else mask[b : b + 1]
             options = {"causal": causal, "window": window or None, "key_padding_mask": padding, "cu_seqlens": cu_seqlens}
-            o, lse = reference.attention(*inputs, **options, return_lse=True)
+            o, lse = reference.attention(*inputs, **options, scale=P**-0.5, return_lse=True)
             both = [(o, do), (lse, dlse)][: 1 if dlse is None else 2]
             gradients = torch.autograd.grad([a for a, _ in both], inputs, [d[b : b + 1] for _, d in both])
         found.append((o.detach(), lse.detach(), *gradients))
-    results = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return dict(zip(("o", "lse", "dq", "dk", "dv"), results, strict=True))
+    o, lse, dq, dk, dv = (torch.cat(parts) for parts in zip(*found, strict=True))
+    results = {"o": o, "lse": lse, "dq": dq[..., :P], "dk": dk[..., :P], "dv": dv}
+    return results if q_pos is None else results | {"dq_pos": dq[..., P:]}
 
 
 WORKLOADS: dict[str, Callable[..., dict[str, Tensor]]] = {

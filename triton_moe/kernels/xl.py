@@ -252,9 +252,14 @@ def _tiles(x: Tensor, half: int, columns: int) -> dict[str, int]:
     return dict(BLOCK_T=64, BLOCK_C=32 if half % 64 else 64, BLOCK_P=columns, num_warps=4, num_stages=stages)
 
 
+def channels(D: int, S: int, window: int, causal: bool, exact: bool) -> int:
+    """F, for a weight of width D and S keys; exact: for float32 that is multiplied as such."""
+    return 2 * len(_fit(D, _span(S, window, causal), exact)[0])
+
+
 def _xl_query_fake(x, weight, S, window, causal, precision):
     D = int(weight.shape[1])  # a constant of the model, never symbolic
-    F = 2 * len(_fit(D, _span(S, window, causal), _exact(x, precision))[0])
+    F = channels(D, S, window, causal, _exact(x, precision))
     return x.new_empty(*x.shape[:3], F), x.new_empty(S, F), x.new_empty(*x.shape[2:], F)
 
 
