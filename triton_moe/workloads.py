@@ -45,11 +45,13 @@ class Inputs:
         return weights[0].to(torch.promote_types(self.dtype, torch.float32)), experts[0], *(t[0] for t in plan)
 
 
-def _gating(make, sides, H, E, TOP_K, D, mode="sigmoid", dropout=0.0, N=4096):
+def _gating(make, sides, H, E, TOP_K, D, mode="sigmoid", dropout=0.0, cast=False, N=4096):
+    """`cast`: of a float32 x, as under autocast."""
     x, sel, seed = make(N, D), make(sides * H * E, D, fan=D), make.seed() if dropout else None
     if make.dtype == torch.float64:
         return _exact_gating(make, x, sel, sides, H, TOP_K, mode)
-    weights, experts, logits = gating.gating_forward(x, sel, seed, sides, H, TOP_K, mode, dropout, 0)
+    given = x.float() if cast else x
+    weights, experts, logits, x = gating.cast_and_gate(given, sel, seed, sides, H, TOP_K, mode, dropout, 0)
     gating.routing_plan(experts, E, sets.fits(N, H, E, TOP_K, make.dtype))
     dweights, dlogits = make(*weights.shape, dtype=torch.float32), make(*logits.shape, dtype=torch.float32)
     gating.gating_backward(dweights, dlogits, x, sel, weights, experts, logits, mode)
@@ -252,10 +254,13 @@ _PAPER: list[tuple[str, dict]] = [
     ("attention", {"P": 128, "H": 4, "B": 32, "T": 1024}),
     ("gating", {"sides": 2, "H": 4, "E": 4, "TOP_K": 2, "D": 1024, "N": 32768}),
     ("gating", {"sides": 1, "H": 1, "E": 32, "TOP_K": 4, "D": 1024, "N": 32768}),
+    ("gating", {"sides": 2, "H": 4, "E": 4, "TOP_K": 2, "D": 1024, "N": 32768, "cast": True}),
+    ("gating", {"sides": 1, "H": 1, "E": 32, "TOP_K": 4, "D": 1024, "N": 32768, "cast": True}),
     ("projection", {"H": 2, "E": 5, "TOP_K": 3, "P": 80, "D": 412, "N": 32768, "width": 76, "alone": False}),
     ("mlp", {"E": 16, "G": 128, "TOP_K": 4, "D": 412, "N": 32768}),
     ("attention", {"P": 80, "H": 2, "B": 128, "T": 256}),
     ("gating", {"sides": 2, "H": 2, "E": 5, "TOP_K": 3, "D": 412, "N": 32768}),
+    ("gating", {"sides": 2, "H": 2, "E": 5, "TOP_K": 3, "D": 412, "N": 32768, "cast": True}),
     ("attention", {"P": 64, "H": 2, "B": 64, "T": 512}),
 ]
 _MOEUT: list[tuple[str, dict]] = [
@@ -272,6 +277,7 @@ _LLM: list[tuple[str, dict]] = [
     ("attention", {"P": 128, "H": 4, "B": 8, "T": 4096}),
     ("mlp", {"E": 64, "G": 256, "TOP_K": 8, "D": 2048, "N": 16384, "activation": "swiglu"}),
     ("gating", {"sides": 1, "H": 1, "E": 128, "TOP_K": 8, "D": 1024, "N": 32768}),
+    ("gating", {"sides": 1, "H": 1, "E": 128, "TOP_K": 8, "D": 1024, "N": 32768, "cast": True}),
 ]
 PRESETS: dict[str, list[tuple[str, str, dict]]] = {
     name: [(op, "bfloat16", s) for op, s in shapes] for name, shapes in (("paper", _PAPER), ("moeut", _MOEUT), ("llm", _LLM))
