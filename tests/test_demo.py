@@ -78,15 +78,15 @@ def test_a_wrong_gradient_is_reported(tiny, capsys, monkeypatch):
 def test_a_wrong_choice_of_experts_is_reported(tiny, capsys, monkeypatch):
     from triton_moe import functional
 
-    right = functional._gating.gating_forward
+    right = functional._gating.cast_and_gate
 
     def rolled(*args):
-        _, experts, logits = right(*args)
+        _, experts, logits, x = right(*args)
         experts = (experts + 1) % logits.shape[-1]
-        return logits.gather(-1, experts.long()).sigmoid(), experts, logits
+        return logits.gather(-1, experts.long()).sigmoid(), experts, logits, x
 
     for module in (functional._gating, functional._moe, functional._switchhead):
-        monkeypatch.setattr(module, "gating_forward", rolled)
+        monkeypatch.setattr(module, "cast_and_gate", rolled)
     assert demo.run(parse("--steps", "1")) == 1
     out = capsys.readouterr().out
     differ, total = map(int, re.search(r"expert choices: (\d+) of (\d+) tokens and heads differ", out).groups())

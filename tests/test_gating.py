@@ -160,6 +160,51 @@ def test_two_sides_are_two_gates(N, D, H, E, K, dtype, device):
 
 
 @pytest.mark.smoke
+@pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
+@pytest.mark.parametrize("sides, N, D, H, E, K", [(2, 37, 41, 2, 5, 3), (1, 1, 24, 1, 33, 4), (2, 20, 19, 3, 20, 2)])
+@pytest.mark.parametrize("layout", ["dense", "rows apart", "columns apart", "one row"])
+def test_cast_in_the_same_launch(layout, sides, N, D, H, E, K, dtype, device):
+    """Of a float32 x: bitwise what a cast and then a gate of the copy make, also where several programs read the same rows."""
+    x = randn(N, 2 * D, device=device, requires_grad=False)
+    x = {"dense": x[:, :D].contiguous(), "rows apart": x[:, 2 : D + 2], "columns apart": x[:, ::2], "one row": x[:1, :D]}[layout]
+    x = x.expand(N, D)
+    sel = randn(sides * H * E, D, device=device, dtype=dtype, requires_grad=False)
+    options = torch.tensor(3, device=device), sides, H, K, "sigmoid", 0.3, 2
+    *ours, copy = kernels.cast_and_gate(x, sel, *options)
+    assert copy.dtype == dtype and torch.equal(copy, x.to(dtype))
+    apart = kernels.gating_forward(x.to(dtype), sel, *options)
+    assert all(torch.equal(a, b) for a, b in zip(ours, apart, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "sides, N, D, H, E, K",
+    [
+        (2, 8192, 1024, 4, 4, 2),
+        (2, 5000, 413, 2, 5, 3),
+        (1, 4096, 1024, 1, 128, 8),
+        (2, 4097, 412, 4, 10, 2),
+        (1, 999, 412, 1, 155, 12),
+    ],
+)
+def test_cast_in_the_same_launch_at_size(sides, N, D, H, E, K, dtype, device):
+    x = randn(N, D, device=device, requires_grad=False)
+    sel = randn(sides * H * E, D, device=device, dtype=dtype, scale=D**-0.5, requires_grad=False)
+    options = None, sides, H, K, "softmax", 0.0, 0
+    weights, experts, logits, copy = kernels.cast_and_gate(x, sel, *options)
+    assert torch.equal(copy, x.to(dtype))
+    *_, apart = kernels.gating_forward(copy, sel, *options)
+    assert torch.equal(logits, apart)
+    for side in range(sides):
+        assert torch.equal(experts[side].long(), reference.select(logits[side], K))
+    torch.testing.assert_close(weights, logits.softmax(-1).gather(-1, experts.long()), rtol=1e-5, atol=1e-6)
+    for _ in range(3):
+        again = kernels.cast_and_gate(x, sel, *options)
+        assert all(torch.equal(a, b) for a, b in zip((weights, experts, logits, copy), again, strict=True))
+
+
+@pytest.mark.smoke
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", CPU_DTYPES, ids=str)
 @pytest.mark.parametrize("N, D, H, E, K, several", [(37, 19, 2, 5, 3, 2), (21, 24, 1, 4, 2, 3), (5, 8, 2, 4, 2, 1)])

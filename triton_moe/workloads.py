@@ -46,14 +46,20 @@ class Inputs:
 
 
 def _gating(make, sides, H, E, TOP_K, D, mode="sigmoid", dropout=0.0, N=4096):
+    """In 16 bits also of a float32 x, as under autocast."""
     x, sel, seed = make(N, D), make(sides * H * E, D, fan=D), make.seed() if dropout else None
     if make.dtype == torch.float64:
         return _exact_gating(make, x, sel, sides, H, TOP_K, mode)
-    weights, experts, logits = gating.gating_forward(x, sel, seed, sides, H, TOP_K, mode, dropout, 0)
+    options = sel, seed, sides, H, TOP_K, mode, dropout, 0
+    weights, experts, logits = gating.gating_forward(x, *options)
+    results = {"weights": weights, "logits": logits}
+    if make.dtype != torch.float32:
+        of_float, _, logits_of_float, x = gating.cast_and_gate(x.float(), *options)
+        results |= {"weights_of_float": of_float, "logits_of_float": logits_of_float}
     gating.routing_plan(experts, E, sets.fits(N, H, E, TOP_K, make.dtype))
     dweights, dlogits = make(*weights.shape, dtype=torch.float32), make(*logits.shape, dtype=torch.float32)
     gating.gating_backward(dweights, dlogits, x, sel, weights, experts, logits, mode)
-    return {"weights": weights, "logits": logits}
+    return results
 
 
 def _projection(make, H, E, TOP_K, P, D, N=4096, width=0, alone=True):
@@ -167,7 +173,8 @@ def _exact_gating(make, x, sel, sides, H, TOP_K, mode):
         reference.gating(x, sel_of_side, n_heads=H, top_k=TOP_K, mode=mode, experts=experts_of_side)
         for sel_of_side, experts_of_side in zip(sel.chunk(sides), experts, strict=True)
     ]
-    return {"weights": torch.stack([f.weights for f in found]), "logits": torch.stack([f.logits for f in found])}
+    weights, logits = torch.stack([f.weights for f in found]), torch.stack([f.logits for f in found])
+    return {"weights": weights, "logits": logits, "weights_of_float": weights, "logits_of_float": logits}
 
 
 def _routed(weights, experts, h, products, D):

@@ -7,28 +7,29 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import _check
-from ..kernels.gating import MAX_EXPERTS, Plan, gating_backward, gating_forward
+from ..kernels.cast import cast
+from ..kernels.gating import MAX_EXPERTS, Plan, cast_and_gate, gating_backward
 from ..replay import replayed
 from ._shared import _as_they_are, _autocast, _cast, _compute_dtype, _routing_plan, _seed, _tokens
 from ._types import MODES, STREAM_GATE, STREAM_GATES, Routing
 
 
 @replayed
-def _gating_backward(tensors, mode: str):
-    """dweights, dlogits (or None), and what `gating_forward` took and gave -> dx, dsel."""
+def _gating_backward(tensors, dtype: torch.dtype, mode: str):
+    """dweights, dlogits (or None), and what `gating_forward` took and gave -> dx in dtype, dsel."""
     dweights, dlogits, x, sel, weights, experts, logits = tensors
     with _as_they_are(x):
         dlogits, dsel = gating_backward(dweights, dlogits, x, sel, weights, experts, logits, mode)
-        return dlogits @ sel, dsel
+        return cast(dlogits @ sel, dtype), dsel
 
 
 class _Gating(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, sel, seed, *config):
-        weights, experts, logits = gating_forward(x, sel, seed, *config)
+        weights, experts, logits, narrow = cast_and_gate(x, sel, seed, *config)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, sel, weights, experts, logits)
-        ctx.mode = config[3]
+        ctx.save_for_backward(narrow, sel, weights, experts, logits)
+        ctx.dtype, ctx.mode = x.dtype, config[3]
         ctx.mark_non_differentiable(experts)
         return weights, experts, logits
 
@@ -38,7 +39,7 @@ class _Gating(torch.autograd.Function):
         saved = ctx.saved_tensors
         if dweights is None:
             dweights = torch.zeros_like(saved[2])
-        return *_gating_backward((dweights, dlogits, *saved), ctx.mode), None, *[None] * 6
+        return *_gating_backward((dweights, dlogits, *saved), ctx.dtype, ctx.mode), None, *[None] * 6
 
 
 @overload
@@ -85,7 +86,7 @@ def gating(
     _check_gate(first, named[first], n_heads, top_k)
     _check.choice("mode", mode, MODES)
     p = _check.probability("expert_dropout", expert_dropout) * float(_check.instance("training", training, bool))
-    x, *sels = _cast(_compute_dtype(x), x.reshape(_tokens(x), D), *named.values())
+    x, sels = x.reshape(_tokens(x), D), _cast(_compute_dtype(x), *named.values())
     seed = _seed(seed, x.device, p > 0)
     joined, stream = (torch.cat(sels), STREAM_GATES) if isinstance(sel, tuple) else (sels[0], STREAM_GATE)
     gates = _Gating.apply(x, joined, seed, len(sels), n_heads, top_k, mode, p, stream)

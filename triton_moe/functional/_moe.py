@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from .. import _check
 from ..kernels.cast import assemble, cast
 from ..kernels.common import input_precision
-from ..kernels.gating import gating_backward, gating_forward, routing_plan
+from ..kernels.gating import cast_and_gate, gating_backward, routing_plan
 from ..kernels.mlp import COLUMNS, mlp_backward, mlp_backward_input, mlp_forward
 from ..replay import Kept, remembered, replayed
 from ._gating import _check_gate
@@ -33,14 +33,17 @@ def _moe_forward(tensors, dtype: torch.dtype, c: _MoEConfig, columns: int):
     """x [N, D], gate_input [N, D] or None, the weights, seed, base and added [N, D_out] or None -> y [N, D_out] in dtype, or, on
     top of both, in base's; logits [N, E]; then the tensors `_moe_backward` takes."""
     x, gate_input, keys, values, expert_sel, bias, o_bias, seed, base, added = tensors
-    x, gate_input = cast(x, dtype), gate_input if gate_input is None else cast(gate_input, dtype)
     given = [w for w in (keys, values, expert_sel, bias, o_bias) if w is not None]
     blocks = [w.view(1, *w.shape) if w.ndim == 2 else w.view(1, 1, -1) if w.ndim == 1 else w for w in given]
     made = iter(assemble(dtype, *(((w,), tuple(w.shape[1:])) for w in blocks)))
     new: Any = [None if w is None else next(made).view(w.shape) for w in (keys, values, expert_sel, bias, o_bias)]
     keys, values, expert_sel, bias, o_bias = new
-    gate_x = x if gate_input is None else gate_input
-    weights, experts, logits = gating_forward(gate_x, expert_sel, seed, 1, 1, c.top_k, c.mode, c.expert_dropout, STREAM_GATE)
+    options = expert_sel, seed, 1, 1, c.top_k, c.mode, c.expert_dropout, STREAM_GATE
+    if gate_input is None:
+        weights, experts, logits, x = cast_and_gate(x, *options)
+    else:
+        weights, experts, logits, gate_input = cast_and_gate(gate_input, *options)
+        x = cast(x, dtype)
     order, offsets = (t[0] for t in routing_plan(experts, expert_sel.shape[0], False)[:2])
     y, z = mlp_forward(
         x, keys, values, bias, o_bias, seed, weights[0], experts[0], order, offsets,

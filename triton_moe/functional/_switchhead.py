@@ -13,7 +13,7 @@ from .. import _check
 from ..kernels.attention import tile_width
 from ..kernels.cast import assemble, cast
 from ..kernels.common import cdiv, input_precision
-from ..kernels.gating import gating_backward, gating_forward
+from ..kernels.gating import cast_and_gate, gating_backward
 from ..kernels.position import rope_rotate_
 from ..kernels.projection import (
     dropout_rows,
@@ -73,14 +73,13 @@ def _attention_config(c: _HeadConfig) -> _AttentionConfig:
     return _AttentionConfig(c.kind, 0, c.base, c.causal, c.window, c.width**-0.5, c.precision)
 
 
-def _head_inputs(dtype: torch.dtype, c: _HeadConfig, x, k_src, v_src, q, k, v, o, sel_v, sel_o, pos):
-    """What `switchhead` was given, as the kernels take it: in dtype, heads padded (NOTE [Head widths]), those of the experts'
-    weights further, to what `sets` reads; the weights of queries and keys in one tensor, and those of both gates -> x, k_src,
-    v_src, qk [2*H*P, D], v, o, sel [2*H*E or H*E, D], pos."""
-    H, P, D = c.n_heads, c.width, x.shape[2]
+def _head_weights(dtype: torch.dtype, c: _HeadConfig, q, k, v, o, sel_v, sel_o, pos):
+    """The weights as the kernels take them: in dtype, heads padded (NOTE [Head widths]), those of the experts further, to what
+    `sets` reads; those of queries and keys in one tensor, and those of both gates -> qk [2*H*P, D], v, o,
+    sel [2*H*E or H*E, D], pos."""
+    H, P, D = c.n_heads, c.width, q.shape[1]
     wide = tile_width(P, dtype)
     whole = P if dtype == torch.float32 else cdiv(wide, 32) * 32
-    x, k_src, v_src = (t if t is None else cast(t, dtype) for t in (x, k_src, v_src))
     rows = (wide, D)
     groups: list[tuple[tuple[Tensor, ...], tuple[int, int]]] = [((q.reshape(H, P, D), k.reshape(H, P, D)), rows)]
     groups.append(((v,), (D, whole)) if v.ndim == 3 else ((v.reshape(H, P, D),), rows))
@@ -90,8 +89,8 @@ def _head_inputs(dtype: torch.dtype, c: _HeadConfig, x, k_src, v_src, q, k, v, o
         groups.append(((pos.reshape(H, P, -1),), (wide, pos.shape[1])))
     qk, new_v, new_o, sel, *new_pos = assemble(dtype, *groups)
     return (
-        x, k_src, v_src, qk.flatten(0, 1), new_v if v.ndim == 3 else new_v.flatten(0, 1),
-        new_o if o.ndim == 3 else new_o.flatten(1), sel.flatten(0, 1), new_pos[0].flatten(0, 1) if new_pos else None,
+        qk.flatten(0, 1), new_v if v.ndim == 3 else new_v.flatten(0, 1), new_o if o.ndim == 3 else new_o.flatten(1),
+        sel.flatten(0, 1), new_pos[0].flatten(0, 1) if new_pos else None,
     )  # fmt: skip
 
 
@@ -113,30 +112,34 @@ def _head_forward(tensors, dtype: torch.dtype, c: _HeadConfig):
     """x [B, T, D], k_src and v_src [B, S, D] or None, the weights, mask, cu_seqlens, seed -> y [B, T, D], logits_v, logits_o,
     then what `_head_backward` takes.
 
-    The tensors kept are: the 11 inputs, as `_head_inputs` made them; what the gates on x made (weights, experts, logits and the
-    seven of the plan, each with the sides as another first axis: value and output, or output alone); the same of the value gate
-    on k_src (None without one); u (None with one expert or to be made again); then those of the attention.
+    The tensors kept are: the 11 inputs, tokens in dtype and weights as `_head_weights` made them; what the gates on x made
+    (weights, experts, logits and the seven of the plan, each with the sides as another first axis: value and output, or output
+    alone); the same of the value gate on k_src (None without one); u (None with one expert or to be made again); then those of
+    the attention.
     """
-    *given, mask, cu_seqlens, seed = tensors
-    inputs = (*_head_inputs(dtype, c, *given), mask, cu_seqlens, seed)
-    x, k_src, v_src, qk, v, o, sel, pos = inputs[:8]
+    x, k_src, v_src, *weights, mask, cu_seqlens, seed = tensors
     B, T, D = x.shape
+    qk, v, o, sel, pos = _head_weights(dtype, c, *weights)
     H, P = c.n_heads, qk.shape[0] // (2 * c.n_heads)
     sel_v, sel_o = _sel_sides(sel, v)
+
+    def route(tokens, sel, sides, stream):
+        """-> the tokens in dtype, their gates and plans"""
+        made = cast_and_gate(tokens.reshape(-1, D), sel, seed, sides, H, c.top_k, "sigmoid", c.expert_dropout, stream)
+        plans = _routing_plan(made[1], sel.shape[0] // (sides * H), dtype)
+        return tokens if tokens.dtype == dtype else made[3].view(tokens.shape), (*made[:3], *plans)
+
+    both = k_src is None and sel_v is not None
+    x, route_x = route(x, sel, 2, STREAM_GATE_V) if both else route(x, sel_o, 1, STREAM_GATE_O)
+    route_k: tuple[Tensor | None, ...] = (None,) * len(route_x)
+    if v.ndim == 3 and k_src is not None:
+        k_src, route_k = route(k_src, sel_o if sel_v is None else sel_v, 1, STREAM_GATE_V)
+    k_src, v_src = (t if t is None else cast(t, dtype) for t in (k_src, v_src))
+    inputs = x, k_src, v_src, qk, v, o, sel, pos, mask, cu_seqlens, seed
     ks = x if k_src is None else k_src
     vs = ks if v_src is None else v_src
     S = ks.shape[1]
     x2, k2, v2 = x.reshape(B * T, D), ks.reshape(B * S, D), vs.reshape(B * S, D)
-
-    def route(tokens, sel, sides, stream):
-        gates = gating_forward(tokens, sel, seed, sides, H, c.top_k, "sigmoid", c.expert_dropout, stream)
-        return *gates, *_routing_plan(gates[1], sel.shape[0] // (sides * H), tokens.dtype)
-
-    both = k_src is None and sel_v is not None
-    route_x = route(x2, sel, 2, STREAM_GATE_V) if both else route(x2, sel_o, 1, STREAM_GATE_O)
-    route_k: tuple[Tensor | None, ...] = (None,) * len(route_x)
-    if v.ndim == 3 and k_src is not None:
-        route_k = route(k2, sel_o if sel_v is None else sel_v, 1, STREAM_GATE_V)
     (weights_v, experts_v, logits_v, *plan_v), (weights_o, experts_o, logits_o, *plan_o) = _sides(route_x, route_k)
 
     u = None

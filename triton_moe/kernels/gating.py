@@ -10,10 +10,22 @@ Csordas, Irie, Schmidhuber 2023 (arXiv 2310.10837), equation 10 and section 5; S
 A layer may have several gates on the same x, its sides: they are computed in one pass over x.
 
 NOTE [Selection key]
-    Ties, NaN and expert dropout are one total order, so selection is TOP_K times the maximum of an int64 key, which is unique:
-    bit 48 = the expert survived dropout; bits 16..47 = the logit's float32 bits made monotonic (-0 as +0; NaN below -inf);
-    bits 0..15 = the lower expert id wins. A key already taken, or past E, is -1. Ids are therefore unique and in range whatever
-    the logits hold.
+    Ties, NaN and expert dropout are one total order: those that survived dropout come first, then the larger logit (-0 as +0,
+    NaN below -inf), then the lower expert id. A logit's key is its float32 bits made monotonic, an int32. Selection is TOP_K
+    times the largest key left and the lowest id that has it; with dropout, the largest of those that survived as long as there
+    is one. One taken, or past E, has a key below all others. Ids are therefore unique and in range whatever the logits hold.
+    The chosen logits come back from their keys, so that gates are computed of TOP_K logits and not of all.
+    On an H200 (N = 32768, D = 1024, E = 128, TOP_K = 8) the launch takes 46 us, and 60 in the same tiles with one int64 key of
+    all three and the gates of all logits, which need all registers there are.
+
+NOTE [Cast]
+    Under autocast x comes in float32. The launch that reads it for the gate also writes the 16-bit copy that everything else
+    reads, and multiplies those rounded values, so it chooses what it would choose after a cast. On an H200 (N = 32768, D = 1024)
+    it takes 62 us for two sides of H 4, E 4, where the cast and the gate take 72; 67 and 77 for E = 64; 82 and 95 for E = 128;
+    37 and 41 for H 2, E 5, D = 412. To read and write alone takes 48. With more than MAX_CAST_COLUMNS columns (E = 155, D = 412:
+    123 and 111) and where several programs read the same rows (two sides of H 4, E 10: 109 and 88) the cast stays apart; and under
+    torch.compile, which joins it with what stands before it. Tiles are the same with and without it, but for stages.
+    Sums over twice as many columns of x (BLOCK_D 128) would save 2 us more, but truncate more; tiles of 32 rows cost 10 to 20.
 
 NOTE [Batch invariance]
     The gate's matrix product is ours and sums over d in one fixed order, so a token's choice does not depend on its batch.
@@ -56,13 +68,16 @@ import triton.language as tl
 
 from .. import tuning
 from . import sets
+from .cast import cast
 from .common import INTERPRET, cdiv, default_config, launch, next_power_of_2, opaque, rows, uniform
 from .sets import _lowest
 
 MAX_EXPERTS = 1024  # per head: one tile holds all logits of a head
 MAX_SIGNATURES = 512
 MAX_COLUMNS = 64  # of logits a program of several heads computes
+MAX_CAST_COLUMNS = 128  # of logits a program that also casts x computes
 MAX_COUNTED = 64  # experts of all heads
+NAN, TAKEN = tl.constexpr(1 - 2**31), tl.constexpr(-(2**31))  # selection keys, below those of all other logits
 CHUNK, ROWS = 64, 8  # tokens of a side that a program of the plan takes, and how many experts
 
 CONFIGS = {
@@ -98,28 +113,33 @@ class Plan(NamedTuple):
 
 
 @triton.jit
-def _selection_key(logits, offs_e, E, survived):
-    """int64, see NOTE [Selection key]."""
+def _selection_key(logits, offs_e, E):
+    """int32, see NOTE [Selection key]."""
     bits = tl.where(logits == 0.0, 0.0, logits).to(tl.int32, bitcast=True)
-    ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64) + 2147483648  # [0, 2**32), monotonic
-    ordered = tl.where(logits != logits, 0, ordered)
-    key = (survived.to(tl.int64) << 48) | (ordered << 16) | (65535 - offs_e)
-    return tl.where(offs_e < E, key, -1)
+    key = tl.where(logits != logits, NAN, bits ^ ((bits >> 31) & 0x7FFFFFFF))
+    return tl.where(offs_e < E, key, TAKEN)
 
 
 @triton.jit
-def _softmax(logits, axis: tl.constexpr):
+def _logit(key):
+    """What has this key."""
+    bits = key ^ ((key >> 31) & 0x7FFFFFFF)
+    return tl.where(key == NAN, float("nan"), bits.to(tl.float32, bitcast=True))
+
+
+@triton.jit
+def _normalizer(logits, axis: tl.constexpr):
+    """(largest, total): the softmax is exp(logits - largest) / total."""
     largest = tl.max(tl.where(logits == logits, logits, float("-inf")), axis=axis, keep_dims=True)
-    gate = tl.exp(logits - largest)
-    return gate / tl.sum(gate, axis=axis, keep_dims=True)
+    return largest, tl.sum(tl.exp(logits - largest), axis=axis, keep_dims=True)
 
 
 @triton.jit
 def _gating_fwd_kernel(
-    x_ptr, sel_ptr, seed_ptr, logits_ptr, weights_ptr, experts_ptr,
+    x_ptr, sel_ptr, seed_ptr, logits_ptr, weights_ptr, experts_ptr, copy_ptr,
     N, D: tl.constexpr, stride_xn: tl.constexpr, stride_se: tl.constexpr, dropout,
     SIDES: tl.constexpr, H: tl.constexpr, E: tl.constexpr, TOP_K: tl.constexpr, MODE: tl.constexpr, STREAM: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr, HEADS: tl.constexpr, BLOCK_E: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, HEADS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     groups: tl.constexpr = (SIDES * H + HEADS - 1) // HEADS  # HEADS heads a program, counted through all sides
@@ -139,7 +159,11 @@ def _gating_fwd_kernel(
         part = tl.zeros((BLOCK_N, HEADS * BLOCK_E), tl.float32)  # see NOTE [Partial sums]
         for i in tl.static_range(PARTS):
             offs_d = d + i * BLOCK_D + tl.arange(0, BLOCK_D)
-            x = tl.load(x_ptrs + offs_d[None, :], mask=mask_n[:, None] & (offs_d < D)[None, :], other=0.0)
+            mask_x = mask_n[:, None] & (offs_d < D)[None, :]
+            x = tl.load(x_ptrs + offs_d[None, :], mask=mask_x, other=0.0)
+            if copy_ptr is not None:
+                x = x.to(copy_ptr.dtype.element_ty)
+                tl.store(copy_ptr + offs_n[:, None] * D + offs_d[None, :], x, mask=mask_x)  # `groups` is 1
             sel = tl.load(sel_ptrs + offs_d[:, None], mask=mask_c[None, :] & (offs_d < D)[:, None], other=0.0)
             part = tl.dot(x, sel, part, input_precision="ieee")  # logits are never rounded below float32
         logits += part
@@ -157,26 +181,35 @@ def _gating_fwd_kernel(
         u = uniform(tl.load(seed_ptr), offs_n.to(tl.int32)[:, None, None], column, (STREAM + side)[None, :, None])
         survived = u >= dropout
     else:
-        survived = mask_r[:, :, None] & (offs_e < E)
-    key = _selection_key(logits, offs_e, E, survived)
+        survived = None
+    key = _selection_key(logits, offs_e, E)
+    if MODE == "softmax":
+        largest, total = _normalizer(tl.where(offs_e < E, logits, float("-inf")), 2)
 
-    if MODE == "sigmoid":
-        gate = tl.sigmoid(logits)
-    else:
-        eligible = tl.broadcast_to(offs_e < E, (BLOCK_N, HEADS, BLOCK_E))
-        if MODE == "softmax_topk":
-            rest = key
-            for _ in range(TOP_K):
-                rest = tl.where(rest == tl.max(rest, axis=2)[:, :, None], -1, rest)
-            eligible = (rest < 0) & eligible
-        gate = _softmax(tl.where(eligible, logits, float("-inf")), 2)
-
+    offs_k = tl.arange(0, BLOCK_K)[None, None, :]
+    keys = tl.full((BLOCK_N, HEADS, BLOCK_K), TAKEN, tl.int32)  # of the chosen
+    experts = tl.zeros((BLOCK_N, HEADS, BLOCK_K), tl.int32)
     for j in range(TOP_K):
-        best = tl.max(key, axis=2)
-        chosen = key == best[:, :, None]
-        tl.store(experts_ptr + row * TOP_K + j, (65535 - (best & 65535)).to(tl.int32), mask=mask_r)
-        tl.store(weights_ptr + row * TOP_K + j, tl.sum(tl.where(chosen, gate, 0.0), axis=2), mask=mask_r)
-        key = tl.where(chosen, -1, key)
+        left = key
+        if HAS_DROPOUT:
+            left = tl.where(survived, key, TAKEN)
+            left = tl.where(tl.max(left, axis=2)[:, :, None] == TAKEN, key, left)
+        best = tl.max(left, axis=2)[:, :, None]
+        e = tl.min(tl.where(left == best, offs_e, BLOCK_E), axis=2)[:, :, None]
+        key = tl.where(offs_e == e, TAKEN, key)
+        keys = tl.where(offs_k == j, best, keys)
+        experts = tl.where(offs_k == j, e, experts)
+
+    chosen = _logit(keys)
+    if MODE == "sigmoid":
+        weights = tl.sigmoid(chosen)
+    else:
+        if MODE == "softmax_topk":
+            largest, total = _normalizer(tl.where(offs_k < TOP_K, chosen, float("-inf")), 2)
+        weights = tl.exp(chosen - largest) / total
+    mask_k = mask_r[:, :, None] & (offs_k < TOP_K)
+    tl.store(experts_ptr + row[:, :, None] * TOP_K + offs_k, experts, mask=mask_k)
+    tl.store(weights_ptr + row[:, :, None] * TOP_K + offs_k, weights, mask=mask_k)
 
 
 @triton.jit
@@ -210,7 +243,8 @@ def _gating_bwd_kernel(
     else:
         if MODE == "softmax":  # the gates of all experts, not only the chosen
             logits = tl.load(logits_ptr + offs, mask=mask, other=float("-inf"))
-            gate = _softmax(logits, 1)
+            largest, total = _normalizer(logits, 1)
+            gate = tl.exp(logits - largest) / total
         dlogits = gate * (dgate - inner[:, None])
     if HAS_DLOGITS:
         dlogits += tl.load(dlogits_in_ptr + offs, mask=mask, other=0.0)
@@ -497,30 +531,58 @@ def gating_forward(
 
     Side s draws its dropout from stream + s.
     """
+    return _gating_forward(x, sel, seed, sides, n_heads, top_k, mode, dropout, stream, None)
+
+
+def cast_and_gate(
+    x: torch.Tensor, sel: torch.Tensor, seed: torch.Tensor | None, sides: int, n_heads: int, *options
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`gating_forward` of x in sel's dtype, and that x too; see NOTE [Cast]."""
+    C, E = sides * n_heads, sel.shape[0] // (sides * n_heads)
+    HEADS, BLOCK_E = _heads_of_a_program(C, E)
+    narrows = x.dtype == torch.float32 and sel.dtype != torch.float32
+    together = narrows and HEADS >= C and HEADS * BLOCK_E <= MAX_CAST_COLUMNS
+    # A compiler joins the cast with what stands next to it, and the interpreter does not round to bfloat16.
+    if not together or torch.compiler.is_compiling() or (INTERPRET and sel.dtype == torch.bfloat16):
+        x = cast(x, sel.dtype)
+        return *gating_forward(x, sel, seed, sides, n_heads, *options), x
+    copy = x.new_empty(x.shape, dtype=sel.dtype)
+    return *_gating_forward(x, sel, seed, sides, n_heads, *options, copy), copy
+
+
+def _heads_of_a_program(C: int, E: int) -> tuple[int, int]:
+    """Of C heads of all sides how many a program takes, and to how many columns of each the experts are filled up."""
+    BLOCK_E = next_power_of_2(E, 1)
+    HEADS = min(next_power_of_2(C, 1), max(1, MAX_COLUMNS // BLOCK_E))
+    return max(HEADS, 16 // BLOCK_E), BLOCK_E  # `tl.dot` takes no less than 16 columns
+
+
+def _gating_forward(x, sel, seed, sides, n_heads, top_k, mode, dropout, stream, copy):
+    """Also writes x to `copy` in that one's dtype, unless it is None."""
     x, sel = rows(x), rows(sel)
     N, D = x.shape
     H, E = n_heads, sel.shape[0] // (sides * n_heads)
     weights, experts, logits = _gating_forward_fake(x, sel, seed, sides, n_heads, top_k, mode, dropout, stream)
-    config = default_config(CONFIGS["gating_fwd"], x.dtype)
-    BLOCK_E = next_power_of_2(E, 1)
-    HEADS = min(next_power_of_2(sides * H, 1), max(1, MAX_COLUMNS // BLOCK_E))
-    HEADS = max(HEADS, 16 // BLOCK_E)  # `tl.dot` takes no less than 16 columns
+    config = default_config(CONFIGS["gating_fwd"], sel.dtype)
+    HEADS, BLOCK_E = _heads_of_a_program(sides * H, E)
     columns = HEADS * BLOCK_E
-    if columns > 32:
-        config["num_stages"] = min(config["num_stages"], 3)
+    config["num_stages"] = min(config["num_stages"], 2 if columns > 64 else 3 if columns > 32 else 4)
     if columns > 64 and not INTERPRET:  # a tile of logits stays within the registers, one of sel within shared memory
-        config["BLOCK_N"] = max(8 if x.dtype == torch.float32 else 16, min(config["BLOCK_N"], 4096 // columns))
+        least, most = (8, 4096) if sel.dtype == torch.float32 else (16, 8192)
+        config["BLOCK_N"] = max(least, min(config["BLOCK_N"], most // columns))
         config["BLOCK_D"] = max(16, min(config["BLOCK_D"], 8192 // columns))
-        if x.dtype == torch.float32 or columns > 512 or torch.version.hip:  # AMD has 64 KB of shared memory
+        if sel.dtype == torch.float32 or columns > 512 or torch.version.hip:  # AMD has 64 KB of shared memory
             config["num_warps"], config["num_stages"] = 8, 1
-    # No sizes: a choice of experts may not depend on how many tokens there are.
-    config = tuning.lookup(_gating_fwd_kernel, config, x, C=sides * H, E=E, TOP_K=top_k, D=D)
+    # No sizes: a choice of experts may not depend on how many tokens there are, nor, under autocast, on who casts x.
+    config = tuning.lookup(_gating_fwd_kernel, config, sel, C=sides * H, E=E, TOP_K=top_k, D=D)
+    if copy is not None:  # a tile of x takes twice the shared memory
+        config["num_stages"] = min(config["num_stages"], 3)
     launch(
         _gating_fwd_kernel, (cdiv(N, config["BLOCK_N"]) * cdiv(sides * H, HEADS),),
-        x, sel, seed if seed is not None else experts, logits, weights, experts,
+        x, sel, seed if seed is not None else experts, logits, weights, experts, copy,
         N, D, x.stride(0), sel.stride(0), dropout,
         SIDES=sides, H=H, E=E, TOP_K=top_k, MODE=mode, STREAM=stream, HAS_DROPOUT=dropout > 0,
-        HEADS=HEADS, BLOCK_E=BLOCK_E, **config,
+        HEADS=HEADS, BLOCK_E=BLOCK_E, BLOCK_K=next_power_of_2(top_k, 1), **config,
     )  # fmt: skip
     return weights, experts, logits
 
