@@ -166,7 +166,7 @@ def lookups(op: str, target: str, dtype: str, shape: dict) -> list[tuple]:
 
 
 def compile_candidate(target: str, dtype: str, op: str, shape: dict, key, config: dict) -> Compiled:
-    """The kernel of one lookup with one configuration in place of its default; of several that share it, the worst of each number."""
+    """The kernel of one lookup with one configuration in place of its default; of several kernels, the worst of each number."""
     latest: dict = {}  # the last key asked for, by kernel
 
     def choose(kernel, asked, default):
