@@ -22,9 +22,9 @@ NOTE [Cast]
     Under autocast x comes in float32. The launch that reads it for the gate also writes the 16-bit copy that everything else
     reads, and multiplies those rounded values, so it chooses what it would choose after a cast. On an H200 (N = 32768, D = 1024)
     it takes 62 us for two sides of H 4, E 4, where the cast and the gate take 72; 67 and 77 for E = 64; 83 and 95 for E = 128;
-    36 and 40 for H 2, E 5, D = 412. To read and write alone takes 48. The cast stays apart with more than MAX_CAST_COLUMNS columns
-    (E = 155, D = 412: 123 and 111), where several programs read the same rows (two sides of H 4, E 10: 109 and 88), and under
-    torch.compile, which joins it with what stands before it. Tiles are the same with and without it, but for stages.
+    36 and 40 for H 2, E 5, D = 412. To read and write alone takes 48. The cast stays apart with more than MAX_CAST_COLUMNS
+    columns (E = 155, D = 412: 123 and 111), where several programs read the same rows (two sides of H 4, E 10: 109 and 88), and
+    under torch.compile, which joins it with what stands before it. Tiles are the same with and without it, but for stages.
     Sums over twice as many columns of x (BLOCK_D 128) would save 2 us more, but truncate more; tiles of 32 rows cost 10 to 20.
 
 NOTE [Batch invariance]
