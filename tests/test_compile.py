@@ -38,8 +38,8 @@ SPILLS: dict[tuple[str, str, str], int] = {
     ("_grouped_dw_kernel", "float32", "sm_100"): 8,
     ("_grouped_dw_kernel", "half", "sm_80"): 24,
     # 128 experts: of a float32 x that is cast here, and of float32 products without tensor cores.
-    ("_gating_fwd_kernel", "half", "sm_80"): 64,
-    ("_gating_fwd_kernel", "float32", "gfx942"): 16,
+    ("_gating_fwd_kernel", "half", "sm_80"): 32,
+    ("_gating_fwd_kernel", "float32", "gfx942"): 8,
     # A tile of what is added to y waits for the sum.
     ("_spread_kernel", "half", "sm_80"): 144,
     ("_spread_kernel", "half", "sm_100"): 24,
