@@ -61,6 +61,8 @@ SPILLS: dict[tuple[str, str, str], int] = {
 SPILLS_36: dict[tuple[str, str, str], int] = {
     ("_attention_bwd_dkdv_kernel", "float32", "gfx942"): 268,
     ("_gather_kernel", "half", "sm_90"): 232,
+    ("_gating_fwd_kernel", "half", "sm_80"): 40,
+    ("_gating_fwd_kernel", "float32", "gfx942"): 12,
     ("_grouped_gemm_kernel", "float32", "sm_100"): 16,
     ("_spread_kernel", "half", "sm_80"): 72,
     ("_spread_kernel", "half", "sm_90"): 48,
