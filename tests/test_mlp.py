@@ -91,6 +91,7 @@ def in_pieces(monkeypatch):
     """Few columns of [N*TOP_K, D] at a time, and weight gradients in chunks of a few routes."""
     monkeypatch.setattr(mlp, "FEW_ELEMENTS", 0)
     monkeypatch.setattr(_moe, "COLUMNS", 64)
+    monkeypatch.setattr(mlp, "COLUMNS", 64)
     monkeypatch.setattr(projection, "LEAST_CHUNK", 1)
     monkeypatch.setattr(projection, "PROGRAMS", 1000)
 
