@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 import reference
 from triton_moe import functional as F
+from triton_moe.functional import _moe
 from triton_moe.kernels import mlp, projection
 from triton_moe.kernels.gating import routing_plan
 
@@ -89,13 +90,14 @@ def test_dropout_keeps_the_mean(device):
 def in_pieces(monkeypatch):
     """Few columns of [N*TOP_K, D] at a time, and weight gradients in chunks of a few routes."""
     monkeypatch.setattr(mlp, "FEW_ELEMENTS", 0)
-    monkeypatch.setattr(mlp, "COLUMNS", 16)
+    monkeypatch.setattr(_moe, "COLUMNS", 64)
+    monkeypatch.setattr(mlp, "COLUMNS", 64)
     monkeypatch.setattr(projection, "LEAST_CHUNK", 1)
     monkeypatch.setattr(projection, "PROGRAMS", 1000)
 
 
 @pytest.mark.parametrize("dtype", CPU_DTYPES, ids=str)
-@pytest.mark.parametrize("D, d_out", [(19, 37), (32, 48)])
+@pytest.mark.parametrize("D, d_out", [(19, 150), (136, 48)])
 def test_mlp_in_pieces(D, d_out, dtype, device, in_pieces):
     check_moe(40, D, 4, 2, 12, "gelu", dtype, device, d_out=d_out, repeats=1)
 

@@ -12,7 +12,7 @@ from .. import _check
 from ..kernels.cast import assemble, cast
 from ..kernels.common import input_precision
 from ..kernels.gating import cast_and_gate, gating_backward, routing_plan
-from ..kernels.mlp import COLUMNS, mlp_backward, mlp_backward_input, mlp_forward
+from ..kernels.mlp import COLUMNS, columns_alone, mlp_backward, mlp_backward_input, mlp_forward
 from ..replay import Kept, remembered, replayed
 from ._gating import _check_gate
 from ._shared import _as_they_are, _autocast, _compute_dtype, _distinct, _dtypes, _seed, _sum_leading, _to, _tokens
@@ -59,8 +59,9 @@ def _moe_forward(tensors, dtype: torch.dtype, c: _MoEConfig, columns: int):
 def _moe_backward(tensors, dtypes, c: _MoEConfig):
     """dy, dlogits and what the forward kept -> gradients of x, gate_input, keys, values, expert_sel, bias, o_bias in their dtypes
     (None where the input was None)."""
+    E, G, _ = tensors[5].shape
     with _as_they_are(tensors[0]):
-        return _moe_gradients(*tensors, dtypes, c, COLUMNS // 2)
+        return _moe_gradients(*tensors, dtypes, c, columns_alone(E, G, c.top_k))
 
 
 def _moe_gradients(

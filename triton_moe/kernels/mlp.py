@@ -18,15 +18,26 @@ NOTE [Sorted rows]
 NOTE [Columns]
     y and d x are sums over a token's routes, which lie in the tiles of different experts: their products [N*TOP_K, D] are
     written out and then added in the order of the choices, so that a token does not depend on its batch. As that is by far the
-    largest tensor, it is made a few columns at a time: COLUMNS, but half as many for d x where an MLP stands alone, as the
-    tensor is then what its peak of memory comes from, and twice as many within a block. On an H200 this takes 2 % of the time
-    of a SwitchAll block away and adds 113 MiB (its dense twin: 1146 in all); a model of 18, with all that they keep, has the same
-    peak.
+    largest tensor, it is made a few columns at a time: COLUMNS, and twice as many within a block. On an H200 this takes 2 % of
+    the time of a SwitchAll block away and adds 113 MiB (its dense twin: 1146 in all); a model of 18, with all that they keep, has
+    the same peak. For d x of an MLP that stands alone this tensor is what its peak of memory comes from: it may have a quarter of
+    the elements of the hidden layer of a dense MLP with the same parameters, [N, E*G / 4], but has at least COLUMNS / 2. E 128,
+    TOP_K 8, D 1024, N 32768: 512 columns of d x's products take 135 us and their sum 105, twice 256 take 174 and 110.
 
 On an H200, bfloat16, N = 32768, D = 1024, E 32, G 128, TOP_K 4, ReLU, forward and backward in a CUDA graph: up 84 us (cuBLAS of
 the same FLOPs on contiguous rows: 83), up_bwd 95, down 274 in 4 launches, the sums over choices 214 (with what reaches x through
 the gate, d x in float32) and the weight gradients 117 (with 8 warps; skewed routing: 177). 1024 columns at a time take 883 us in
 all where 512 take 936, 256 take 1024 and 128 take 1143.
+
+What bounds `down`, E 128, TOP_K 8, else the same, 512 columns of 1024: 136 to 143 us. Of that, 81 take the stores alone (filling
+as much memory: 80), 85 the loads and products alone, 102 the loads of W and the stores, 122 the products of one tile of W and the
+stores: memory reads 84 MB and writes 268 MB at 2.5 TB/s. None of the following was faster: W and rows through tensor descriptors
+133 to 148; c in the order of the experts, through the copy engine 141, its rows gathered by the sum over choices in the same 76
+us; tiles of 128 columns, two programs a multiprocessor, 145 to 149; 256 rows 152 to 168; the transposed product 143 to 146; a
+tile stored while the next is multiplied 149; other cache hints 136; last tiles first, for u in the cache, 0.4 % less. Up and down
+as one kernel: 512 columns 277 us in place of 313, but u must then be made again, or written, 297; all 1024 columns 378 in place
+of 423, with all of [N*TOP_K, D]. Up, 173 us: W through descriptors 179, 256 rows 182 to 229, 4 warps 172; up_bwd, 191: 256 rows
+227 to 244.
 """
 
 import torch
@@ -281,6 +292,11 @@ def _down_kernel(
 
 
 # ---- launchers
+
+
+def columns_alone(E: int, G: int, top_k: int) -> int:
+    """Of d x, where an MLP stands alone. NOTE [Columns]"""
+    return min(COLUMNS, max(COLUMNS // 2, E * G // (4 * top_k)))
 
 
 def _aligned(width, x):

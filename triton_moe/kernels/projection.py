@@ -147,6 +147,7 @@ def _combine_kernel(
     K: tl.constexpr, stride_cm: tl.constexpr, stride_bk: tl.constexpr, stride_base: tl.constexpr, stride_added: tl.constexpr,
     stride_ym: tl.constexpr,
     HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):  # fmt: skip
     tiles_n = tl.cdiv(N, BLOCK_N)
     pid = tl.program_id(0)
@@ -162,7 +163,7 @@ def _combine_kernel(
         a = tl.load(a_ptr + offs_m[:, None] * K + offs_k[None, :], mask=mask_m[:, None] & mask_k[None, :], other=0.0)
         b = tl.load(b_ptr + offs_k[:, None] * stride_bk + offs_n[None, :], mask=mask_k[:, None] & mask_n[None, :], other=0.0)
         acc = tl.dot(a, b, acc)
-    for j in tl.range(0, J, loop_unroll_factor=4):
+    for j in tl.range(0, J, loop_unroll_factor=UNROLL):
         rows = offs_m * J + j
         c = tl.load(c_ptr + rows[:, None] * stride_cm + offs_n[None, :], mask=mask_c, other=0.0).to(tl.float32)
         if HAS_SCALE:
@@ -377,11 +378,19 @@ def _tile(M, N):
 
 def _combine(c, s, J, bias=None, y=None, a=None, b=None, base=None, added=None):
     """c [M*J, N], s [M*J] float32 or None -> y [M, N], into `y` if there is one: of fewer columns, or of more, which become
-    the bias or zeros. With a [M, K] and b [K, N], 16-bit and of few K, a b is added too, and so are base and added [M, N]."""
+    the bias or zeros. With a [M, K] and b [K, N], 16-bit and of few K, a b is added too, and so are base and added [M, N].
+
+    Sums of 16-bit rows and nothing else take 8 warps and 8 rows at a time. On an H200, 512 columns, M = 32768: 75.5 us where
+    4 warps and 4 rows took 79 for J 8, 41.7 for 43.6 with J 4; 256 columns, M = 16384, J 16: 36.8 for 43.7. Tiles of 16 x 128 or
+    4 x 512 elements are as fast, but 412 columns like the former less. With an a b of K 128, 256 columns of J 8 into float32
+    take 55 us, with 8 rows at a time 71.
+    """
     M = c.shape[0] // J
     y = c.new_empty(M, c.shape[1]) if y is None else y
     N, K = y.shape[1], 0 if a is None else a.shape[1]
     tiles_m, tiles_n, tile = _tile(M, N)
+    plain = c.element_size() == 2 and s is None and a is None and base is None
+    tile |= {"num_warps": 8 if plain else 4, "UNROLL": 8 if plain and J % 8 == 0 else 4}
     launch(
         _combine_kernel, (tiles_m * tiles_n,),
         c, c if s is None else s, c if bias is None else bias, a, b, base, added, y, M, N, c.shape[1], J, K,
