@@ -50,9 +50,8 @@ SPILLS: dict[tuple[str, str, str], int] = {
     ("_gather_kernel", "half", "sm_100"): 104,
     # Halves of odd places change places within the registers.
     ("_rope_rotate_kernel", "float32", "sm_100"): 48,
-    # Two accumulators and the rows they are dotted with.
-    ("_xl_dx_kernel", "half", "sm_80"): 128,
-    ("_xl_dw_kernel", "half", "sm_100"): 8,
+    # A tile of g, of the table and of W at once.
+    ("_xl_dx_kernel", "half", "sm_80"): 40,
     ("_gather_kernel", "half", "sm_80"): 104,
     ("_gather_kernel", "half", "gfx942"): 40,
 }
@@ -68,8 +67,8 @@ SPILLS_36: dict[tuple[str, str, str], int] = {
     ("_spread_kernel", "half", "sm_90"): 48,
 }
 
-# kernels/sets.py: 16-bit inputs only.
-HALF_ONLY = {"_gather_kernel", "_pack_kernel", "_spread_kernel"}
+# 16-bit inputs only: kernels/sets.py, and a product that float32 takes in float64.
+HALF_ONLY = {"_gather_kernel", "_pack_kernel", "_spread_kernel", "_xl_weight_kernel"}
 
 # A kernel for each thing compile_case has to notice, and one that it must leave alone.
 SAMPLES = """

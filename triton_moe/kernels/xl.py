@@ -16,10 +16,21 @@ NOTE [Few channels]
     an error of at most 1e-4 of a sinusoid in the mean of squares, far below the rounding of 16 bits; and 320 with one of 1e-8 for
     float32, which rounds 320 terms less than 1024.
 
-    On an H200 (bfloat16, causal, N = 32768, T 1024) attention takes 285 us forward and 743 backward for H 4, P 128, D 1024, and
-    without positions 110 and 290; 363 and 928 for H 8, P 64, D 512, and without 133 and 340.
+    On an H200 (bfloat16, causal, N = 32768, T 1024) the forward pass of attention takes 332 us for H 8, P 64, D 512, and without
+    positions 115; 260 for H 4, P 112, D 1024, and without 127.
 
     The fit is best around distance 0, so the keys are moved by half a span where all distances are negative.
+
+NOTE [Tiles]
+    The kernels take the channels as sines and cosines in turns: the two that a rotation mixes are then in the same thread, and a
+    tile is read, multiplied and written as one. A program for q_pos keeps its tiles of W and of the table over several sequences.
+    Microseconds on an H200, bfloat16, N = 32768, T 1024, for H 8, P 64, D 512 and H 4, P 112, D 1024; before, sines and cosines
+    were two tiles and nothing was kept:
+
+        q_pos 44 and 33, before 70 and 53; a program with all heads of its rows 67 and 59, with all channels of a head 46 and 39
+        dx    55 and 53, before 65 and 55; with W and the table kept 79 and 77
+        dw    43 and 41, before 62 and 48; dx and dw of one kernel, which reads the gradient once, 129 and 172 together
+        W M    4 and  6, before 12 and 16 as a product in float64 between two casts, which it still is for float32
 """
 
 import math
@@ -35,92 +46,129 @@ from .common import INTERPRET, cdiv, constant, launch, next_power_of_2, opaque, 
 from .position import angles
 
 BASE = 10000.0
-SPLITS = 32  # of the tokens, for the gradient of the weight
+PROGRAMS = 256  # for q_pos, where a head of one sequence does not have more tiles
+SPLITS = 16  # of the tokens, for the gradient of the weight
 
 
 @triton.jit
-def _load_halves(ptr, offs, cols, mask_rows, HALF: tl.constexpr):
-    """x[.., c] and x[.., HALF + c]."""
-    ptrs = ptr + (offs[:, None] + cols[None, :])
-    mask = mask_rows[:, None] & (cols < HALF)[None, :]
-    return tl.load(ptrs, mask=mask, other=0.0), tl.load(ptrs + HALF, mask=mask, other=0.0)
+def _load(ptr, offs, cols, mask_rows, WIDTH: tl.constexpr):
+    return tl.load(ptr + (offs[:, None] + cols[None, :]), mask=mask_rows[:, None] & (cols < WIDTH)[None, :], other=0.0)
 
 
 @triton.jit
-def _xl_table_kernel(y_ptr, frequency_ptr, S, HALF: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Sines, then cosines of positions from 0 on."""
+def _split(x, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """x[.., 2c] and x[.., 2c + 1]: neighbours are in the same thread."""
+    return tl.split(tl.reshape(x, ROWS, COLS // 2, 2))
+
+
+@triton.jit
+def _join(x, y, ROWS: tl.constexpr, COLS: tl.constexpr):
+    return tl.reshape(tl.join(x, y), ROWS, COLS)
+
+
+@triton.jit
+def _xl_table_kernel(
+    table_ptr, k_pos_ptr, frequency_ptr, shift, ROWS, HALF: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr
+):  # fmt: skip
+    """Sines and cosines, in turns, of positions from 0 on; those from `shift` on are k_pos."""
     offs_s = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    c = (tl.program_id(1) * BLOCK_F) // 2 + tl.arange(0, BLOCK_F // 2)
     cos, sin = angles(offs_s, tl.load(frequency_ptr + c, mask=c < HALF, other=0.0))
-    mask = (offs_s < S)[:, None] & (c < HALF)[None, :]
-    y_ptrs = y_ptr + offs_s[:, None] * (2 * HALF) + c[None, :]
-    tl.store(y_ptrs, sin, mask=mask)
-    tl.store(y_ptrs + HALF, cos, mask=mask)
+    y = _join(sin, cos, BLOCK_T, BLOCK_F).to(table_ptr.dtype.element_ty)
+    f = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
+    ptrs = offs_s[:, None] * (2 * HALF) + f[None, :]
+    mask = (offs_s < ROWS)[:, None] & (f < 2 * HALF)[None, :]
+    tl.store(table_ptr + ptrs, y, mask=mask)
+    if k_pos_ptr is not None:
+        tl.store(k_pos_ptr + (ptrs - shift * (2 * HALF)), y, mask=mask & (offs_s >= shift)[:, None])
+
+
+@triton.jit
+def _xl_weight_kernel(
+    w_ptr, m_ptr, y_ptr, R: tl.constexpr, D: tl.constexpr, F: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """y [R, F] = W M for W [R, D] in 16 bits, and M [3, D, F] as a sum of three parts, which have all bits of a float32."""
+    r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    f = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
+    acc = tl.zeros((BLOCK_R, BLOCK_F), tl.float32)
+    for start in range(0, D, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        w = _load(w_ptr, r * D, d, r < R, D)
+        for part in tl.static_range(3):
+            acc = tl.dot(w, _load(m_ptr, (part * D + d) * F, f, d < D, F), acc)
+    tl.store(y_ptr + r[:, None] * F + f[None, :], acc, mask=(r < R)[:, None] & (f < F)[None, :])
 
 
 @triton.jit
 def _xl_query_kernel(
-    x_ptr, w_ptr, table_ptr, y_ptr, T, H: tl.constexpr, offset,
+    x_ptr, w_ptr, table_ptr, y_ptr, B, T, H: tl.constexpr, offset, per,
     stride_b, stride_t: tl.constexpr, stride_h: tl.constexpr,
-    P: tl.constexpr, HALF: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+    P: tl.constexpr, F: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """y [B, T, H, F]: a = x W for w [H, P, F], rotated. A program owns BLOCK_T rows and BLOCK_C frequencies of a head."""
+    """y [B, T, H, F]: a = x W for w [H, P, F], rotated. A program owns BLOCK_T positions and BLOCK_F channels of a head in `per`
+    sequences, which share W and the table."""
     tiles = tl.cdiv(T, BLOCK_T)
-    b = (tl.program_id(0) // tiles).to(tl.int64)
-    offs_t = (tl.program_id(0) % tiles * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
+    f = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
+    offs_t = (tl.program_id(1) % tiles * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
     mask_t = offs_t < T
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    h = tl.program_id(2)
-    a_sin = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
-    a_cos = a_sin
-    for start in range(0, P, BLOCK_P):
-        p = start + tl.arange(0, BLOCK_P)
-        x_ptrs = x_ptr + b * stride_b + (offs_t * stride_t)[:, None] + h.to(tl.int64) * stride_h + p[None, :]
-        x = tl.load(x_ptrs, mask=mask_t[:, None] & (p < P)[None, :], other=0.0)
-        w_sin, w_cos = _load_halves(w_ptr + h * (P * 2 * HALF), p * (2 * HALF), c, p < P, HALF)
-        a_sin = tl.dot(x, w_sin, a_sin, input_precision=PRECISION)
-        a_cos = tl.dot(x, w_cos, a_cos, input_precision=PRECISION)
-    sin, cos = _load_halves(table_ptr, (offset + offs_t) * (2 * HALF), c, mask_t, HALF)
-    mask = mask_t[:, None] & (c < HALF)[None, :]
-    y_ptrs = y_ptr + (((b * T + offs_t) * H + h) * (2 * HALF))[:, None] + c[None, :]
-    tl.store(y_ptrs, a_sin * cos + a_cos * sin, mask=mask)
-    tl.store(y_ptrs + HALF, a_cos * cos - a_sin * sin, mask=mask)
+    h = tl.program_id(2).to(tl.int64)
+    p = tl.arange(0, BLOCK_P)
+    w = _load(w_ptr + h * (P * F), p * F, f, p < P, F)
+    sin, cos = _split(_load(table_ptr, (offset + offs_t) * F, f, mask_t, F), BLOCK_T, BLOCK_F)
+    first = (tl.program_id(1) // tiles).to(tl.int64) * per
+    for i in range(0, tl.minimum(per, B - first)):
+        b = first + i
+        a = tl.zeros((BLOCK_T, BLOCK_F), tl.float32)
+        for start in range(0, P, BLOCK_P):
+            p = start + tl.arange(0, BLOCK_P)
+            if BLOCK_P < P:
+                w = _load(w_ptr + h * (P * F), p * F, f, p < P, F)
+            x = _load(x_ptr + b * stride_b + h * stride_h, offs_t * stride_t, p, mask_t, P)
+            a = tl.dot(x, w, a, input_precision=PRECISION)
+        a_sin, a_cos = _split(a, BLOCK_T, BLOCK_F)
+        y = _join(a_sin * cos + a_cos * sin, a_cos * cos - a_sin * sin, BLOCK_T, BLOCK_F)
+        y_ptrs = y_ptr + (((b * T + offs_t) * H + h) * F)[:, None] + f[None, :]
+        tl.store(y_ptrs, y, mask=mask_t[:, None] & (f < F)[None, :])
 
 
 @triton.jit
-def _rotated_back(g_ptr, table_ptr, b, offs_t, mask_t, h, c, T, offset, H: tl.constexpr, HALF: tl.constexpr):
-    """d a_s and d a_c, in the dtype of g [B, T, H, F], the gradient of q_pos."""
-    sin, cos = _load_halves(table_ptr, (offset + offs_t) * (2 * HALF), c, mask_t, HALF)
-    g_sin, g_cos = _load_halves(g_ptr, ((b * T + offs_t) * H + h) * (2 * HALF), c, mask_t, HALF)
-    g_sin, g_cos = g_sin.to(tl.float32), g_cos.to(tl.float32)
-    da_sin, da_cos = g_sin * cos - g_cos * sin, g_sin * sin + g_cos * cos
-    return da_sin.to(g_ptr.dtype.element_ty), da_cos.to(g_ptr.dtype.element_ty)
+def _rotated_back(
+    g_ptr, table_ptr, b, offs_t, mask_t, h, f, T, offset,
+    H: tl.constexpr, F: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr,
+):  # fmt: skip
+    """da, in the dtype of g [B, T, H, F], the gradient of q_pos."""
+    sin, cos = _split(_load(table_ptr, (offset + offs_t) * F, f, mask_t, F).to(tl.float32), BLOCK_T, BLOCK_F)
+    g = _load(g_ptr, ((b * T + offs_t) * H + h) * F, f, mask_t, F)
+    g_sin, g_cos = _split(g.to(tl.float32), BLOCK_T, BLOCK_F)
+    da = _join(g_sin * cos - g_cos * sin, g_sin * sin + g_cos * cos, BLOCK_T, BLOCK_F).to(g.dtype)
+    # for sm_100 Triton 3.6 cannot take a factor that was reshaped last
+    return tl.where(mask_t[:, None], da, 0.0) if g.dtype == tl.float32 else da
 
 
 @triton.jit
 def _xl_dx_kernel(
     g_ptr, w_ptr, table_ptr, dx_ptr, T, H: tl.constexpr, offset,
     stride_b, stride_t: tl.constexpr, stride_h: tl.constexpr,
-    P: tl.constexpr, HALF: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+    P: tl.constexpr, F: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """dx += da W^T."""
     tiles = tl.cdiv(T, BLOCK_T)
     b = (tl.program_id(0) // tiles).to(tl.int64)
-    h = tl.program_id(1)
+    h = tl.program_id(1).to(tl.int64)
     offs_t = (tl.program_id(0) % tiles * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
     mask_t = offs_t < T
     p = tl.arange(0, BLOCK_P)
-    dx_ptrs = dx_ptr + b * stride_b + (offs_t * stride_t)[:, None] + h.to(tl.int64) * stride_h + p[None, :]
+    dx_ptrs = dx_ptr + b * stride_b + (offs_t * stride_t)[:, None] + h * stride_h + p[None, :]
     mask = mask_t[:, None] & (p < P)[None, :]
     acc = tl.load(dx_ptrs, mask=mask, other=0.0).to(tl.float32)
-    for start in range(0, HALF, BLOCK_C):
-        c = start + tl.arange(0, BLOCK_C)
-        da_sin, da_cos = _rotated_back(g_ptr, table_ptr, b, offs_t, mask_t, h, c, T, offset, H, HALF)
-        w_sin, w_cos = _load_halves(w_ptr + h * (P * 2 * HALF), p * (2 * HALF), c, p < P, HALF)
-        acc = tl.dot(da_sin, tl.trans(w_sin), acc, input_precision=PRECISION)
-        acc = tl.dot(da_cos, tl.trans(w_cos), acc, input_precision=PRECISION)
+    for start in range(0, F, BLOCK_F):
+        f = start + tl.arange(0, BLOCK_F)
+        da = _rotated_back(g_ptr, table_ptr, b, offs_t, mask_t, h, f, T, offset, H, F, BLOCK_T, BLOCK_F)
+        w = _load(w_ptr + h * (P * F), p * F, f, p < P, F)
+        acc = tl.dot(da, tl.trans(w), acc, input_precision=PRECISION)
     tl.store(dx_ptrs, acc, mask=mask)
 
 
@@ -128,30 +176,24 @@ def _xl_dx_kernel(
 def _xl_dw_kernel(
     g_ptr, x_ptr, table_ptr, dw_ptr, B, T, H: tl.constexpr, offset, per,
     stride_b, stride_t: tl.constexpr, stride_h: tl.constexpr,
-    P: tl.constexpr, HALF: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+    P: tl.constexpr, F: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """dw [splits, H, P, F] float32: x^T da of `per` tiles of BLOCK_T rows."""
-    h = tl.program_id(1)
-    c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
+    """dw [splits, H, P, F] float32: x^T da of `per` tiles of BLOCK_T rows, those of the same positions one after another."""
+    f = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
+    h = tl.program_id(2).to(tl.int64)
     p = tl.arange(0, BLOCK_P)
-    tiles = tl.cdiv(T, BLOCK_T)
-    acc_sin = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
-    acc_cos = acc_sin
-    first = tl.program_id(0).to(tl.int64) * per
-    for i in range(0, tl.minimum(per, B * tiles - first)):
-        b = (first + i) // tiles
-        offs_t = (first + i) % tiles * BLOCK_T + tl.arange(0, BLOCK_T)
+    acc = tl.zeros((BLOCK_P, BLOCK_F), tl.float32)
+    first = tl.program_id(1).to(tl.int64) * per
+    for i in range(0, tl.minimum(per, B * tl.cdiv(T, BLOCK_T) - first)):
+        b = (first + i) % B
+        offs_t = (first + i) // B * BLOCK_T + tl.arange(0, BLOCK_T)
         mask_t = offs_t < T
-        x_ptrs = x_ptr + b * stride_b + (offs_t * stride_t)[:, None] + h.to(tl.int64) * stride_h + p[None, :]
-        x = tl.trans(tl.load(x_ptrs, mask=mask_t[:, None] & (p < P)[None, :], other=0.0))
-        da_sin, da_cos = _rotated_back(g_ptr, table_ptr, b, offs_t, mask_t, h, c, T, offset, H, HALF)
-        acc_sin = tl.dot(x, da_sin, acc_sin, input_precision=PRECISION)
-        acc_cos = tl.dot(x, da_cos, acc_cos, input_precision=PRECISION)
-    dw_ptrs = dw_ptr + ((tl.program_id(0) * H + h) * P + p).to(tl.int64)[:, None] * (2 * HALF) + c[None, :]
-    mask = (p < P)[:, None] & (c < HALF)[None, :]
-    tl.store(dw_ptrs, acc_sin, mask=mask)
-    tl.store(dw_ptrs + HALF, acc_cos, mask=mask)
+        x = _load(x_ptr + b * stride_b + h * stride_h, offs_t * stride_t, p, mask_t, P)
+        da = _rotated_back(g_ptr, table_ptr, b, offs_t, mask_t, h, f, T, offset, H, F, BLOCK_T, BLOCK_F)
+        acc = tl.dot(tl.trans(x), da, acc, input_precision=PRECISION)
+    dw_ptrs = dw_ptr + ((tl.program_id(1) * H + h) * P + p)[:, None] * F + f[None, :]
+    tl.store(dw_ptrs, acc, mask=(p < P)[:, None] & (f < F)[None, :])
 
 
 def _exact(x: Tensor, precision: str) -> bool:
@@ -212,14 +254,22 @@ _on_device: dict[tuple, list[Tensor]] = {}
 
 
 @cache
-def _on_host(D: int, span: int, shift: int, exact: bool, pinned: bool) -> list[Tensor]:
-    """The frequencies in quarter turns and M, float64, whose products autocast leaves alone."""
-    frequencies, M = _basis(D, span, shift, exact)
-    tensors = [torch.from_numpy(frequencies * (2 / math.pi)), torch.from_numpy(M)]
+def _on_host(D: int, span: int, shift: int, exact: bool, dtype: torch.dtype, pinned: bool) -> list[Tensor]:
+    """The frequencies in quarter turns and M, float64, whose products autocast leaves alone; then M in three parts of 16 bits.
+    Here and from here on the channels are sines and cosines in turns: a rotation needs neighbours."""
+    frequencies, basis = _basis(D, span, shift, exact)
+    M = torch.from_numpy(basis).view(D, 2, -1).mT.reshape(D, -1)
+    tensors, rest = [torch.from_numpy(frequencies * (2 / math.pi)), M], M
+    if dtype != torch.float32:
+        parts = M.new_empty(3, *M.shape, dtype=dtype)
+        for part in parts:
+            part.copy_(rest)
+            rest = rest - part
+        tensors.append(parts)
     return [t.pin_memory() for t in tensors] if pinned else tensors
 
 
-def _basis_on(device: torch.device, *basis: int) -> list[Tensor]:
+def _basis_on(device: torch.device, *basis) -> list[Tensor]:
     """`_on_host`, copied to the device once, and then without waiting; what a CUDA graph copies stays its own."""
     key, cuda = (device, *basis), device.type == "cuda"
     found = _on_device.get(key)
@@ -230,26 +280,38 @@ def _basis_on(device: torch.device, *basis: int) -> list[Tensor]:
     return found
 
 
-def _constants(x: Tensor, D: int, S: int, window: int, causal: bool, precision: str) -> tuple[Tensor, Tensor, int]:
-    """A table of positions [S + shift, F], M, and the shift of the keys. In float16, for bfloat16, it is exact to 2**-12."""
+def _constants(
+    x: Tensor, k_pos: Tensor | None, D: int, S: int, window: int, causal: bool, precision: str
+) -> tuple[Tensor, list[Tensor]]:
+    """A table of positions [S + shift, F], of which k_pos is written as well, and M. In float16, for bfloat16, it is exact to
+    2**-12."""
     span = _span(S, window, causal)
     shift = span // 2 if causal else 0
-    frequencies, M = _basis_on(x.device, D, span, shift, _exact(x, precision))
-    dtype, half = torch.float16 if x.dtype == torch.bfloat16 else torch.float32, M.shape[1] // 2
-    table, tiles = x.new_empty(S + shift, 2 * half, dtype=dtype), _tiles(x, half, 0)
-    tiles = {name: tiles[name] for name in ("BLOCK_T", "BLOCK_C", "num_warps")}
-    grid = cdiv(S + shift, tiles["BLOCK_T"]), cdiv(half, tiles["BLOCK_C"])
-    launch(_xl_table_kernel, grid, table, frequencies, S + shift, HALF=half, **tiles)
-    return table, M, shift
+    frequencies, *M = _basis_on(x.device, D, span, shift, _exact(x, precision), x.dtype)
+    F = M[0].shape[1]
+    table = x.new_empty(S + shift, F, dtype=torch.float16 if x.dtype == torch.bfloat16 else torch.float32)
+    block_t, block_f = (256, 512) if INTERPRET else (16, 64)
+    launch(
+        _xl_table_kernel, (cdiv(S + shift, block_t), cdiv(F, block_f)),
+        table, k_pos, frequencies, shift, S + shift, HALF=F // 2, BLOCK_T=block_t, BLOCK_F=block_f, num_warps=4,
+    )  # fmt: skip
+    return table, M
 
 
-def _tiles(x: Tensor, half: int, columns: int) -> dict[str, int]:
+def _tiles(x: Tensor, columns: int) -> dict[str, int]:
     if INTERPRET:
-        return dict(BLOCK_T=256, BLOCK_C=512, BLOCK_P=columns, num_warps=1)
+        return dict(BLOCK_T=256, BLOCK_F=512, BLOCK_P=columns, num_warps=1)
     if x.dtype == torch.float32:
-        return dict(BLOCK_T=16, BLOCK_C=16, BLOCK_P=columns, num_warps=4)
-    stages = 3 if half % 64 and x.dtype == torch.bfloat16 else 2  # in float16 the table is twice as wide
-    return dict(BLOCK_T=64, BLOCK_C=32 if half % 64 else 64, BLOCK_P=columns, num_warps=4, num_stages=stages)
+        return dict(BLOCK_T=16, BLOCK_F=16, BLOCK_P=columns, num_warps=4)
+    warps, stages = (4, 3) if columns <= 128 else (8, 2)
+    return dict(BLOCK_T=64, BLOCK_F=64, BLOCK_P=columns, num_warps=warps, num_stages=stages)
+
+
+def _query_tiles(x: Tensor, P: int, F: int) -> dict[str, int]:
+    columns = next_power_of_2(P)
+    tiles = _tiles(x, columns if INTERPRET else min(columns, 32 if x.dtype == torch.float32 else 128))
+    wide = x.dtype == torch.bfloat16 and F % 128 == 0 and not INTERPRET  # in float16 the table is twice as wide
+    return tiles | dict(BLOCK_F=128, num_warps=8) if wide else tiles
 
 
 def channels(D: int, S: int, window: int, causal: bool, exact: bool) -> int:
@@ -267,16 +329,24 @@ def _xl_query_fake(x, weight, S, window, causal, precision):
 def xl_query(x: Tensor, weight: Tensor, S: int, window: int, causal: bool, precision: str) -> tuple[Tensor, Tensor, Tensor]:
     """q_pos [B, T, H, F] of x [B, T, H, P], the last of S positions, k_pos [S, F], and W M [H, P, F]; weight [H*P, D]."""
     B, T, H, P = x.shape
-    q_pos = _xl_query_fake(x, weight, S, window, causal, precision)[0]
-    table, M, shift = _constants(x, weight.shape[1], S, window, causal, precision)
-    x, half, wide = rows(x), M.shape[1] // 2, next_power_of_2(P)
-    narrow = (weight.double() @ M).to(weight.dtype).view(H, P, 2 * half)
-    tiles = _tiles(x, half, wide if INTERPRET else min(wide, 32 if x.dtype == torch.float32 else 128))
+    q_pos, k_pos, narrow = _xl_query_fake(x, weight, S, window, causal, precision)
+    D, F = weight.shape[1], q_pos.shape[-1]
+    table, M = _constants(x, k_pos, D, S, window, causal, precision)
+    if weight.dtype == torch.float32:
+        narrow = (weight.double() @ M[0]).to(weight.dtype).view(H, P, F)
+    else:
+        block = 512 if INTERPRET else 128
+        tiles = dict(BLOCK_R=block // 2, BLOCK_F=block // 8, BLOCK_D=block, num_warps=4, num_stages=3)
+        grid = cdiv(H * P, tiles["BLOCK_R"]), cdiv(F, tiles["BLOCK_F"])
+        launch(_xl_weight_kernel, grid, weight.contiguous(), M[1], narrow, H * P, D, F, **tiles)
+    x, tiles = rows(x), _query_tiles(x, P, F)
+    across, along = cdiv(F, tiles["BLOCK_F"]), cdiv(T, tiles["BLOCK_T"])
+    per = max(1, cdiv(B * across * along * H, PROGRAMS))
     launch(
-        _xl_query_kernel, (B * cdiv(T, tiles["BLOCK_T"]), cdiv(half, tiles["BLOCK_C"]), H),
-        x, narrow, table, q_pos, T, H, S - T, *x.stride()[:3], P=P, HALF=half, PRECISION=precision, **tiles,
+        _xl_query_kernel, (across, along * cdiv(B, per), H),
+        x, narrow, table, q_pos, B, T, H, S - T, per, *x.stride()[:3], P=P, F=F, PRECISION=precision, **tiles,
     )  # fmt: skip
-    return q_pos, table[shift:].to(x.dtype, copy=True), narrow
+    return q_pos, k_pos, narrow
 
 
 def _xl_query_backward_fake(dq_pos, dx, x, narrow, D, S, window, causal, precision):
@@ -289,17 +359,15 @@ def xl_query_backward_(
 ) -> Tensor:
     """Adds x's gradient to dx, whose rows are contiguous, and returns the weight's; narrow is W M."""
     B, T, H, P = x.shape
-    table, M, _ = _constants(x, D, S, window, causal, precision)
-    x, dq_pos, half = rows(x), dq_pos.contiguous(), M.shape[1] // 2
-    tiles = _tiles(x, half, next_power_of_2(P))
-    number = B * cdiv(T, tiles["BLOCK_T"])
-    shared = dict(P=P, HALF=half, PRECISION=precision, **tiles)
+    table, M = _constants(x, None, D, S, window, causal, precision)
+    x, dq_pos, F = rows(x), dq_pos.contiguous(), M[0].shape[1]
+    shared = dict(P=P, F=F, PRECISION=precision, **_tiles(x, next_power_of_2(P)))
+    number = B * cdiv(T, shared["BLOCK_T"])
     launch(_xl_dx_kernel, (number, H), dq_pos, narrow, table, dx, T, H, S - T, *dx.stride()[:3], **shared)
     per = max(1, cdiv(number, SPLITS))
-    splits = cdiv(number, per)
-    parts = x.new_empty(splits, H, P, 2 * half, dtype=torch.float32)
+    parts = x.new_empty(cdiv(number, per), H, P, F, dtype=torch.float32)
     launch(
-        _xl_dw_kernel, (splits, H, cdiv(half, tiles["BLOCK_C"])),
+        _xl_dw_kernel, (cdiv(F, shared["BLOCK_F"]), len(parts), H),
         dq_pos, x, table, parts, B, T, H, S - T, per, *x.stride()[:3], **shared,
     )  # fmt: skip
-    return (parts.sum(0).view(H * P, -1).double() @ M.t()).to(narrow.dtype)
+    return (parts.sum(0).view(H * P, -1).double() @ M[0].t()).to(narrow.dtype)

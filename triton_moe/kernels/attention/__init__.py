@@ -23,7 +23,8 @@ NOTE [Position channels]
     The Transformer-XL term is a second product of queries and keys, so a tile of queries holds the F channels of q_pos beside
     those of q, a tile of keys those of k_pos, and dq_pos is made with dq: nothing has T^2 elements. That is for at most
     WIDEST_POSITIONS channels of 16 bits. More, or float32, would not fit: then scores take POSITION_CHUNK channels at a time, and
-    so does dq_pos, in programs that make the scores once more.
+    so does dq_pos, in programs that make the scores once more. On an H200 the forward pass of H 8, P 64, F 192 (N = 32768, T
+    1024) takes 273 us with these tiles in shared memory, and 287 with those of the queries in registers.
 
 NOTE [Float32]
     What rounds float32 most is not the products but the differences. So without tf32 (EXACT) scores and lse stay in natural
