@@ -32,7 +32,7 @@ all where 512 take 936, 256 take 1024 and 128 take 1143.
 What bounds `down`, E 128, TOP_K 8, else the same, 512 columns of 1024: 136 to 143 us. Of that, 81 take the stores alone (filling
 as much memory: 80), 85 the loads and products alone, 102 the loads of W and the stores, 122 the products of one tile of W and the
 stores: memory reads 84 MB and writes 268 MB at 2.5 TB/s. None of the following was faster: W and rows through tensor descriptors
-133 to 148; c in the order of the experts, through the copy engine 141, its rows gathered by the sum over choices in the same 76
+142 to 148; c in the order of the experts, through the copy engine 141, its rows gathered by the sum over choices in the same 76
 us; tiles of 128 columns, two programs a multiprocessor, 145 to 149; 256 rows 152 to 168; the transposed product 143 to 146; a
 tile stored while the next is multiplied 149; other cache hints 136; last tiles first, for u in the cache, 0.4 % less. Up and down
 as one kernel: 512 columns 277 us in place of 313, but u must then be made again, or written, 297; all 1024 columns 378 in place
