@@ -174,12 +174,14 @@ def test_compiles_once_more_for_other_lengths_and_never_again(name, device):
 
 
 D, H, E, K, P, MOE_E, MOE_K, G = 64, 2, 4, 2, 41, 5, 3, 16
-HEAD_BYTES = 2 * D + 2 * H * 64 * (4 + K) + 4 * H * (1 + 2 * (3 * K + E))  # x; q, k, v, a and u; log-sum-exps, gates and orders
-U_BYTES = 2 * H * 64 * K
+HEAD_BYTES = 2 * D + 2 * H * 48 * (4 + K) + 4 * H * (1 + 2 * (3 * K + E))  # x; q, k, v, a and u; log-sum-exps, gates and orders
+U_BYTES = 2 * H * 48 * K
 MOE_BYTES = 2 * D + 2 * MOE_K * G + 4 * (3 * MOE_K + MOE_E)  # x; what enters the activation; gates and orders
 BLOCK_BYTES = HEAD_BYTES + MOE_BYTES + 2 * 4 * D + 4 * 4  # the residual stream twice, and two numbers for each norm
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
 @pytest.mark.parametrize(
     "make, expected",
     [
@@ -195,10 +197,10 @@ BLOCK_BYTES = HEAD_BYTES + MOE_BYTES + 2 * 4 * D + 4 * 4  # the residual stream 
     ids=["SwitchHead", "SwitchHead, recompute", "SigmaMoE", "SwitchAll", "SwitchAll, recompute"],
 )
 def test_a_layer_keeps_no_more_than_this_for_its_backward(make, expected, device):
-    """Bytes a token under autocast to 16 bits, where heads of 41 channels are stored as 64."""
+    """Bytes a token under autocast to 16 bits, where heads of 41 channels are stored as 48."""
     module = make().to(device)
 
-    def kept(length):
+    def kept(module, length):
         storages = {}
 
         def pack(t):
@@ -209,7 +211,11 @@ def test_a_layer_keeps_no_more_than_this_for_its_backward(make, expected, device
             module(randn(2, length, D, device=device))
         return sum(storage.nbytes() for storage in storages.values())
 
-    assert kept(128) - kept(64) <= 128 * expected
+    assert kept(module, 128) - kept(module, 64) <= 128 * expected
+    if device == "cpu":  # with the partitioner that decides for Inductor what is kept
+        torch._dynamo.reset()
+        compiled = torch.compile(module, fullgraph=True, backend="aot_eager_decomp_partition")
+        assert kept(compiled, 64) <= kept(module, 64)
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -182,7 +182,8 @@ def compile_candidate(target: str, dtype: str, op: str, shape: dict, key, config
         )
         worst.float_atomics = worst.float_atomics or row.float_atomics
         for name in ("registers", "spill_bytes", "shared_bytes"):
-            setattr(worst, name, max(getattr(worst, name) or 0, getattr(row, name) or 0))
+            numbers = getattr(worst, name), getattr(row, name)
+            setattr(worst, name, None if None in numbers else max(numbers))
     return worst
 
 

@@ -232,7 +232,7 @@ class SwitchAll(nn.Module):
 
     Children norm1, attention (SwitchHead), norm2, moe (SigmaMoE). dropout acts on both residual branches; attention_dropout on q;
     moe_dropout on the activated experts; expert_dropout and moe_expert_dropout on the two selections. recompute: less memory for
-    more time, as of `functional.switchall`.
+    more time, as of `functional.switchall`; to be changed later in `attention.recompute`.
     """
 
     def __init__(

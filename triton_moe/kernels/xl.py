@@ -76,11 +76,12 @@ def _xl_table_kernel(
     cos, sin = angles(offs_s, tl.load(frequency_ptr + c, mask=c < HALF, other=0.0))
     y = _join(sin, cos, BLOCK_T, BLOCK_F).to(table_ptr.dtype.element_ty)
     f = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
-    ptrs = offs_s[:, None] * (2 * HALF) + f[None, :]
+    ptrs = table_ptr + (offs_s[:, None] * (2 * HALF) + f[None, :])
     mask = (offs_s < ROWS)[:, None] & (f < 2 * HALF)[None, :]
-    tl.store(table_ptr + ptrs, y, mask=mask)
+    tl.store(ptrs, y, mask=mask)
     if k_pos_ptr is not None:
-        tl.store(k_pos_ptr + (ptrs - shift * (2 * HALF)), y, mask=mask & (offs_s >= shift)[:, None])
+        ptrs = k_pos_ptr + ((offs_s - shift)[:, None] * (2 * HALF) + f[None, :])
+        tl.store(ptrs, y, mask=mask & (offs_s >= shift)[:, None])
 
 
 @triton.jit
@@ -109,15 +110,16 @@ def _xl_query_kernel(
 ):  # fmt: skip
     """y [B, T, H, F]: a = x W for w [H, P, F], rotated. A program owns BLOCK_T positions and BLOCK_F channels of a head in `per`
     sequences, which share W and the table."""
-    tiles = tl.cdiv(T, BLOCK_T)
-    f = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
-    offs_t = (tl.program_id(1) % tiles * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
+    tiles, across = tl.cdiv(T, BLOCK_T), tl.cdiv(F, BLOCK_F)
+    tile = tl.program_id(0) // across
+    f = tl.program_id(0) % across * BLOCK_F + tl.arange(0, BLOCK_F)
+    offs_t = (tile % tiles).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     mask_t = offs_t < T
-    h = tl.program_id(2).to(tl.int64)
+    h = tl.program_id(1).to(tl.int64)
     p = tl.arange(0, BLOCK_P)
     w = _load(w_ptr + h * (P * F), p * F, f, p < P, F)
     sin, cos = _split(_load(table_ptr, (offset + offs_t) * F, f, mask_t, F), BLOCK_T, BLOCK_F)
-    first = (tl.program_id(1) // tiles).to(tl.int64) * per
+    first = (tile // tiles).to(tl.int64) * per
     for i in range(0, tl.minimum(per, B - first)):
         b = first + i
         a = tl.zeros((BLOCK_T, BLOCK_F), tl.float32)
@@ -343,7 +345,7 @@ def xl_query(x: Tensor, weight: Tensor, S: int, window: int, causal: bool, preci
     across, along = cdiv(F, tiles["BLOCK_F"]), cdiv(T, tiles["BLOCK_T"])
     per = max(1, cdiv(B * across * along * H, PROGRAMS))
     launch(
-        _xl_query_kernel, (across, along * cdiv(B, per), H),
+        _xl_query_kernel, (across * along * cdiv(B, per), H),
         x, narrow, table, q_pos, B, T, H, S - T, per, *x.stride()[:3], P=P, F=F, PRECISION=precision, **tiles,
     )  # fmt: skip
     return q_pos, k_pos, narrow
