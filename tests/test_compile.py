@@ -212,6 +212,23 @@ for warps in (4, 8):
 """
 
 
+SHARED_KEY = """
+from triton_moe import compiler
+
+shape = {"sides": 1, "H": 1, "E": 64, "TOP_K": 2, "D": 64}  # one key for a gate with and without the cast of x
+((_, key, config),) = compiler.lookups("gating", "sm_90", "bfloat16", shape)
+both = compiler.compile_case("sm_90", "bfloat16", "gating", shape, only=lambda kernel: "gating_fwd" in kernel.__name__)
+worst = compiler.compile_candidate("sm_90", "bfloat16", "gating", shape, key, config)
+registers, shared = [row.registers for row in both], [row.shared_bytes for row in both]
+print(len(set(registers)), worst.registers == max(registers), worst.shared_bytes == max(shared))
+"""
+
+
+def test_of_kernels_that_share_a_configuration_the_worst_counts():
+    result = child("-c", SHARED_KEY, timeout=300)
+    assert result.stdout.splitlines() == ["2 True True"], result.stderr
+
+
 def test_what_the_assembler_warns_of(tmp_path, monkeypatch):
     """128 x 256 float32 sums are all registers of four warps."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))  # from the cache comes no warning

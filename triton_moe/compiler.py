@@ -175,11 +175,9 @@ def compile_candidate(target: str, dtype: str, op: str, shape: dict, key, config
 
     worst, *others = compile_case(target, dtype, op, shape, choose, lambda kernel: latest.get(kernel) == key)
     for row in others:
-        worst.error, worst.warning, worst.seconds = (
-            worst.error or row.error,
-            worst.warning or row.warning,
-            worst.seconds + row.seconds,
-        )
+        worst.seconds += row.seconds
+        worst.warning |= row.warning
+        worst.error = worst.error or row.error
         worst.float_atomics = worst.float_atomics or row.float_atomics
         for name in ("registers", "spill_bytes", "shared_bytes"):
             numbers = getattr(worst, name), getattr(row, name)
