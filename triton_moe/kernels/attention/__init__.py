@@ -70,6 +70,23 @@ NOTE [Hopper]
     of 812: tiles of 64 x 64, 4 warps, dq by 32 channels, added by TMA; 590 without dq, 1106 with dq only stored, 1245 with dq
     added in any order. 32 queries x 128 keys, 8 warps, spill nothing: 806, 1276, 1424, and 1753 in order. Nor is it better at
     T 1024 (462 instead of 293), at T 16384 (5140 instead of 2961) or for P 64 (727 instead of 484 at T 4096).
+
+NOTE [Gated rows]
+    A layer's projections read rows of attention gated: the output projection o packed (../sets.py), its weight's gradient o once
+    for each route, the value projection's gradient dv packed, with the dots of u and dv. Launches of their own make these; the
+    kernels here could store them at once. Measured on an H200 (bfloat16, causal, N = 32768, H 4, E 4, TOP_K 2; graphs replayed
+    by turns): the us that a kernel then takes longer, and those of the launch that it spares:
+
+                                      P 128, T 256      T 1024      T 4096      P 64, T 1024
+        o packed, forward                27 for 40    25 for 40   23 for 39        13 for 23
+        o for each route, dq             15 for 29    15 for 29   17 for 29         9 for 15
+        dv packed and dots, dk, dv       63 for 67    66 for 67   85 for 67        38 for 45
+
+    Of the forward pass's 25 us 16 remain with all stores masked off: presumably its gates, places and a tile for each expert
+    change their layout at barriers, and only the other block of a multiprocessor fills in. That is with gates and places loaded
+    before the loop, after it 29; for dk and dv before it spills, 98. From the tile stored and loaded again it was no faster. With
+    the first two a layer took 12 us less of 1974 at T 1024 (P 100, D 1024, forward and backward), 15 of 2799 at T 4096, 10 of
+    1292 for P 64, and 9 of 524 for H 2, E 5, TOP_K 3, P 76, D 412, N = 16384, T 256, for 330 more lines.
 """
 
 from .backward import _attention_bwd_dkdv_kernel, _attention_bwd_dq_kernel, attention_backward
