@@ -170,7 +170,7 @@ def _up_bwd_columns(
         du *= second
         u *= second
     tl.store(dz_ptr + offs_z, (db * du).to(dz_ptr.dtype.element_ty), mask=mask)
-    dweight = tl.sum(b * u, axis=1)
+    dweight = tl.sum(tl.fma(b, u, 0.0), axis=1)  # see NOTE [Sums of products] in common.py
     if HAS_DROPOUT:
         u *= keep
     u_ptrs = u_ptr + offs_m.to(tl.int64)[:, None] * G + offs_n[None, :]
