@@ -229,7 +229,7 @@ def _gating_bwd_kernel(
     dgate = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)  # d weight, scattered to the experts
     gate = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
     inner = tl.zeros((BLOCK_M,), tl.float32)  # sum_j d weight_j weight_j
-    for j in range(TOP_K):
+    for j in tl.range(0, TOP_K, loop_unroll_factor=min(TOP_K, 8)):  # loads that do not wait for one another
         e = tl.load(experts_ptr + row * TOP_K + j, mask=mask_m, other=0)
         w = tl.load(weights_ptr + row * TOP_K + j, mask=mask_m, other=0.0)
         dw = tl.load(dweights_ptr + row * TOP_K + j, mask=mask_m, other=0.0)

@@ -157,18 +157,18 @@ def _combine_kernel(
     mask = mask_m[:, None] & mask_n[None, :]
     mask_c = mask & (offs_n < WIDTH)[None, :]
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    if K > 0:
-        offs_k = tl.arange(0, BLOCK_K)
-        mask_k = offs_k < K
-        a = tl.load(a_ptr + offs_m[:, None] * K + offs_k[None, :], mask=mask_m[:, None] & mask_k[None, :], other=0.0)
-        b = tl.load(b_ptr + offs_k[:, None] * stride_bk + offs_n[None, :], mask=mask_k[:, None] & mask_n[None, :], other=0.0)
-        acc = tl.dot(a, b, acc)
     for j in tl.range(0, J, loop_unroll_factor=UNROLL):
         rows = offs_m * J + j
         c = tl.load(c_ptr + rows[:, None] * stride_cm + offs_n[None, :], mask=mask_c, other=0.0).to(tl.float32)
         if HAS_SCALE:
             c *= tl.load(s_ptr + rows, mask=mask_m, other=0.0)[:, None]
         acc += c
+    if K > 0:  # after the sum: before it, each c would be brought into the order in which tensor cores hold acc
+        offs_k = tl.arange(0, BLOCK_K)
+        mask_k = offs_k < K
+        a = tl.load(a_ptr + offs_m[:, None] * K + offs_k[None, :], mask=mask_m[:, None] & mask_k[None, :], other=0.0)
+        b = tl.load(b_ptr + offs_k[:, None] * stride_bk + offs_n[None, :], mask=mask_k[:, None] & mask_n[None, :], other=0.0)
+        acc = tl.dot(a, b, acc)
     if HAS_BIAS:
         acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
     if base_ptr is not None:
