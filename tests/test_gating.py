@@ -328,6 +328,7 @@ def check_tiles(plan, keys, e, groups):
 def small_tiles(monkeypatch):
     """Chunks and tiles that a small problem has several of."""
     monkeypatch.setattr(kernels, "CHUNK", 32)
+    monkeypatch.setattr(kernels, "ROUTES", 32)
     monkeypatch.setattr(kernels.sets, "TILE", 16)
 
 
@@ -338,6 +339,7 @@ def small_tiles(monkeypatch):
     [
         (1, 1, 1, 1, True), (0, 2, 4, 2, True), (137, 4, 4, 2, True), (100, 2, 5, 3, True), (80, 1, 8, 4, True),
         (33, 12, 4, 2, True), (70, 1, 40, 3, False), (50, 3, 13, 13, False), (30, 1, 387, 2, False),
+        (45, 3, 33, 4, False), (37, 1, 128, 8, False),
     ],
 )  # fmt: skip
 def test_plan_sorts_stably(N, H, E, K, sets, used, small_tiles, device):
@@ -350,7 +352,8 @@ def test_plan_sorts_stably(N, H, E, K, sets, used, small_tiles, device):
     "N, H, E, K, sets",
     [
         (32768, 4, 4, 2, True), (16384, 2, 5, 3, True), (32768, 2, 8, 4, True), (5000, 10, 6, 2, True),
-        (131072, 1, 128, 8, False), (32768, 1, 1024, 32, False), (1 << 20, 4, 4, 2, False), (32767, 32, 8, 4, False),
+        (131072, 1, 128, 8, False), (32768, 1, 128, 8, False), (32768, 1, 1024, 32, False), (1 << 20, 4, 4, 2, False),
+        (32767, 32, 8, 4, False),
     ],
 )  # fmt: skip
 def test_plan_sorts_stably_at_size(N, H, E, K, sets, device):

@@ -16,7 +16,9 @@ NOTE [Selection key]
     is one. One taken, or past E, has a key below all others. Ids are therefore unique and in range whatever the logits hold.
     The chosen logits come back from their keys, so that gates are computed of TOP_K logits and not of all.
     On an H200 (N = 32768, D = 1024, E = 128, TOP_K = 8) the launch takes 46 us, and 60 in the same tiles with one int64 key of
-    all three and the gates of all logits, which need all registers there are.
+    all three and the gates of all logits, which need all registers there are. For 8 heads of E 4, TOP_K 2 it takes 26, without
+    the choice and its gates 22. Tiles of 128 rows take 28 to 29, of 32 rows 27 to 35, loads of one part of d at a time 26 to 29,
+    programs that stay for several tiles 27 to 29, x marked as not needed again 26.
 
 NOTE [Cast]
     Under autocast x comes in float32. The launch that reads it for the gate also writes the 16-bit copy that everything else
@@ -56,7 +58,13 @@ NOTE [Ranks]
     (the last two by 16 rows). By 16 rows 24, 26 and 28; with four warps too, 31, 33 and 29, and chunks of 128 tokens 28, 30
     and 29. Ranks made by the first launch, so that the last only adds, took the first from 5 to 19 us and more (by comparisons,
     products with a triangular matrix, sums of packed counters), and left 10 of the last. Counts at the end of the gate's own
-    launch made that 4 us longer, and all together 1 us shorter.
+    launch made that 4 us longer, and all together 1 us shorter. For one side of H 8, E 4, TOP_K 2 the three launches take 5, 3
+    and 12.4 us. The last with a word of 8-bit counters for each (token, head), scanned over the tokens, in place of rows and
+    comparisons, and a third as many programs: 13.5 to 14.9, with 2 to 8 warps and chunks of 32 to 128 tokens up to 22; for E 10
+    16.8 to 29 where it takes 15.7. Of that, the routes alone took 14.2, whose 2^19 places are scattered either in `order` or in
+    `rank`: a quarter of the routes, without `rank`, takes 4.
+    With 65 to 128 experts a row each would be too many: a chunk of ROUTES routes is compared with itself. E 128, TOP_K 8: 24 us,
+    by torch.sort 38 in 15 launches; chunks of 64 and 256 routes 37 and 32; E 387, TOP_K 16: 57 and 59, so that is sorted.
 """
 
 import math
@@ -76,9 +84,11 @@ MAX_EXPERTS = 1024  # per head: one tile holds all logits of a head
 MAX_SIGNATURES = 512
 MAX_COLUMNS = 64  # of logits a program of several heads computes
 MAX_CAST_COLUMNS = 128  # of logits a program that also casts x computes
-MAX_COUNTED = 64  # experts of all heads
+MAX_COUNTED = 64  # experts of all heads, for a row each
+MAX_COMPARED, MAX_ROUTES = 128, 1 << 19  # experts of all heads, and routes, for comparisons of routes with routes
 NAN, TAKEN = tl.constexpr(1 - 2**31), tl.constexpr(-(2**31))  # selection keys, below those of all other logits
 CHUNK, ROWS = 64, 8  # tokens of a side that a program of the plan takes, and how many experts
+ROUTES = 128  # that a program takes where they are compared
 
 CONFIGS = {
     "gating_fwd": {
@@ -229,7 +239,9 @@ def _gating_bwd_kernel(
     dgate = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)  # d weight, scattered to the experts
     gate = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
     inner = tl.zeros((BLOCK_M,), tl.float32)  # sum_j d weight_j weight_j
-    for j in range(TOP_K):
+    # Unrolled, the loads do not wait for one another: on an H200 9.2 us in place of 16.2 for E 128, TOP_K 8, 2.3 of 3.4 for
+    # E 32, TOP_K 4, 62 of 84 for E 387, TOP_K 16.
+    for j in tl.range(0, TOP_K, loop_unroll_factor=min(TOP_K, 8)):
         e = tl.load(experts_ptr + row * TOP_K + j, mask=mask_m, other=0)
         w = tl.load(weights_ptr + row * TOP_K + j, mask=mask_m, other=0.0)
         dw = tl.load(dweights_ptr + row * TOP_K + j, mask=mask_m, other=0.0)
@@ -510,6 +522,48 @@ def _plan_place_kernel(
         tl.atomic_or(visited_ptr + place // TILE * 2, bits, mask=mask, sem="relaxed")
 
 
+@triton.jit
+def _key_of_route(experts_ptr, routes, mask, H: tl.constexpr, E: tl.constexpr, TOP_K: tl.constexpr):
+    """Its expert, counted through all heads."""
+    return tl.load(experts_ptr + routes, mask=mask, other=0) + routes // TOP_K % H * E
+
+
+@triton.jit
+def _routes_count_kernel(
+    experts_ptr, counts_ptr, R, chunks, H: tl.constexpr, E: tl.constexpr, TOP_K: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK_HE: tl.constexpr,
+):  # fmt: skip
+    """counts[side, chunk]: how many of the chunk's routes each expert has."""
+    side = (tl.program_id(0) // chunks).to(tl.int64)
+    routes = tl.program_id(0) % chunks * CHUNK + tl.arange(0, CHUNK)
+    mask = routes < R
+    key = _key_of_route(experts_ptr + side * R, routes, mask, H, E, TOP_K)
+    offs = tl.arange(0, BLOCK_HE)
+    count = tl.histogram(tl.where(mask, key, BLOCK_HE - 1), BLOCK_HE)
+    tl.store(counts_ptr + tl.program_id(0).to(tl.int64) * (H * E) + offs, count, mask=offs < H * E)
+
+
+@triton.jit
+def _routes_place_kernel(
+    experts_ptr, counts_ptr, totals_ptr, order_ptr, offsets_ptr, R, chunks,
+    H: tl.constexpr, E: tl.constexpr, TOP_K: tl.constexpr, CHUNK: tl.constexpr, BLOCK_HE: tl.constexpr,
+):  # fmt: skip
+    """Write each of the chunk's routes to its place."""
+    side, chunk = (tl.program_id(0) // chunks).to(tl.int64), tl.program_id(0) % chunks
+    routes = chunk * CHUNK + tl.arange(0, CHUNK)
+    mask = routes < R
+    key = _key_of_route(experts_ptr + side * R, routes, mask, H, E, TOP_K)
+    counts_ptr += tl.program_id(0).to(tl.int64) * (H * E)
+    totals_ptr += side * (H * E)
+    tl.store(order_ptr + side * R + _place(key, mask, counts_ptr, totals_ptr, H * E, BLOCK_HE), routes, mask=mask)
+    if chunk == 0:
+        offs = tl.arange(0, BLOCK_HE)
+        end = tl.cumsum(tl.load(totals_ptr + offs, mask=offs < H * E, other=0), 0)
+        offsets_ptr += side * (H * E + 1)
+        tl.store(offsets_ptr + 1 + offs, end, mask=offs < H * E)
+        tl.store(offsets_ptr, 0)
+
+
 # ---- launchers
 
 
@@ -650,7 +704,8 @@ def routing_plan(
     plan = _routing_plan_fake(experts, n_experts, by_sets)
     HE = H * n_experts
     if HE > MAX_COUNTED:
-        return *_sorted_routes(experts, n_experts), *plan[2:]
+        few = HE <= MAX_COMPARED and N * H * TOP_K <= MAX_ROUTES
+        return *(_compared_routes if few else _sorted_routes)(experts, n_experts), *plan[2:]
     S, heads, joint = (math.comb(n_experts, TOP_K), H, sets.joint(n_experts, TOP_K)) if by_sets else (1, 1, False)
     while heads > 1 and S**heads >= 2**31:  # as many heads as fit an int32: any order is right
         heads -= 1
@@ -669,10 +724,7 @@ def routing_plan(
         _plan_count_kernel, (sides * chunks * (blocks + by_sets),),
         experts, keys, counts, N, chunks, SORTED_HEADS=heads, DIVISOR=divisor, **meta,
     )  # fmt: skip
-    launch(
-        _plan_sum_kernel, (sides * cdiv(columns, 8),),
-        counts, totals, plan[6], N, chunks, JOINT=joint, HE=HE, COLUMNS=columns, TILE=sets.TILE, BLOCK_C=512, BLOCK_K=8,
-    )  # fmt: skip
+    _sum_counts(counts, totals, plan[6], N, joint, HE)
     launch(
         _plan_place_kernel, (sides * chunks * (blocks + (H + 1 + joint if by_sets else 0)),),
         experts, keys, counts, totals, *plan, N, chunks, plan[4].shape[1],
@@ -682,8 +734,30 @@ def routing_plan(
     return plan
 
 
+def _sum_counts(counts, totals, visited, N, joint, HE):
+    sides, chunks, columns = counts.shape
+    launch(
+        _plan_sum_kernel, (sides * cdiv(columns, 8),),
+        counts, totals, visited, N, chunks, JOINT=joint, HE=HE, COLUMNS=columns, TILE=sets.TILE, BLOCK_C=512, BLOCK_K=8,
+    )  # fmt: skip
+
+
+def _compared_routes(experts, n_experts):
+    """order and offsets, without a row for each expert."""
+    sides, N, H, TOP_K = experts.shape
+    R, HE = N * H * TOP_K, H * n_experts
+    chunks = max(cdiv(R, ROUTES), 1)
+    order, offsets = experts.new_empty(sides, R), experts.new_empty(sides, HE + 1)
+    counts, totals = experts.new_empty(sides, chunks, HE), experts.new_empty(sides, HE)
+    meta = {"H": H, "E": n_experts, "TOP_K": TOP_K, "CHUNK": ROUTES, "BLOCK_HE": next_power_of_2(HE + 1), "num_warps": 4}
+    launch(_routes_count_kernel, (sides * chunks,), experts, counts, R, chunks, **meta)
+    _sum_counts(counts, totals, totals, N, False, HE)
+    launch(_routes_place_kernel, (sides * chunks,), experts, counts, totals, order, offsets, R, chunks, **meta)
+    return order, offsets
+
+
 def _sorted_routes(experts, n_experts):
-    """order and offsets by torch.sort, which is faster where experts are many."""
+    """order and offsets by torch.sort, which is faster where experts or routes are many."""
     sides, N, H, TOP_K = experts.shape
     R, HE = N * H * TOP_K, H * n_experts
     heads = torch.arange(sides * H, device=experts.device, dtype=torch.int32).view(sides, 1, H, 1) * n_experts

@@ -52,7 +52,7 @@ def _norm_fwd_kernel(
     mean = tl.sum(x, axis=1) * (1.0 / D)
     z = tl.where(mask_d[None, :], x - mean[:, None], 0.0)
     z = tl.where(mask_d[None, :], z - (tl.sum(z, axis=1) * (1.0 / D))[:, None], 0.0)  # what the mean's own rounding left
-    rstd = tl.rsqrt(tl.sum(z * z, axis=1) * (1.0 / D) + eps)
+    rstd = tl.rsqrt(tl.sum(tl.fma(z, z, 0.0), axis=1) * (1.0 / D) + eps)  # see NOTE [Sums of products]
     weight = tl.load(weight_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)
     h = z * rstd[:, None] * weight[None, :] + bias[None, :]
@@ -88,7 +88,7 @@ def _norm_bwd_kernel(
         dbias += dh
         g = tl.fma(dh, weight[None, :], 0.0)  # rounded: a row of equal g must give g - mean(g) = 0, as its r may be large
         mean_g, mean_z = tl.sum(g, axis=1) * (1.0 / D), tl.sum(z, axis=1) * (1.0 / D)  # of z, what the mean's rounding left
-        mean_gz = tl.sum(g * z, axis=1) * (1.0 / D) - mean_g * mean_z
+        mean_gz = tl.sum(tl.fma(g, z, 0.0), axis=1) * (1.0 / D) - mean_g * mean_z
         dx = dsum + (g - mean_g[:, None] - (z - mean_z[:, None]) * mean_gz[:, None]) * rstd[:, None]
         offs = offs_n[:, None] * D + offs_d[None, :]
         tl.store(dx_ptr + offs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
