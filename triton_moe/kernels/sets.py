@@ -359,8 +359,8 @@ def _spread_kernel(
 # ---- launchers
 
 
-def _capability(x: torch.Tensor) -> int:
-    """9 for sm_90; 0 for AMD."""
+def capability(x: torch.Tensor) -> int:
+    """Of x's device, or of the one that is compiled for: 9 for sm_90, 0 for AMD."""
     if x.is_meta:
         target = triton.runtime.driver.active.get_current_target()
         return target.arch // 10 if target.backend == "cuda" else 0
@@ -371,7 +371,7 @@ def _config(name: str, x: torch.Tensor) -> dict[str, int]:
     """Hopper and the Blackwell of data centres hold the large tiles; others spill them or have 64 to 100 KB of shared memory."""
     if INTERPRET:
         return dict(CONFIGS[name]["interpret"])
-    return dict(CONFIGS[name]["half" if _capability(x) in (9, 10) else "half_small"])
+    return dict(CONFIGS[name]["half" if capability(x) in (9, 10) else "half_small"])
 
 
 def _padded(w: torch.Tensor, transposed: bool) -> torch.Tensor:
@@ -383,7 +383,7 @@ def _padded(w: torch.Tensor, transposed: bool) -> torch.Tensor:
 
 def _descriptor(x: torch.Tensor, block: list[int]) -> TensorDescriptor | torch.Tensor:
     """x itself where kernels make the descriptor. See NOTE [Descriptors]."""
-    return TensorDescriptor.from_tensor(x, block) if INTERPRET or _capability(x) >= 9 else x
+    return TensorDescriptor.from_tensor(x, block) if INTERPRET or capability(x) >= 9 else x
 
 
 def _weight_descriptor(w: torch.Tensor, transposed: bool, block_k: int, block_n: int) -> TensorDescriptor | torch.Tensor:
