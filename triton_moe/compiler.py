@@ -285,6 +285,7 @@ CASES = {  # op: shapes of its workload, published ones and what lies at the edg
         {"sides": 2, "H": 4, "E": 4, "TOP_K": 2, "D": 1024, "mode": "sigmoid", "dropout": 0.0},
         {"sides": 2, "H": 2, "E": 5, "TOP_K": 3, "D": 412, "mode": "softmax_topk", "dropout": 0.1},
         {"sides": 1, "H": 1, "E": 128, "TOP_K": 8, "D": 1024, "mode": "sigmoid", "dropout": 0.0},
+        {"sides": 1, "H": 1, "E": 128, "TOP_K": 8, "D": 1024, "mode": "sigmoid", "dropout": 0.1},
         {"sides": 1, "H": 1, "E": 565, "TOP_K": 24, "D": 1536, "mode": "softmax", "dropout": 0.1},
     ],
     "projection": [

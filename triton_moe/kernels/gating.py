@@ -622,10 +622,12 @@ def _gating_forward(x, sel, seed, sides, n_heads, top_k, mode, dropout, stream, 
     columns = HEADS * BLOCK_E
     config["num_stages"] = min(config["num_stages"], 2 if columns > 64 else 3 if columns > 32 else 4)
     if columns > 64 and not INTERPRET:  # a tile of logits stays within the registers, one of sel within shared memory
-        least, most = (8, 4096) if sel.dtype == torch.float32 else (16, 8192)
+        # elsewhere than on Hopper 64 rows of 128 logits spill: with dropout, or of a float32 x that is cast here
+        large = sel.dtype != torch.float32 and sets.capability(sel) == 9
+        least, most = 8 if sel.dtype == torch.float32 else 16, 8192 if large else 4096
         config["BLOCK_N"] = max(least, min(config["BLOCK_N"], most // columns))
         config["BLOCK_D"] = max(16, min(config["BLOCK_D"], 8192 // columns))
-        if sel.dtype == torch.float32 or columns > 512 or torch.version.hip:  # AMD has 64 KB of shared memory
+        if sel.dtype == torch.float32 or columns > 512:
             config["num_warps"], config["num_stages"] = 8, 1
     # No sizes: a choice of experts may not depend on how many tokens there are, nor, under autocast, on who casts x.
     config = tuning.lookup(_gating_fwd_kernel, config, sel, C=sides * H, E=E, TOP_K=top_k, D=D)

@@ -434,6 +434,8 @@ def _grouped_dw(a, b, order, offsets, div_a, div_b, precision, size=None, order_
     config["BLOCK_J"] = min(config["BLOCK_J"], whole)
     if INTERPRET:
         config["BLOCK_R"] = min(config["BLOCK_R"], next_power_of_2(R))
+    elif a.dtype != torch.float32 and sets.capability(a) in (8, 12):  # 64 rows would spill a few registers
+        config["BLOCK_R"] = 32
     flags = {"placed": order_b is not None, "turned": turned, "tf32": precision == "tf32"}
     config = tuning.lookup(_grouped_dw_kernel, config, a, (R,), I=I, J=J, groups=groups, DIV_A=div_a, DIV_B=div_b, **flags)
     BLOCK_Q = rest if config["BLOCK_J"] == whole else 0

@@ -21,9 +21,11 @@ NOTE [Signatures]
     heads are added to y one by one, each with its rows in the order of its sets.
 
 NOTE [Descriptors]
-    Weights and packed rows are read through tensor descriptors: Hopper's and Blackwell's copy engine then moves them, elsewhere
-    Triton turns them into pointers. A descriptor wants rows a multiple of 16 bytes apart, reads zeros outside, and is slow at
-    that and at rows that split sectors: P 112 took longer than P 128. So weights are padded with zeros (`_padded`).
+    Weights and packed rows are read through tensor descriptors: Hopper's and Blackwell's copy engine then moves them. Elsewhere
+    Triton turns them into pointers, and knows what it may join only of descriptors that the kernel makes itself (`_blocks`): of
+    the host's it would load every number on its own. A descriptor wants rows a multiple of 16 bytes apart, reads zeros outside,
+    and is slow at that and at rows that split sectors: P 112 took longer than P 128. So weights are padded with zeros, by
+    `_padded`.
 
 On an H200, bfloat16, N = 32768, D = 1024, H 4, E 4, TOP_K 2, P 128, cuBLAS of the same FLOPs taking 99 us: gather 119 us, 136
 with u written, 141 with the dots; pack 35 and spread 140, in one graph 172; pack with the dots of u 64, alone 30. Experiments on
@@ -114,12 +116,32 @@ def packed_shape(N: int, H: int, E: int, TOP_K: int, P: int) -> tuple[int, int]:
 
 
 @triton.jit
+def _blocks(
+    w, G: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, TRANSPOSED: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """The descriptor of w [G, ROWS, COLS] that `_weights` reads, where w is not one. See NOTE [Descriptors]."""
+    if not w.dtype.is_ptr():
+        return w
+    elif TRANSPOSED:
+        return tl.make_tensor_descriptor(w, [G, ROWS, COLS], [ROWS * COLS, COLS, 1], [1, BLOCK_P, BLOCK_K])
+    else:
+        return tl.make_tensor_descriptor(w, [G, ROWS, COLS], [ROWS * COLS, COLS, 1], [1, BLOCK_K, BLOCK_P])
+
+
+@triton.jit
 def _weights(desc, he, k, p, TRANSPOSED: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr):
     """W[he, k:, p:], [BLOCK_K, BLOCK_P]; TRANSPOSED: stored as [he, p, k]."""
     if TRANSPOSED:
         return desc.load([he, p, k]).reshape(BLOCK_P, BLOCK_K).T
     else:
         return desc.load([he, k, p]).reshape(BLOCK_K, BLOCK_P)
+
+
+@triton.jit
+def _at(ptr, row, cols, P: tl.constexpr):
+    """Rows are kept in 32 bits until here: in 64 they, and what is made of them, took all registers."""
+    return ptr + row.to(tl.int64)[:, None] * P + cols[None, :]
 
 
 @triton.jit
@@ -156,10 +178,14 @@ def _lowest(bits):
 def _gather_kernel(
     x_ptr, w_desc, w_rest_desc, s_ptr, experts_ptr, v_ptr, u_ptr, a_ptr, dot_ptr, order_ptr, table_ptr,
     H: tl.constexpr, E: tl.constexpr, TOP_K: tl.constexpr, D: tl.constexpr, P: tl.constexpr, stride_xn: tl.constexpr,
+    W_ROWS: tl.constexpr, W_COLS: tl.constexpr,
     TRANSPOSED: tl.constexpr, KEEP: tl.constexpr, DOT: tl.constexpr, TILE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """KEEP: u is stored; DOT: u . a is. Columns are BLOCK_P and, where that is less than P, BLOCK_Q more."""
+    w_desc = _blocks(w_desc, H * E, W_ROWS, W_COLS, TRANSPOSED, BLOCK_K, BLOCK_P)
+    if BLOCK_Q > 0:
+        w_rest_desc = _blocks(w_rest_desc, H * E, W_ROWS, W_COLS, TRANSPOSED, BLOCK_K, BLOCK_Q)
     tile = tl.program_id(0) // (TILE // BLOCK_M)
     table_ptr += tile * (3 + TOP_K)
     first = tl.load(table_ptr) + tl.program_id(0) % (TILE // BLOCK_M) * BLOCK_M
@@ -168,18 +194,16 @@ def _gather_kernel(
         return
     offs_m = first + tl.arange(0, BLOCK_M)
     mask_m = offs_m < end
-    row = tl.load(order_ptr + offs_m, mask=mask_m, other=0).to(tl.int64)  # n*H + h
-    x_ptrs = x_ptr + (row // H)[:, None] * stride_xn
+    row = tl.load(order_ptr + offs_m, mask=mask_m, other=0)  # n*H + h
+    x_ptrs = x_ptr + (row // H).to(tl.int64)[:, None] * stride_xn
     offs_p = tl.arange(0, BLOCK_P)
     mask = mask_m[:, None] & (offs_p < P)[None, :]
-    cols = row[:, None] * P + offs_p[None, :]
     he = tl.load(table_ptr + 2) * E
     if BLOCK_Q > 0:
         offs_q = BLOCK_P + tl.arange(0, BLOCK_Q)
         mask_q = mask_m[:, None] & (offs_q < P)[None, :]
-        cols_q = row[:, None] * P + offs_q[None, :]
     if DOT:
-        a = tl.load(a_ptr + cols, mask=mask, other=0.0)  # long before it is needed
+        a = tl.load(_at(a_ptr, row, offs_p, P), mask=mask, other=0.0)  # long before it is needed
     for j in tl.static_range(0, TOP_K, 2):  # two experts at a time
         e0 = tl.load(table_ptr + 3 + j)
         s0, route0 = _choice(e0, row, mask_m, s_ptr, experts_ptr, TOP_K, BLOCK_M)
@@ -208,7 +232,7 @@ def _gather_kernel(
             if j + 1 < TOP_K:
                 dot1 = tl.sum(a.to(tl.float32) * acc1, axis=1)
             if BLOCK_Q > 0:
-                a_rest = tl.load(a_ptr + cols_q, mask=mask_q, other=0.0).to(tl.float32)
+                a_rest = tl.load(_at(a_ptr, row, offs_q, P), mask=mask_q, other=0.0).to(tl.float32)
                 dot0 += tl.sum(a_rest * rest0, axis=1)
                 if j + 1 < TOP_K:
                     dot1 += tl.sum(a_rest * rest1, axis=1)
@@ -216,13 +240,13 @@ def _gather_kernel(
             if j + 1 < TOP_K:
                 tl.store(dot_ptr + route1, dot1, mask=mask_m)
         if KEEP:
-            tl.store(u_ptr + route0[:, None] * P + offs_p[None, :], acc0.to(u_ptr.dtype.element_ty), mask=mask)
+            tl.store(_at(u_ptr, route0, offs_p, P), acc0.to(u_ptr.dtype.element_ty), mask=mask)
             if BLOCK_Q > 0:
-                tl.store(u_ptr + route0[:, None] * P + offs_q[None, :], rest0.to(u_ptr.dtype.element_ty), mask=mask_q)
+                tl.store(_at(u_ptr, route0, offs_q, P), rest0.to(u_ptr.dtype.element_ty), mask=mask_q)
             if j + 1 < TOP_K:
-                tl.store(u_ptr + route1[:, None] * P + offs_p[None, :], acc1.to(u_ptr.dtype.element_ty), mask=mask)
+                tl.store(_at(u_ptr, route1, offs_p, P), acc1.to(u_ptr.dtype.element_ty), mask=mask)
                 if BLOCK_Q > 0:
-                    tl.store(u_ptr + route1[:, None] * P + offs_q[None, :], rest1.to(u_ptr.dtype.element_ty), mask=mask_q)
+                    tl.store(_at(u_ptr, route1, offs_q, P), rest1.to(u_ptr.dtype.element_ty), mask=mask_q)
         if j == 0:
             v = acc0 * s0[:, None]
             if BLOCK_Q > 0:
@@ -235,9 +259,9 @@ def _gather_kernel(
             v += acc1 * s1[:, None]
             if BLOCK_Q > 0:
                 v_rest += rest1 * s1[:, None]
-    tl.store(v_ptr + cols, v.to(v_ptr.dtype.element_ty), mask=mask)
+    tl.store(_at(v_ptr, row, offs_p, P), v.to(v_ptr.dtype.element_ty), mask=mask)
     if BLOCK_Q > 0:
-        tl.store(v_ptr + cols_q, v_rest.to(v_ptr.dtype.element_ty), mask=mask_q)
+        tl.store(_at(v_ptr, row, offs_q, P), v_rest.to(v_ptr.dtype.element_ty), mask=mask_q)
 
 
 @triton.jit
@@ -291,12 +315,15 @@ def _pack_kernel(
 def _spread_kernel(
     packed_desc, w_desc, y_ptr, base_ptr, b_ptr, c_ptr, order_ptr, visited_ptr, N,
     HE: tl.constexpr, E: tl.constexpr, DIV: tl.constexpr, P: tl.constexpr, D: tl.constexpr, C: tl.constexpr,
-    TRANSPOSED: tl.constexpr, TILE: tl.constexpr,
+    G: tl.constexpr, W_ROWS: tl.constexpr, W_COLS: tl.constexpr, TRANSPOSED: tl.constexpr, TILE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """y = base + b c + the sparse product, base and b c [N, C] [C, D] where given."""
     tiles_n: tl.constexpr = (D + BLOCK_N - 1) // BLOCK_N
     steps: tl.constexpr = (P + BLOCK_K - 1) // BLOCK_K
+    w_desc = _blocks(w_desc, G, W_ROWS, W_COLS, TRANSPOSED, BLOCK_K, BLOCK_N)
+    if packed_desc.dtype.is_ptr():
+        packed_desc = tl.make_tensor_descriptor(packed_desc, [1 << 30, P], [P, 1], [BLOCK_M, BLOCK_K])
     pid = tl.program_id(0)
     n0 = pid % tiles_n * BLOCK_N
     m0 = pid // tiles_n * BLOCK_M
@@ -304,43 +331,47 @@ def _spread_kernel(
     offs_m = m0 + tl.arange(0, BLOCK_M)
     offs_n = n0 + tl.arange(0, BLOCK_N)
     mask_m, mask_n = offs_m < N, offs_n < D
-    n = (tl.load(order_ptr + offs_m, mask=mask_m, other=0) // DIV).to(tl.int64)
+    n = tl.load(order_ptr + offs_m, mask=mask_m, other=0) // DIV
     first = tl.load(order_ptr + m0) % DIV * E if DIV > 1 else 0  # expert of the pass
-    offs = n[:, None] * D + offs_n[None, :]
     mask = mask_m[:, None] & mask_n[None, :]
     bits = tl.load(visited_ptr + tile * 2)
     block = tl.load(visited_ptr + tile * 2 + 1).to(tl.int32)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if base_ptr is not None:
-        base = tl.load(base_ptr + offs, mask=mask, other=0.0)  # long before it is needed
+        base = tl.load(_at(base_ptr, n, offs_n, D), mask=mask, other=0.0)  # long before it is needed
     if C > 0:
         offs_c = tl.arange(0, BLOCK_C)
-        b = tl.load(b_ptr + n[:, None] * C + offs_c[None, :], mask=mask_m[:, None] & (offs_c < C)[None, :], other=0.0)
+        b = tl.load(_at(b_ptr, n, offs_c, C), mask=mask_m[:, None] & (offs_c < C)[None, :], other=0.0)
         c = tl.load(c_ptr + offs_c[:, None] * D + offs_n[None, :], mask=(offs_c < C)[:, None] & mask_n[None, :], other=0.0)
         acc = tl.dot(b, c, acc)
+    if base_ptr is not None and D % 8 > 0:  # in so narrow pieces it takes too many registers to wait in
+        acc += base.to(tl.float32)
     for i in range(_count(bits, HE) * steps):
         k = i % steps * BLOCK_K
         a = packed_desc.load([(block + i // steps) * TILE + m0 % TILE, k])
         acc = tl.dot(a, _weights(w_desc, first + _lowest(bits), k, n0, TRANSPOSED, BLOCK_K, BLOCK_N), acc)
         bits = tl.where(i % steps == steps - 1, bits & (bits - 1), bits)  # to the next expert
-    if base_ptr is not None:
+    if base_ptr is not None and D % 8 == 0:
         acc += base.to(tl.float32)
-    tl.store(y_ptr + offs, acc.to(y_ptr.dtype.element_ty), mask=mask)
+    tl.store(_at(y_ptr, n, offs_n, D), acc.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 # ---- launchers
+
+
+def capability(x: torch.Tensor) -> int:
+    """Of x's device, or of the one that is compiled for: 9 for sm_90, 0 for AMD."""
+    if x.is_meta:
+        target = triton.runtime.driver.active.get_current_target()
+        return target.arch // 10 if target.backend == "cuda" else 0
+    return 0 if torch.version.hip else torch.cuda.get_device_capability(x.device)[0]
 
 
 def _config(name: str, x: torch.Tensor) -> dict[str, int]:
     """Hopper and the Blackwell of data centres hold the large tiles; others spill them or have 64 to 100 KB of shared memory."""
     if INTERPRET:
         return dict(CONFIGS[name]["interpret"])
-    if x.is_meta:
-        target = triton.runtime.driver.active.get_current_target()
-        large = target.backend == "cuda" and target.arch // 10 in (9, 10)
-    else:
-        large = not torch.version.hip and torch.cuda.get_device_capability(x.device)[0] in (9, 10)
-    return dict(CONFIGS[name]["half" if large else "half_small"])
+    return dict(CONFIGS[name]["half" if capability(x) in (9, 10) else "half_small"])
 
 
 def _padded(w: torch.Tensor, transposed: bool) -> torch.Tensor:
@@ -350,8 +381,13 @@ def _padded(w: torch.Tensor, transposed: bool) -> torch.Tensor:
     return w.clone() if w.data_ptr() % 16 else w
 
 
-def _weight_descriptor(w: torch.Tensor, transposed: bool, block_k: int, block_n: int) -> TensorDescriptor:
-    return TensorDescriptor.from_tensor(w, [1, block_n, block_k] if transposed else [1, block_k, block_n])
+def _descriptor(x: torch.Tensor, block: list[int]) -> TensorDescriptor | torch.Tensor:
+    """x itself where kernels make the descriptor. See NOTE [Descriptors]."""
+    return TensorDescriptor.from_tensor(x, block) if INTERPRET or capability(x) >= 9 else x
+
+
+def _weight_descriptor(w: torch.Tensor, transposed: bool, block_k: int, block_n: int) -> TensorDescriptor | torch.Tensor:
+    return _descriptor(w, [1, block_n, block_k] if transposed else [1, block_k, block_n])
 
 
 def gather(x, w, transposed, s, experts, order, table, P, a=None, keep=True):
@@ -373,6 +409,8 @@ def gather(x, w, transposed, s, experts, order, table, P, a=None, keep=True):
         config["num_stages"] = min(config["num_stages"], 3)
     if BLOCK_P > 128 or TOP_K > 2:  # the sum of the first two waits in registers
         config["BLOCK_M"], config["num_stages"] = min(config["BLOCK_M"], 64), min(config["num_stages"], 3)
+    if BLOCK_Q:  # and what there is twice: layouts of rows
+        config["BLOCK_M"], config["BLOCK_K"] = min(config["BLOCK_M"], 64), config["BLOCK_K"] // 2
     flags = {"transposed": transposed, "keep": keep, "dot": a is not None}
     config = tuning.lookup(_gather_kernel, config, x, (N,), H=H, E=E, TOP_K=TOP_K, K=D, P=P, **flags)
     w_desc = _weight_descriptor(w, transposed, config["BLOCK_K"], BLOCK_P)
@@ -380,7 +418,7 @@ def gather(x, w, transposed, s, experts, order, table, P, a=None, keep=True):
         _gather_kernel, (table.shape[0] * (TILE // config["BLOCK_M"]),),
         x, w_desc, _weight_descriptor(w, transposed, config["BLOCK_K"], BLOCK_Q) if BLOCK_Q else w_desc,
         s, experts, v, u, v if a is None else a.contiguous(), dot, order, table,
-        H=H, E=E, TOP_K=TOP_K, D=D, P=P, stride_xn=x.stride(0),
+        H=H, E=E, TOP_K=TOP_K, D=D, P=P, stride_xn=x.stride(0), W_ROWS=w.shape[1], W_COLS=w.shape[2],
         TRANSPOSED=transposed, KEEP=keep and a is None, DOT=a is not None, TILE=TILE,
         BLOCK_P=BLOCK_P, BLOCK_Q=BLOCK_Q, **config,
     )  # fmt: skip
@@ -428,10 +466,10 @@ def _spread(packed, visited, w, transposed, order, heads, HE, y, base, b, c):
     config = tuning.lookup(_spread_kernel, config, packed, (N,), HE=HE, N=D, K=P, **flags)
     launch(
         _spread_kernel, (visited.shape[0] * (TILE // config["BLOCK_M"]) * cdiv(D, config["BLOCK_N"]),),
-        TensorDescriptor.from_tensor(packed, [config["BLOCK_M"], config["BLOCK_K"]]),
+        _descriptor(packed, [config["BLOCK_M"], config["BLOCK_K"]]),
         _weight_descriptor(w, transposed, config["BLOCK_K"], config["BLOCK_N"]), y, base, b, c, order, visited, N,
-        HE=HE, E=HE // heads, DIV=w.shape[0] // HE, P=P, D=D, C=C, TRANSPOSED=transposed, TILE=TILE, BLOCK_C=next_power_of_2(C),
-        **config,
+        HE=HE, E=HE // heads, DIV=w.shape[0] // HE, P=P, D=D, C=C, G=w.shape[0], W_ROWS=w.shape[1], W_COLS=w.shape[2],
+        TRANSPOSED=transposed, TILE=TILE, BLOCK_C=next_power_of_2(C), **config,
     )  # fmt: skip
 
 

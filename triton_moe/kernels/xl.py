@@ -44,6 +44,7 @@ from torch import Tensor
 
 from .common import INTERPRET, cdiv, constant, launch, next_power_of_2, opaque, rows
 from .position import angles
+from .sets import capability
 
 BASE = 10000.0
 PROGRAMS = 256  # for q_pos, where a head of one sequence does not have more tiles
@@ -365,7 +366,9 @@ def xl_query_backward_(
     x, dq_pos, F = rows(x), dq_pos.contiguous(), M[0].shape[1]
     shared = dict(P=P, F=F, PRECISION=precision, **_tiles(x, next_power_of_2(P)))
     number = B * cdiv(T, shared["BLOCK_T"])
-    launch(_xl_dx_kernel, (number, H), dq_pos, narrow, table, dx, T, H, S - T, *dx.stride()[:3], **shared)
+    spilling = x.dtype != torch.float32 and not INTERPRET and capability(x) in (8, 12)  # a few registers of four warps
+    tiles = shared | {"num_warps": 8} if spilling else shared
+    launch(_xl_dx_kernel, (number, H), dq_pos, narrow, table, dx, T, H, S - T, *dx.stride()[:3], **tiles)
     per = max(1, cdiv(number, SPLITS))
     parts = x.new_empty(cdiv(number, per), H, P, F, dtype=torch.float32)
     launch(

@@ -98,11 +98,11 @@ def _attention_bwd_dkdv_kernel(
     dk = _zero_chunks(BLOCK_N, CHUNKS_P)
     dv = _zero_chunks(BLOCK_N, CHUNKS_PV)
     start, count, begin, end = covering_tiles(low, high, BLOCK_M, padding_ptr is not None)
-    for g in range(GROUP):
+    for g in tl.range(0, GROUP, disable_licm=True):
         h = hk * GROUP + g
         row = b * H + h
         for MASKED in tl.static_range(1, -1, -1):
-            for i in range(count - (end - begin) if MASKED else end - begin):
+            for i in tl.range(0, count - (end - begin) if MASKED else end - begin, disable_licm=True):  # NOTE [Registers]
                 t = start + nth_tile(i, begin, end, MASKED) * BLOCK_M
                 offs_t = t + tl.arange(0, BLOCK_M)
                 mask_t = offs_t < T if MASKED else None

@@ -18,8 +18,16 @@ def _tile(BLOCK_M: int, BLOCK_N: int, num_warps: int, num_stages: int, **others:
 CONFIGS = {
     "attention_forward": {
         "hopper": (
-            (64, _tile(128, 64, 4, 3)),
+            (64, _tile(64, 64, 4, 3)),
             (96, _tile(128, 64, 4, 3)),
+            (112, _tile(128, 64, 8, 3)),
+            (128, _tile(64, 64, 4, 3)),
+            (160, _tile(64, 32, 4, 3)),
+            (256, _tile(128, 64, 8, 2)),
+        ),
+        "hopper_spare": (  # masks other than causal, and grouped heads, take registers
+            (64, _tile(64, 64, 4, 3)),
+            (96, _tile(64, 32, 4, 3)),
             (112, _tile(128, 64, 8, 3)),
             (128, _tile(64, 64, 4, 3)),
             (160, _tile(64, 32, 4, 3)),
@@ -55,7 +63,7 @@ CONFIGS = {
         "hopper_spare": (  # grouped heads and key padding take registers
             (64, _tile(128, 64, 4, 2)),
             (96, _tile(64, 64, 4, 2)),
-            (128, _tile(32, 128, 8, 3)),
+            (128, _tile(64, 64, 4, 2)),
             (256, _tile(32, 32, 4, 2)),
         ),
         "half": _tile(32, 32, 4, 2),

@@ -84,8 +84,8 @@ def _attention_fwd_kernel(
     else:
         o = _times(acc, (1.0 / total)[:, None])
         lse = (m + tl.log2(total)) * 0.6931471805599453  # ln 2
-    _store_rows(o_ptr, o, b, h, first, stride_ob, stride_ot, stride_oh, mask_t, PV, CHUNKS_PV, BLOCK_M)
     tl.store(lse_ptr + row + offs_t, tl.where(empty, float("-inf"), lse), mask=mask_t)
+    _store_rows(o_ptr, o, b, h, first, stride_ob, stride_ot, stride_oh, mask_t, PV, CHUNKS_PV, BLOCK_M)
 
 
 def _attention_forward_fake(q, k, v, q_pos, k_pos, key_padding_mask, cu_seqlens, causal, window, scale, precision):
@@ -119,7 +119,8 @@ def attention_forward(
         sign = -1.0 if scale < 0 else 0.0
         q, q_pos, scale = q * sign, None if q_pos is None else q_pos * sign, abs(scale) or 1.0
     q, k, v = _rows(q), _rows(k), _rows(v)
-    config = _config("attention_forward", q, k, v, q_pos)
+    spare = key_padding_mask is not None or cu_seqlens is not None or window > 0 or Hkv < H
+    config = _config("attention_forward", q, k, v, q_pos, "hopper_spare" if spare else "hopper")
     config = _tuned(_attention_fwd_kernel, config, q, k, v, q_pos, key_padding_mask, cu_seqlens, causal, window, precision)
     masks, number = (padding_bytes(key_padding_mask), sequence_bounds(cu_seqlens, T)), cdiv(T, config["BLOCK_M"])
     launch(
