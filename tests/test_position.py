@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from triton_moe import functional as F
 from triton_moe import testing
-from triton_moe.kernels.position import rope_rotate, rope_rotate_
+from triton_moe.kernels.attention import attention_backward, attention_forward
+from triton_moe.kernels.position import rope_pairs_, rope_rotate, rope_rotate_
 
 
 @given(data=st.data(), P=st.integers(1, 24), offset=st.integers(0, 10**6))
@@ -40,6 +41,43 @@ def test_in_place_under_dynamo(device):
 
     x = torch.randn(1, 5, 3, 8, device=device)
     assert torch.equal(torch.compile(rotated, fullgraph=True, backend="aot_eager")(x), rotated(x))
+
+
+def in_pairs(x, n):
+    """x with its first n channels as 0, n/2, 1, n/2 + 1, ..."""
+    return torch.cat([x[..., :n].unflatten(-1, (2, n // 2)).transpose(-1, -2).flatten(-2), x[..., n:]], -1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("P, n", [(13, 10), (16, 16), (40, 34), (5, 0)])
+def test_pairs_side_by_side(P, n, dtype, device):
+    """As halves; of a view of some heads, the others stay."""
+    x = torch.randn(3, 5, 4, P, device=device).to(dtype)
+    whole = in_pairs(x, n).contiguous()
+    rope_pairs_(whole[:, :, 1:3], n, 100.0, 3)
+    x[:, :, 1:3] = rope_rotate(x[:, :, 1:3], n, 100.0, 3, False)
+    torch.testing.assert_close(whole, in_pairs(x, n), rtol=0, atol=2 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("P, n, T, S, joint", [(13, 10, 7, 7, True), (80, 50, 5, 9, False), (16, 16, 1, 6, False)])
+def test_gradients_turn_back_where_they_are_stored(P, n, T, S, joint, dtype, device):
+    """dq and dk of attention in pairs are those of rotated copies, rotated back in a launch of its own."""
+    q, k, v, do = (torch.randn(2, m, h, P, device=device).to(dtype) for m, h in ((T, 4), (S, 4), (S, 4), (T, 4)))
+    arguments = v, None, None, None, None
+    options = True, 0, P**-0.5, "ieee"
+    o, lse = attention_forward(q, k, *arguments, *options)
+    dq, dk, dv, _ = attention_backward(do, None, q, k, *arguments, o, lse, *options)
+    rope_rotate_(dq, n, 100.0, S - T, True)
+    rope_rotate_(dk, n, 100.0, 0, True)
+    q, k = in_pairs(q, n), in_pairs(k, n)
+    first, second, dv2, _ = attention_backward(do, None, q, k, *arguments, o, lse, *options, joint, n, 100.0)
+    dq2, dk2 = first.chunk(2, 2) if joint else (first, second)
+    bounds = {"rtol": 4 * torch.finfo(dtype).eps, "atol": 8 * torch.finfo(dtype).eps}
+    torch.testing.assert_close(dq2, in_pairs(dq, n), **bounds)
+    torch.testing.assert_close(dk2, in_pairs(dk, n), **bounds)
+    torch.testing.assert_close(dv2, dv, **bounds)
 
 
 @given(data=st.data(), offset=st.integers(1, 10**5))

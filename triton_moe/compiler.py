@@ -301,6 +301,7 @@ CASES = {  # op: shapes of its workload, published ones and what lies at the edg
         {"P": 64, "packed": True, "window": 256},
         {"P": 100, "padding": True, "causal": False, "Hkv": 2},
         {"P": 128},
+        {"P": 128, "rope": True},
         {"P": 256},
         {"P": 112, "H": 2, "Hkv": 2, "xl": 1024, "T": 512},
     ],

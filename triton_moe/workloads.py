@@ -104,9 +104,9 @@ def _mlp(make, E, G, TOP_K, D, activation="relu", bias=False, dropout=0.0, N=409
     return results
 
 
-def _attention(make, P, H=4, Hkv=None, causal=True, window=0, padding=False, packed=False, xl=0, B=8, T=1024):
+def _attention(make, P, H=4, Hkv=None, causal=True, window=0, padding=False, packed=False, xl=0, rope=False, B=8, T=1024):
     """`xl` is the model width of a Transformer-XL layer, with as many tokens of memory as queries; `packed` cuts B = 1 row into
-    16 sequences."""
+    16 sequences; `rope` rotates dq and dk back."""
     S, Hkv = 2 * T if xl else T, Hkv or H
     if packed:
         B = 1
@@ -124,7 +124,7 @@ def _attention(make, P, H=4, Hkv=None, causal=True, window=0, padding=False, pac
     options = causal, window, P**-0.5, common.input_precision(make.dtype)
     o, lse = attention.attention_forward(*args, *options)
     dlse = make(*lse.shape, dtype=torch.float32) if padding else None
-    gradients = attention.attention_backward(do, dlse, *args, o, lse, *options)
+    gradients = attention.attention_backward(do, dlse, *args, o, lse, *options, False, P // 2 * 2 if rope else 0, 10000.0)
     return {"o": o, "lse": lse, **dict(zip(("dq", "dk", "dv", "dq_pos"), gradients, strict=True))}
 
 
@@ -132,6 +132,7 @@ def _position(make, P, D, H=4, T=1024):
     q, weight = make(8, T, H, P), make(H * P, D, fan=D)
     for conjugate in (False, True):
         position.rope_rotate_(q, P // 4 * 2, 10000.0, 0, conjugate)
+    position.rope_pairs_(q, P // 4 * 2, 10000.0, 0)
     span = 2 * T, 0, True, common.input_precision(make.dtype)
     q_pos, k_pos, narrow = transformer_xl.xl_query(q, weight, *span)
     transformer_xl.xl_query_backward_(q_pos, torch.zeros_like(q), q, narrow, D, *span)
@@ -142,7 +143,7 @@ def _cast(make, H, E, P, D, N=4096):
     """From float32, as under autocast, with heads of P channels filled up to a multiple of 32."""
     wide = common.cdiv(P, 32) * 32
     q, v, sel, x = (make(*shape, dtype=torch.float32) for shape in ((H, P, D), (H * E, D, P), (1, H * E, D), (N, D)))
-    groups = ((q, q), (wide, D)), ((v,), (D, wide)), ((sel, sel), (H * E, D))
+    groups = ((q, q), (wide, D), P // 2 * 2), ((v,), (D, wide), 0), ((sel, sel), (H * E, D), 0)
     other = torch.float16 if make.dtype == torch.float32 else make.dtype  # there is nothing to cast to float32
     return dict(zip(("qk", "v", "sel", "x"), (*cast.assemble(make.dtype, *groups), cast.cast(x, other)), strict=True))
 

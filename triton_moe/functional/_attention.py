@@ -52,14 +52,17 @@ def _attention_backward(tensors, c: _AttentionConfig):
 
 
 def _attention_gradients(
-    do, dlse, q, k, v, pos, content_bias, position_bias, mask, cu_seqlens, position_q, q_pos, k_pos, o, lse, narrow, c, joint
-):
-    """As `_attention_backward` returns them; with `joint`, dq and dk side by side, then None."""
+    do, dlse, q, k, v, pos, content_bias, position_bias, mask, cu_seqlens, position_q, q_pos, k_pos, o, lse, narrow, c, joint,
+    pairs=0,
+):  # fmt: skip
+    """As `_attention_backward` returns them; with `joint`, dq and dk side by side, then None. `pairs`: rotated channels of a
+    layer, whose dq and dk are rotated back."""
     H, P = q.shape[2:]
     offset = k.shape[1] - q.shape[1]
     first, dk, dv, dq_pos = attention_backward(
-        do, dlse, q, k, v, q_pos, k_pos, mask, cu_seqlens, o, lse, c.causal, c.window, c.scale, c.precision, joint
-    )
+        do, dlse, q, k, v, q_pos, k_pos, mask, cu_seqlens, o, lse, c.causal, c.window, c.scale, c.precision, joint, pairs,
+        c.base,
+    )  # fmt: skip
     dq = first[:, :, :H]
     dpos = dcontent = dposition = None
     if c.rotated:

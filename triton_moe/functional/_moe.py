@@ -35,7 +35,7 @@ def _moe_forward(tensors, dtype: torch.dtype, c: _MoEConfig, columns: int):
     x, gate_input, keys, values, expert_sel, bias, o_bias, seed, base, added = tensors
     given = [w for w in (keys, values, expert_sel, bias, o_bias) if w is not None]
     blocks = [w.view(1, *w.shape) if w.ndim == 2 else w.view(1, 1, -1) if w.ndim == 1 else w for w in given]
-    made = iter(assemble(dtype, *(((w,), tuple(w.shape[1:])) for w in blocks)))
+    made = iter(assemble(dtype, *(((w,), tuple(w.shape[1:]), 0) for w in blocks)))
     new: Any = [None if w is None else next(made).view(w.shape) for w in (keys, values, expert_sel, bias, o_bias)]
     keys, values, expert_sel, bias, o_bias = new
     options = expert_sel, seed, 1, 1, c.top_k, c.mode, c.expert_dropout, STREAM_GATE

@@ -14,7 +14,7 @@ from ..kernels.attention import tile_width
 from ..kernels.cast import assemble, cast
 from ..kernels.common import cdiv, input_precision
 from ..kernels.gating import cast_and_gate, gating_backward
-from ..kernels.position import rope_rotate_
+from ..kernels.position import rope_pairs_
 from ..kernels.projection import (
     dropout_rows,
     output_backward,
@@ -75,18 +75,18 @@ def _attention_config(c: _HeadConfig) -> _AttentionConfig:
 
 def _head_weights(dtype: torch.dtype, c: _HeadConfig, q, k, v, o, sel_v, sel_o, pos):
     """The weights as the kernels take them: in dtype, heads padded (NOTE [Head widths]), those of the experts further, to what
-    `sets` reads; those of queries and keys in one tensor, and those of both gates -> qk [2*H*P, D], v, o,
-    sel [2*H*E or H*E, D], pos."""
+    `sets` reads; those of queries and keys in one tensor, rotary channels in pairs (position.py); and those of both gates in one
+    -> qk [2*H*P, D], v, o, sel [2*H*E or H*E, D], pos."""
     H, P, D = c.n_heads, c.width, q.shape[1]
     wide = tile_width(P, dtype)
     whole = P if dtype == torch.float32 else cdiv(wide, 32) * 32
     rows = (wide, D)
-    groups: list[tuple[tuple[Tensor, ...], tuple[int, int]]] = [((q.reshape(H, P, D), k.reshape(H, P, D)), rows)]
-    groups.append(((v,), (D, whole)) if v.ndim == 3 else ((v.reshape(H, P, D),), rows))
-    groups.append(((o,), (whole, o.shape[2])) if o.ndim == 3 else ((o.reshape(-1, H, P),), (H, wide)))
-    groups.append((tuple(s[None] for s in (sel_v, sel_o) if s is not None), tuple(sel_o.shape)))
+    groups: list[Any] = [((q.reshape(H, P, D), k.reshape(H, P, D)), rows, _rotated(c.fraction, P))]
+    groups.append(((v,), (D, whole), 0) if v.ndim == 3 else ((v.reshape(H, P, D),), rows, 0))
+    groups.append(((o,), (whole, o.shape[2]), 0) if o.ndim == 3 else ((o.reshape(-1, H, P),), (H, wide), 0))
+    groups.append((tuple(s[None] for s in (sel_v, sel_o) if s is not None), tuple(sel_o.shape), 0))
     if pos is not None:
-        groups.append(((pos.reshape(H, P, -1),), (wide, pos.shape[1])))
+        groups.append(((pos.reshape(H, P, -1),), (wide, pos.shape[1]), 0))
     qk, new_v, new_o, sel, *new_pos = assemble(dtype, *groups)
     return (
         qk.flatten(0, 1), new_v if v.ndim == 3 else new_v.flatten(0, 1), new_o if o.ndim == 3 else new_o.flatten(1),
@@ -152,16 +152,16 @@ def _head_forward(tensors, dtype: torch.dtype, c: _HeadConfig):
     rotated = _rotated(c.fraction, c.width)
     if _joint(k_src, c):
         both = (x2 @ qk.t()).view(B, T, 2 * H, P)
-        rope_rotate_(both, rotated, c.base, 0, False)
+        rope_pairs_(both, rotated, c.base, 0)
         queries, keys = both.split(H, 2)
     else:
         q, k = qk.chunk(2)
         queries, keys = x2 @ q.t(), (k2 @ k.t()).view(B, S, H, P)
         if c.dropout > 0:
-            queries = dropout_rows(queries, seed, c.dropout, STREAM_QUERY, P, c.width)
+            queries = dropout_rows(queries, seed, c.dropout, STREAM_QUERY, P, c.width, rotated)
         queries = queries.view(B, T, H, P)
-        rope_rotate_(queries, rotated, c.base, S - T, False)
-        rope_rotate_(keys, rotated, c.base, 0, False)
+        rope_pairs_(queries, rotated, c.base, S - T)
+        rope_pairs_(keys, rotated, c.base, 0)
     a, _, *attention_saved = _attention_forward(
         (queries, keys, values.view(B, S, H, P), pos, None, None, mask, cu_seqlens), _attention_config(c)
     )
@@ -211,20 +211,17 @@ def _head_gradients(dy, dlogits_v, dlogits_o, saved, dtypes, c: _HeadConfig):
         do = do.permute(2, 0, 1).reshape(o.shape[0], H * c.width)
     joint, rotated = _joint(k_src, c), _rotated(c.fraction, c.width)
     dqueries, dkeys, dvalues, dpos, _, _ = _attention_gradients(
-        da.view(B, T, H, P), None, *attention_saved, _attention_config(c), joint
+        da.view(B, T, H, P), None, *attention_saved, _attention_config(c), joint, rotated
     )
     dvalues = dvalues.view(B * S, H, P)
     if joint:
-        rope_rotate_(dqueries, rotated, c.base, 0, True)
         both = dqueries.view(B * T, 2 * H * P)
         dq, dk = (both.t() @ x2).chunk(2)
         dx = both @ qk
     else:
-        rope_rotate_(dqueries, rotated, c.base, S - T, True)
-        rope_rotate_(dkeys, rotated, c.base, 0, True)
         dqueries, dkeys = dqueries.view(B * T, H * P), dkeys.view(B * S, H * P)
         if c.dropout > 0:
-            dqueries = dropout_rows(dqueries, seed, c.dropout, STREAM_QUERY, P, c.width)
+            dqueries = dropout_rows(dqueries, seed, c.dropout, STREAM_QUERY, P, c.width, rotated)
         q, k = qk.chunk(2)
         dq, dk = dqueries.t() @ x2, dkeys.t() @ k2
         dx, dk2 = dqueries @ q, dkeys @ k
@@ -276,20 +273,20 @@ def _head_gradients(dy, dlogits_v, dlogits_o, saved, dtypes, c: _HeadConfig):
     dx, dk2 = dx.view(x.shape), None if k_src is None else dk2.view(ks.shape)
     dv2 = None if dv2 is None else dv2.view(vs.shape)
     grads = dx, dk2, dv2, dq, dk, dv, do, dsel_v, dsel_o, dpos
-    return _without_padding(_to(grads[:3], dtypes[:3]) + grads[3:], dtypes, P, c.width)
+    return _without_padding(_to(grads[:3], dtypes[:3]) + grads[3:], dtypes, P, c.width, rotated)
 
 
-def _without_padding(grads, dtypes, P: int, width: int) -> tuple[Tensor | None, ...]:
-    """The gradients in their dtypes, and those of q, k, v with one expert and pos without their rows of padding: in one launch,
-    where they share a dtype."""
+def _without_padding(grads, dtypes, P: int, width: int, rotated: int) -> tuple[Tensor | None, ...]:
+    """The gradients in their dtypes, and those of q, k, v with one expert and pos without their rows of padding, `rotated`
+    channels of q and k in their order: in one launch, where they share a dtype."""
     grads, groups = list(grads), defaultdict(list)
     for i, (d, dtype) in enumerate(zip(grads, dtypes, strict=True)):
         if d is None or dtype is None:
             grads[i] = None
         elif i in (3, 4, 5, 9) and d.ndim == 2:
-            groups[dtype].append((i, ((d.view(-1, P, d.shape[1]),), (width, d.shape[1]))))
+            groups[dtype].append((i, ((d.view(-1, P, d.shape[1]),), (width, d.shape[1]), -rotated if i in (3, 4) else 0)))
         elif d.dtype != dtype and i in (7, 8):
-            groups[dtype].append((i, ((d[None],), d.shape)))
+            groups[dtype].append((i, ((d[None],), d.shape, 0)))
     for dtype, some in groups.items():
         for (i, _), d in zip(some, assemble(dtype, *(group for _, group in some)), strict=True):
             grads[i] = d.flatten(0, 1)

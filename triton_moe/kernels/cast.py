@@ -32,7 +32,7 @@ def _cast_kernel(x_ptr, y_ptr, SIZE, BLOCK: tl.constexpr):
 @triton.jit
 def _place(
     w_ptr, out_ptr, program, PROGRAMS: tl.constexpr, SIZE: tl.constexpr, A: tl.constexpr,
-    R: tl.constexpr, C: tl.constexpr, FULL_R: tl.constexpr, FULL_C: tl.constexpr, BLOCK: tl.constexpr,
+    R: tl.constexpr, C: tl.constexpr, FULL_R: tl.constexpr, FULL_C: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A block of one weight, and zeros up to the next one: nothing where `program` is not one of its own."""
     if (program >= 0) & (program < PROGRAMS):
@@ -40,6 +40,10 @@ def _place(
         if SIZE < 2**31:
             offs = offs.to(tl.int32)
         c, r = offs % FULL_C, offs // FULL_C % FULL_R
+        if N > 0:
+            r = tl.where(r < N, r % 2 * (N // 2) + r // 2, r)
+        elif N < 0:
+            r = tl.where(r < -N, r % (-N // 2) * 2 + r // (-N // 2), r)
         source = (offs // (FULL_R * FULL_C) * R + r) * C + c
         w = tl.load(w_ptr + source, mask=(offs < A * FULL_R * FULL_C) & (r < R) & (c < C), other=0.0)
         tl.store(out_ptr + offs, w.to(out_ptr.dtype.element_ty), mask=offs < SIZE)
@@ -49,12 +53,13 @@ def _place(
 def _assemble_kernel(
     w0_ptr, w1_ptr, w2_ptr, w3_ptr, w4_ptr, w5_ptr, out_ptr, SHAPES: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """SHAPES: for each weight its first program, how many it has, where it begins in `out`, and SIZE to FULL_C of `_place`."""
+    """SHAPES: for each weight its first program, how many it has, where it begins in `out`, and SIZE to N of `_place`."""
     ptrs = (w0_ptr, w1_ptr, w2_ptr, w3_ptr, w4_ptr, w5_ptr)
     for i in tl.static_range(COUNT):
         _place(
-            ptrs[i], out_ptr + SHAPES[9 * i + 2], tl.program_id(0) - SHAPES[9 * i], SHAPES[9 * i + 1], SHAPES[9 * i + 3],
-            SHAPES[9 * i + 4], SHAPES[9 * i + 5], SHAPES[9 * i + 6], SHAPES[9 * i + 7], SHAPES[9 * i + 8], BLOCK,
+            ptrs[i], out_ptr + SHAPES[10 * i + 2], tl.program_id(0) - SHAPES[10 * i], SHAPES[10 * i + 1], SHAPES[10 * i + 3],
+            SHAPES[10 * i + 4], SHAPES[10 * i + 5], SHAPES[10 * i + 6], SHAPES[10 * i + 7], SHAPES[10 * i + 8],
+            SHAPES[10 * i + 9], BLOCK,
         )  # fmt: skip
 
 
@@ -76,7 +81,7 @@ def _assemble_fake(weights, layout, dtype):
 
 @opaque(_assemble_fake)
 def _assemble(weights: list[torch.Tensor], layout: list[int], dtype: torch.dtype) -> torch.Tensor:
-    """layout: of each weight [A, R, C] its first element in the result, R' and C'; then the size of the result."""
+    """layout: of each weight [A, R, C] its first element in the result, R', C' and pairs; then the size of the result."""
     out = _assemble_fake(weights, layout, dtype)
     block = next_power_of_2(min(out.numel(), 1 << 18)) if INTERPRET else BLOCK
     for start in range(0, len(weights), MOST):
@@ -84,36 +89,36 @@ def _assemble(weights: list[torch.Tensor], layout: list[int], dtype: torch.dtype
         shapes: list[int] = []
         programs = 0
         for i, w in enumerate(some, start):
-            begin, *full, end = layout[3 * i : 3 * i + 4]
+            begin, *full, pairs, end = layout[4 * i : 4 * i + 5]
             size = end - begin
-            shapes += [programs, cdiv(size, block), begin, size, *w.shape, *full]
+            shapes += [programs, cdiv(size, block), begin, size, *w.shape, *full, pairs]
             programs += cdiv(size, block)
         ptrs = some + some[:1] * (MOST - len(some))
         launch(_assemble_kernel, (programs,), *ptrs, out, SHAPES=tuple(shapes), COUNT=len(some), BLOCK=block, num_warps=8)
     return out
 
 
-def assemble(dtype: torch.dtype, *groups: tuple[tuple[torch.Tensor, ...], tuple[int, int]]) -> list[torch.Tensor]:
-    """Of each group, its weights [A, R, C] and (R', C'), the tensor [sum of A, R', C'] in dtype: a weight itself where nothing is
-    to be done."""
+def assemble(dtype: torch.dtype, *groups: tuple[tuple[torch.Tensor, ...], tuple[int, int], int]) -> list[torch.Tensor]:
+    """Of each group, its weights [A, R, C], (R', C') and n, the tensor [sum of A, R', C'] in dtype: a weight itself where nothing
+    is to be done. The first n rows become 0, n/2, 1, n/2 + 1, ..., the pairs of position.py; those of -n go back."""
     weights: list[torch.Tensor] = []
     layout: list[int] = []
     places, size = [], 0
-    for group, full in groups:
-        if len(group) == 1 and group[0].dtype == dtype and group[0].shape[1:] == full:
+    for group, full, pairs in groups:
+        if len(group) == 1 and group[0].dtype == dtype and group[0].shape[1:] == full and pairs == 0:
             places.append(None)
             continue
         shape = (sum(w.shape[0] for w in group), *full)
         places.append((size, shape))
         for w in group:
             weights.append(w)
-            layout += [size, *full]
+            layout += [size, *full, pairs]
             size += w.shape[0] * math.prod(full)
         size = cdiv(size, 64) * 64  # every group begins on 16 bytes
     if not weights:
-        return [group[0] for group, _ in groups]
+        return [group[0] for group, _, _ in groups]
     out = _assemble(weights, [*layout, size], dtype)
     return [
         group[0] if place is None else out[place[0] : place[0] + math.prod(place[1])].view(place[1])
-        for (group, _), place in zip(groups, places, strict=True)
+        for (group, _, _), place in zip(groups, places, strict=True)
     ]

@@ -4,7 +4,8 @@ Halves convention, over the first n channels of a head, at position i with frequ
 
     (x1, x2) -> (x1 cos iw - x2 sin iw, x2 cos iw + x1 sin iw)
 
-The gradient is the rotation back.
+The gradient is the rotation back. A layer stores the heads of its own queries and keys with both channels of a pair side by side,
+0, n/2, 1, n/2 + 1, ...: scores do not mind, and each thread has what it rotates.
 """
 
 import math
@@ -88,6 +89,80 @@ def _rope_rotate_kernel(
                     tl.store(y_rest, tl.load(x_rest, mask=mask_r, other=0.0), mask=mask_r)
 
 
+@triton.jit
+def _rope_pairs_kernel(
+    x_ptr, B, T, H, offset, stride_b, stride_t: tl.constexpr, stride_h: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
+    LOG2_BASE: tl.constexpr, BATCHES: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """As `_rope_rotate_kernel` in place, of pairs side by side."""
+    tiles = tl.cdiv(T, BLOCK_T)
+    pid = tl.program_id(0)
+    offs_t = (pid % tiles * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
+    cos, sin = _pair_angles(offset + offs_t, N, LOG2_BASE, BLOCK_C // 2)
+    cos, sin = cos[:, None, :], sin[:, None, :]
+    c = tl.arange(0, BLOCK_C)[None, None, :]
+    for i in range(BATCHES):
+        b = (pid // tiles * BATCHES + i).to(tl.int64)
+        mask = (offs_t < tl.where(b < B, T, 0))[:, None, None] & (c < P)
+        for start in range(0, H, BLOCK_H):
+            h = (start + tl.arange(0, BLOCK_H)).to(tl.int64)[None, :, None]
+            ptrs = x_ptr + b * stride_b + (offs_t * stride_t)[:, None, None] + h * stride_h + c
+            x = tl.load(ptrs, mask=mask & (h < H), other=0.0).to(tl.float32)
+            x1, x2 = tl.split(tl.reshape(x, [BLOCK_T, BLOCK_H, BLOCK_C // 2, 2]))
+            y = tl.reshape(tl.join(x1 * cos - x2 * sin, x2 * cos + x1 * sin), [BLOCK_T, BLOCK_H, BLOCK_C])
+            tl.store(ptrs, y, mask=mask & (h < H))
+
+
+@triton.jit
+def _pair_angles(position, N: tl.constexpr, LOG2_BASE: tl.constexpr, PAIRS: tl.constexpr):
+    """[positions, PAIRS]; channels beyond N stay as they are."""
+    c = tl.arange(0, PAIRS)
+    frequency = tl.exp2(c.to(tl.float64) * (-2.0 * LOG2_BASE / N)) * 0.6366197723675814  # 2 / pi
+    return angles(position, tl.where(c < N // 2, frequency, 0.0))
+
+
+@triton.jit
+def _rope_table_kernel(
+    table_ptr, S, N: tl.constexpr, LOG2_BASE: tl.constexpr, WIDTH: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    offs_t = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
+    c = tl.arange(0, BLOCK_C)[None, :]
+    cos, sin = _pair_angles(offs_t, N, LOG2_BASE, BLOCK_C // 2)
+    table = tl.reshape(tl.join(cos, sin), [BLOCK_T, BLOCK_C])
+    tl.store(table_ptr + offs_t[:, None] * WIDTH + c, table, mask=(offs_t < S)[:, None] & (c < WIDTH))
+
+
+@triton.jit
+def _turn_back(x, table, BLOCK: tl.constexpr, C: tl.constexpr):
+    cos, sin = tl.split(tl.reshape(table, [BLOCK, C // 2, 2]))
+    x1, x2 = tl.split(tl.reshape(x, [BLOCK, C // 2, 2]))
+    return tl.reshape(tl.join(x1 * cos + x2 * sin, x2 * cos - x1 * sin), [BLOCK, C])
+
+
+@triton.jit
+def turn_back(parts, table_ptr, position, mask, CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
+    """Rows in parts, [BLOCK, chunk] float32 of pairs side by side, rotated back; table_ptr as `rope_table` makes it."""
+    WIDTH: tl.constexpr = CHUNKS[0] if len(CHUNKS) == 1 else CHUNKS[0] + CHUNKS[1]
+    ptrs = table_ptr + (position.to(tl.int64) * WIDTH)[:, None]
+    turned = ()
+    start: tl.constexpr = 0
+    for i in tl.static_range(len(CHUNKS)):
+        table = tl.load(ptrs + (start + tl.arange(0, CHUNKS[i]))[None, :], mask=mask[:, None], other=0.0)
+        turned = turned + (_turn_back(parts[i], table, BLOCK, CHUNKS[i]),)
+        start = start + CHUNKS[i]
+    return turned
+
+
+def rope_table(n: int, base: float, S: int, width: int, like: Tensor) -> Tensor:
+    """cos and sin of n / 2 pairs, side by side, then 1 and 0: [S, width] float32, on the device of `like`."""
+    table = like.new_empty(S, width, dtype=torch.float32)
+    block_c = next_power_of_2(width)
+    block_t = min(256 if INTERPRET else max(1, 2048 // block_c), next_power_of_2(S, 1))
+    meta = dict(N=n, LOG2_BASE=math.log2(base), WIDTH=width, BLOCK_T=block_t, BLOCK_C=block_c, num_warps=4)
+    launch(_rope_table_kernel, (cdiv(S, block_t),), table, S, **meta)
+    return table
+
+
 def _launch(x: Tensor, y: Tensor, n: int, base: float, offset: int, conjugate: bool) -> None:
     B, T, H, P = x.shape
     permute = n * x.element_size() % 32 != 0
@@ -109,6 +184,22 @@ def rope_rotate_(x: Tensor, n: int, base: float, offset: int, conjugate: bool) -
     """Rotate the first n (even) channels of x [B, T, H, P], rows contiguous, by position offset + t, or back when conjugate."""
     if n > 0:
         _launch(x, x, n, base, offset, conjugate)
+
+
+@opaque(lambda x, n, base, offset: None, mutates=("x",))
+def rope_pairs_(x: Tensor, n: int, base: float, offset: int) -> None:
+    """As `rope_rotate_`, of pairs side by side."""
+    if n == 0:
+        return
+    B, T, H, P = x.shape
+    width = min(P, cdiv(n, 8) * 8)  # in whole words
+    block_c, block_h = next_power_of_2(width), min(8, next_power_of_2(H, 1))
+    block_t = min(256 if INTERPRET else max(1, 4096 // (block_c * block_h)), next_power_of_2(T, 1))
+    batches = min(4, next_power_of_2(B // 2 + 1, 1))
+    launch(
+        _rope_pairs_kernel, (cdiv(B, batches) * cdiv(T, block_t),), x, B, T, H, offset, *x.stride()[:3], P=width, N=n,
+        LOG2_BASE=math.log2(base), BATCHES=batches, BLOCK_T=block_t, BLOCK_H=block_h, BLOCK_C=block_c, num_warps=4,
+    )  # fmt: skip
 
 
 def _rope_rotate_fake(x, n, base, offset, conjugate):

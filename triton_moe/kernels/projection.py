@@ -332,7 +332,7 @@ def _gate_rows_kernel(
 @triton.jit
 def _dropout_kernel(
     x_ptr, y_ptr, seed_ptr, M, N: tl.constexpr, dropout, PITCH: tl.constexpr, WIDTH: tl.constexpr,
-    STREAM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    N_PAIRED: tl.constexpr, STREAM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     tiles_n = tl.cdiv(N, BLOCK_N)
     pid = tl.program_id(0)
@@ -341,7 +341,10 @@ def _dropout_kernel(
     mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
     offs = offs_m[:, None] * N + offs_n[None, :]
     x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-    column = offs_n // PITCH * WIDTH + offs_n % PITCH  # as if heads were not padded
+    channel = offs_n % PITCH
+    if N_PAIRED > 0:
+        channel = tl.where(channel < N_PAIRED, channel % 2 * (N_PAIRED // 2) + channel // 2, channel)
+    column = offs_n // PITCH * WIDTH + channel  # as if heads were not padded
     rnd = uniform(tl.load(seed_ptr), offs_m.to(tl.int32)[:, None], column[None, :], STREAM)
     tl.store(y_ptr + offs, tl.where(rnd < dropout, 0.0, x / (1.0 - dropout)).to(y_ptr.dtype.element_ty), mask=mask)
 
@@ -640,14 +643,16 @@ def _dropout_fake(x, seed, dropout, stream, pitch=1, width=1):
 
 @opaque(_dropout_fake)
 def dropout_rows(
-    x: torch.Tensor, seed: torch.Tensor, dropout: float, stream: int, pitch: int = 1, width: int = 1
+    x: torch.Tensor, seed: torch.Tensor, dropout: float, stream: int, pitch: int = 1, width: int = 1, pairs: int = 0
 ) -> torch.Tensor:
     """x [M, N] -> x / (1 - dropout) where uniform(seed, m, column, stream) >= dropout, else 0. Its own gradient.
 
-    column is n, or where every `pitch` columns hold `width` and padding, the place of n without the padding.
+    column is n, or where every `pitch` columns hold `width` and padding, the place of n without the padding,
+    and without the order of `pairs` channels (position.py).
     """
     x = x.contiguous()
     y = torch.empty_like(x)
     tiles_m, tiles_n, tile = _tile(*x.shape)
-    launch(_dropout_kernel, (tiles_m * tiles_n,), x, y, seed, *x.shape, dropout, PITCH=pitch, WIDTH=width, STREAM=stream, **tile)
+    meta = dict(PITCH=pitch, WIDTH=width, N_PAIRED=pairs, STREAM=stream, **tile)
+    launch(_dropout_kernel, (tiles_m * tiles_n,), x, y, seed, *x.shape, dropout, **meta)
     return y

@@ -5,6 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common import cdiv, launch, opaque, rows
+from ..position import rope_table, turn_back
 from .configs import _chunks, _config, _contiguous, _exact, _positions, _rows, _sections, _tuned
 from .masks import (
     covering_tiles,
@@ -62,7 +63,7 @@ def _probability(s, lse, norm, visible, scale, EXACT: tl.constexpr, MASKED: tl.c
 
 @triton.jit(do_not_specialize=["sections", "tiles"])
 def _attention_bwd_dkdv_kernel(
-    do_ptr, q_ptr, k_ptr, v_ptr, q_pos_ptr, k_pos_ptr, padding_ptr, bounds_ptr, stats_ptr, dk_ptr, dv_ptr,
+    do_ptr, q_ptr, k_ptr, v_ptr, q_pos_ptr, k_pos_ptr, padding_ptr, bounds_ptr, stats_ptr, table_ptr, dk_ptr, dv_ptr,
     T, S, H: tl.constexpr, window, sections, tiles,
     stride_dob, stride_dot: tl.constexpr, stride_doh: tl.constexpr,
     stride_qb, stride_qt: tl.constexpr, stride_qh: tl.constexpr,
@@ -140,15 +141,17 @@ def _attention_bwd_dkdv_kernel(
                     ds += _load_stats(stats_ptr, row + 3 * plane, t, T, 0.0, BLOCK_M, MASKED)[None, :]
                 dk = _add_dots(dk, (p * ds).to(q[0].dtype), q, PRECISION)
 
-    dk = _times(dk, scale)
-    _store_rows(dk_ptr, dk, b, hk, first, stride_dkb, stride_dkt, stride_dkh, mask_n, P, CHUNKS_P, BLOCK_N)
     _store_rows(dv_ptr, dv, b, hk, first, stride_dvb, stride_dvt, stride_dvh, mask_n, PV, CHUNKS_PV, BLOCK_N)
+    dk = _times(dk, scale)
+    if table_ptr is not None:
+        dk = turn_back(dk, table_ptr, offs_n, mask_n, CHUNKS_P, BLOCK_N)
+    _store_rows(dk_ptr, dk, b, hk, first, stride_dkb, stride_dkt, stride_dkh, mask_n, P, CHUNKS_P, BLOCK_N)
 
 
 @triton.jit(do_not_specialize=["sections", "tiles"])
 def _attention_bwd_dq_kernel(
     do_ptr, q_ptr, k_ptr, v_ptr, q_pos_ptr, k_pos_ptr, padding_ptr, bounds_ptr,
-    o_ptr, lse_ptr, dlse_ptr, stats_ptr, dq_pos_ptr, out_ptr,
+    o_ptr, lse_ptr, dlse_ptr, stats_ptr, table_ptr, dq_pos_ptr, out_ptr,
     T, S, H: tl.constexpr, window, sections, tiles,
     stride_dob, stride_dot: tl.constexpr, stride_doh: tl.constexpr,
     stride_qb, stride_qt: tl.constexpr, stride_qh: tl.constexpr,
@@ -255,6 +258,8 @@ def _attention_bwd_dq_kernel(
         tl.store(stats_ptr + 3 * plane, dlse, mask=mask_t)
     elif OUT == "dq":
         acc = _times(acc, scale)
+        if table_ptr is not None:
+            acc = turn_back(acc, table_ptr, offs_t + (S - T), mask_t, CHUNKS_P, BLOCK_M)
         _store_rows(out_ptr, acc, b, h, first, stride_outb, stride_outt, stride_outh, mask_t, P, CHUNKS_P, BLOCK_M)
         if len(CHUNKS_F) > 0:
             _store_rows(dq_pos_ptr, acc[len(CHUNKS_P) :], b, h, first, 0, H * F, F, mask_t, F, CHUNKS_F, BLOCK_M)
@@ -264,8 +269,9 @@ def _attention_bwd_dq_kernel(
 
 
 def _attention_backward_fake(
-    do, dlse, q, k, v, q_pos, k_pos, key_padding_mask, cu_seqlens, o, lse, causal, window, scale, precision, joint=False
-):
+    do, dlse, q, k, v, q_pos, k_pos, key_padding_mask, cu_seqlens, o, lse, causal, window, scale, precision, joint=False,
+    rotated=0, base=1.0,
+):  # fmt: skip
     dq_pos = q.new_empty(0) if q_pos is None else q_pos.new_empty(q_pos.shape)
     dq = q.new_empty(*q.shape[:2], q.shape[2] + k.shape[2], q.shape[3]) if joint else q.new_empty(q.shape)
     return dq, k.new_empty(0 if joint else k.shape), v.new_empty(v.shape), dq_pos
@@ -289,9 +295,12 @@ def attention_backward(
     scale: float,
     precision: str,
     joint: bool = False,
+    rotated: int = 0,
+    base: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv and dq_pos (empty without q_pos), contiguous, from the gradients of o and lse (None: zero). With `joint`, where
-    T = S, dq and dk come as one tensor [B, T, H + Hkv, P], and dk is empty."""
+    T = S, dq and dk come as one tensor [B, T, H + Hkv, P], and dk is empty. `rotated` channels of
+    dq and dk are rotated back, as pairs side by side (position.py), queries at the last T of S positions."""
     first, second, dv, dq_pos = _attention_backward_fake(
         do, dlse, q, k, v, q_pos, k_pos, key_padding_mask, cu_seqlens, o, lse, causal, window, scale, precision, joint
     )
@@ -304,6 +313,7 @@ def attention_backward(
     # B * H rows each of lse and delta, and for EXACT of norm and dlse
     stats = lse.new_empty((4 if exact else 2) * B * H, T)
 
+    table = rope_table(rotated, base, S, sum(_chunks(P, q.dtype)), q) if rotated else None
     positions = _contiguous(q_pos, k_pos)
     masks = (padding_bytes(key_padding_mask), sequence_bounds(cu_seqlens, T))
     inputs = (*do.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
@@ -317,7 +327,7 @@ def attention_backward(
     config = _config("attention_dq", q, k, v, q_pos)
     config = _tuned(_attention_bwd_dq_kernel, config, q, k, v, q_pos, key_padding_mask, cu_seqlens, causal, window, precision)
     number, strides = cdiv(T, config["BLOCK_M"]), (*inputs, *o.stride()[:3], *dq.stride()[:3])
-    arguments = (do, q, k, v, *positions, *masks, o, lse, dlse, stats, None if q_pos is None else dq_pos, dq)
+    arguments = (do, q, k, v, *positions, *masks, o, lse, dlse, stats, table, None if q_pos is None else dq_pos, dq)
     scalars = (*sizes, _sections(k, v, B * H), number)
     parts = cdiv(flags["F"], flags["BLOCK_F"]) if flags["BLOCK_F"] else 0
     for out in ("delta",) * exact + ("dq",) + ("dq_pos",) * (parts > 0):
@@ -328,7 +338,7 @@ def attention_backward(
     config = _config("attention_dkdv", q, k, v, q_pos, "hopper_spare" if spare else "hopper")
     config = _tuned(_attention_bwd_dkdv_kernel, config, q, k, v, q_pos, key_padding_mask, cu_seqlens, causal, window, precision)
     number, strides = cdiv(S, config["BLOCK_N"]), (*inputs, *dk.stride()[:3], *dv.stride()[:3])
-    arguments = (do, q, k, v, *positions, *masks, stats, dk, dv)
+    arguments = (do, q, k, v, *positions, *masks, stats, table, dk, dv)
     scalars = (*sizes, _sections(q, do, B * Hkv), number)
     launch(_attention_bwd_dkdv_kernel, (number * B * Hkv,), *arguments, *scalars, *strides, scale, **flags, **config)
     return first, second, dv, dq_pos
