@@ -4,8 +4,8 @@ Halves convention, over the first n channels of a head, at position i with frequ
 
     (x1, x2) -> (x1 cos iw - x2 sin iw, x2 cos iw + x1 sin iw)
 
-The gradient is the rotation back. A layer stores the heads of its own queries and keys with both channels of a pair side by side,
-0, n/2, 1, n/2 + 1, ...: scores do not mind, and each thread has what it rotates.
+The gradient is the rotation back. A layer stores its own queries and keys with the channels of a pair side by side, 0, n/2, 1,
+n/2 + 1, ...: see NOTE [RoPE] in attention/__init__.py.
 """
 
 import math

@@ -38,19 +38,28 @@ NOTE [Head widths]
     on an H200 (bfloat16, causal, N = 32768, T 4096, H 4) 80 channels take 229 us forward in two parts and 311 us as 128.
 
 NOTE [RoPE]
-    Rotations are no part of these kernels: position.py rotates a layer's queries and keys in place, makes rotated copies of a
-    caller's, and rotates dq and dk back in place. On load there would be no copies, but a key (for dk, a query) is rotated once
-    for every tile that meets it, on its way from shared memory to the product; the queries cannot carry the rotation alone, as
-    R_{j-i} depends on both. Measured on an H200 (bfloat16, causal, N = 32768, H 4, P 128, 64 channels rotated; halves and rest as
-    parts of a tile, a table of float16 sines, the better of two tile sizes), in us at T 256 / 512 / 1024 / 4096:
+    Queries and keys are rotated before these kernels: position.py makes rotated copies of a caller's, and rotates dq and dk back
+    in place. A layer's own it rotates in place, with the channels of a pair side by side: the layer packs its weights so, and
+    puts their gradients in order again, in launches that copy them anyway. Scores do not mind, and the threads that hold dq and
+    dk then have both channels of a pair: they rotate them back just before the store, by a table of cos and sin that takes 2 us
+    to make. Measured on an H200 (bfloat16, causal, N = 32768, H 4), a launch of its own for q and k, and the whole backward
+    pass of attention, in halves -> in pairs, in us:
+
+        P 128, 100 rotated, T 1024    44 -> 35    359 -> 331        P 128,  50 rotated, T 1024    21 -> 13    335 -> 332
+        P 128, 100 rotated, T 4096    45 -> 35    994 -> 955        P  80,  76 rotated, T 1024    42 -> 28    286 -> 260
+        P 128, 128 rotated, T 1024    37 -> 37    353 -> 335        P  64,  64 rotated, T 1024    14 -> 12    194 -> 190
+
+    On load there would be no copies, but a key (for dk, a query) is rotated once for every tile that meets it, on its way from
+    shared memory to the product; the queries cannot carry the rotation alone, as R_{j-i} depends on both. Measured likewise (P
+    128, 64 channels rotated; halves and rest as parts of a tile, a table of float16 sines, the better of two tile sizes), in us
+    at T 256 / 512 / 1024 / 4096:
 
         rotated on load    forward 89 / 113 / 161 / 435    dq 108 / 137 / 198 / 517    dk with dv 127 / 169 / 253 / 754
         rotated copies             64 /  79 / 108 / 292        81 /  99 / 135 / 367                91 / 112 / 161 / 449
 
     and P 64, 32 rotated, T 1024: 109, 130 and 169 against 60, 72 and 106. A table in float32 takes 9 to 20 % longer. The copies
     take 41 us (P 64: 24), to rotate dq and dk back 17 (12): on load wins a forward pass alone up to T 512, by 16 and 7 us, and
-    loses every forward pass with its backward. To rotate dq and dk back where they are stored takes 6 and 7 us at T 1024, 10 and
-    14 at T 4096, not the 17, but asks for halves that are powers of two.
+    loses every forward pass with its backward.
 
 NOTE [Hopper]
     Measured on an H200, bfloat16, causal, N = 32768, H 4, P 128, in us at T 1024 and 4096: forward 105 and 281, dq 133 and
