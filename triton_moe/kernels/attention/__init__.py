@@ -53,10 +53,10 @@ NOTE [RoPE]
     14 at T 4096, not the 17, but asks for halves that are powers of two.
 
 NOTE [Registers]
-    What LLVM moves out of the loops of dk and dv takes registers in all of them: they spilled, and with grouped heads, whose
-    loops stand in another one, 64 to 120 bytes in any tile. Without that (disable_licm) nothing does in Triton 3.6 and 3.7, and on
-    an H200 (bfloat16, causal, N = 32768, P 128) they take 159 us instead of 164 for H 4, T 1024, and for 8 heads on 2 keys' 189
-    in 64 x 64 instead of 355 in 32 x 128. The forward pass takes longer so: 327 instead of 301 at T 4096.
+    What LLVM moves out of the loops of dk and dv takes registers in all of them: they spilled, 64 x 64 of P 128 16 bytes, and
+    with grouped heads, whose loops stand in another one, 88. Without that (disable_licm) neither does, with Triton 3.6, and on an
+    H200 (bfloat16, causal, N = 32768, P 128, T 1024) they take 159 us instead of 164 for H 4, and for 8 heads on 2 keys' 189
+    where 32 x 128, the tile before, took 355. The forward pass of T 4096 would take 327 instead of 301.
 
 NOTE [Hopper]
     Measured on an H200, bfloat16, causal, N = 32768, H 4, P 128, in us at T 1024 and 4096: forward 105 and 281, dq 133 and
