@@ -19,7 +19,7 @@ class Value(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w, weights, experts):
         plan = plan_of(experts, w.shape[0] // experts.shape[1])
-        v, u = projection.value_forward(x, w, weights, experts, *plan, True, input_precision(x.dtype))
+        v, u = projection.value_forward(x, w, weights, experts, *plan, w.shape[2], input_precision(x.dtype))
         ctx.save_for_backward(x, w, weights, experts, *plan, u)
         return v
 
@@ -92,6 +92,22 @@ def test_what_else_reaches_x_is_added(joint, always, device, monkeypatch):
     assert torch.equal(dw, dw_again)
     expected = plain.double() + base.double() + dlogits.double() @ sel.double()
     torch.testing.assert_close(added.double(), expected, rtol=3e-3, atol=3e-3 * float(expected.std()))
+
+
+@pytest.mark.parametrize("served", [True, False])
+def test_padding_of_heads_is_not_kept(served, always, device, monkeypatch):
+    """u is kept without columns of zeros, but for those that make rows of 16 bytes, and gives the same gradients of the gates."""
+    monkeypatch.setattr(sets, "fits", lambda *_: served)
+    N, D, H, E, K, P = 90, 16, 2, 4, 2, 18
+    half = {"device": device, "dtype": torch.float16}
+    x, w, dv = randn(N, D, **half).detach(), randn(H * E, D, P, **half).detach(), randn(N, H, 32, **half).detach()
+    w, experts = torch.nn.functional.pad(w, (0, 32 - P)), choices(N, H, E, K, device=device)
+    args = x, w, randn(N, H, K, device=device).detach(), experts, *plan_of(experts, E)
+    v, u = projection.value_forward(*args, 32, "ieee")
+    v_again, kept = projection.value_forward(*args, P, "ieee")
+    assert kept.shape == (N * H * K, 24) and torch.equal(kept, u[:, :24]) and torch.equal(v_again, v)
+    gates, expected = (projection.value_backward_rows(dv, t, *args[2:])[2] for t in (kept, u))
+    torch.testing.assert_close(gates, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_fits_where_sets_are_few_and_full():

@@ -72,7 +72,7 @@ def _projection(make, H, E, TOP_K, P, D, N=4096, width=0, alone=True):
     routing = make.routing(N, H, E, TOP_K, D)
     if make.dtype == torch.float64:
         return _exact_projection(x, w_v, w_o, dv, dy, base + dlogits @ sel, routing[0], routing[1], wanted, alone)
-    v, u = projection.value_forward(x, w_v, *routing, True, precision)
+    v, u = projection.value_forward(x, w_v, *routing, w_v.shape[2], precision)
     gated, order_b, gates = projection.value_backward_rows(dv, u, *routing)
     results = {"v": v, "value dgates": gates}
     for name, added in ((" alone", (None, None, None)), ("", (base, dlogits, sel)))[not alone :]:

@@ -25,7 +25,7 @@ class _ValueProjection(torch.autograd.Function):
     @staticmethod
     def forward(ctx, keep, x, w, weights, experts, *plan):
         ctx.precision = input_precision(x.dtype)
-        v, u = value_forward(x, w, weights, experts, *plan, keep, ctx.precision)
+        v, u = value_forward(x, w, weights, experts, *plan, w.shape[2] if keep else 0, ctx.precision)
         ctx.save_for_backward(x, w, weights, experts, *plan, u)
         return v
 

@@ -147,7 +147,7 @@ def _head_forward(tensors, dtype: torch.dtype, c: _HeadConfig):
         values, logits_v = v2 @ v.t(), None
     else:
         keep = c.keep and not c.recompute
-        values, u = value_forward(v2, v, weights_v, experts_v, *plan_v, keep, c.precision, P)
+        values, u = value_forward(v2, v, weights_v, experts_v, *plan_v, c.width if keep else 0, c.precision, P)
         u = u if keep else None
     rotated = _rotated(c.fraction, c.width)
     if _joint(k_src, c):
@@ -232,7 +232,7 @@ def _head_gradients(dy, dlogits_v, dlogits_o, saved, dtypes, c: _HeadConfig):
     of_values: Any = (None, None, None)
     if v.ndim == 3:
         if u is None:
-            u = value_forward(v2, v, weights_v, experts_v, *plan_v, True, c.precision, P)[1]
+            u = value_forward(v2, v, weights_v, experts_v, *plan_v, c.width, c.precision, P)[1]
         of_values = value_backward_rows(dvalues, u, weights_v, experts_v, *plan_v)
     gated, order_b, dweights_v = of_values
     sel_k = dgate_k = dsel_k = None

@@ -472,27 +472,35 @@ def _gate_rows(a, s):
 # ---- value projection
 
 
+def _kept_width(P: int, keep: int) -> int:
+    """How many columns of u are kept: `keep`, and so many more that rows start on 16 bytes."""
+    return min(P, keep + -keep % 8)
+
+
 def _value_forward_fake(
     x, w, weights, experts, order, offsets, rank, set_order, set_tiles, token_order, visited, keep, precision, width=None
 ):
     (N, H, _), P = weights.shape, w.shape[2] if width is None else width
-    return x.new_empty(N, H, P), x.new_empty(weights.numel() if keep else 0, P)
+    return x.new_empty(N, H, P), x.new_empty(weights.numel(), _kept_width(P, keep))
 
 
 @opaque(_value_forward_fake)
 def value_forward(
     x: torch.Tensor, w: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor, order: torch.Tensor,
     offsets: torch.Tensor, rank: torch.Tensor, set_order: torch.Tensor, set_tiles: torch.Tensor, token_order: torch.Tensor,
-    visited: torch.Tensor, keep: bool, precision: str, width: int | None = None,
+    visited: torch.Tensor, keep: int, precision: str, width: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """x [N, D], w [H*E, D, P], weights and experts [N, H, TOP_K] and their plan -> v [N, H, P] and, to `keep` for the backward
-    pass, each route's product u [N*H*TOP_K, P]; of w's columns only the first `width`."""
+    """x [N, D], w [H*E, D, P], weights and experts [N, H, TOP_K] and their plan -> v [N, H, P] and, for the backward pass, the
+    first `keep` columns (or a few more) of each route's product u [N*H*TOP_K, P]; of w's columns only the first `width`.
+
+    Columns of w from `keep` on, if that is not 0, are zeros."""
     (N, H, TOP_K), P = weights.shape, w.shape[2] if width is None else width
+    U = _kept_width(P, keep)
     if sets.serve(set_order, x, P):
-        return sets.gather(x, w, False, weights.contiguous(), experts.contiguous(), set_order, set_tiles, P, keep=keep)
-    u = _grouped_gemm(rows(x), w[:, :, :P], order, offsets, H * TOP_K, precision)
-    v = _combine(u, weights.contiguous().view(-1), TOP_K).view(N, H, P)
-    return v, u if keep else u.new_empty(0, P)
+        return sets.gather(x, w, False, weights.contiguous(), experts.contiguous(), set_order, set_tiles, P, keep=U)
+    u = _grouped_gemm(rows(x), w[:, :, : U or P], order, offsets, H * TOP_K, precision)
+    v = _combine(u, weights.contiguous().view(-1), TOP_K, y=u.new_empty(N * H, P)).view(N, H, P)
+    return v, u if keep else u.new_empty(weights.numel(), 0)
 
 
 def _together(token_order, dv):
@@ -516,7 +524,7 @@ def value_backward_rows(
     offsets: torch.Tensor, rank: torch.Tensor, set_order: torch.Tensor, set_tiles: torch.Tensor, token_order: torch.Tensor,
     visited: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """dv [N, H, P], u [N*H*TOP_K, P] -> dv gated, a row for each route, and the rows of the routes in the order of the experts
+    """dv [N, H, P], u [N*H*TOP_K, P or less] -> dv gated, a row for each route, and the rows of the routes in the order of the experts
     unless those are the routes' own numbers, both for `value_backward`; d weights [N, H, TOP_K]."""
     N, H, P = dv.shape
     dv, weights = dv.contiguous(), weights.contiguous()

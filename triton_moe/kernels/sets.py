@@ -177,12 +177,12 @@ def _lowest(bits):
 @triton.jit
 def _gather_kernel(
     x_ptr, w_desc, w_rest_desc, s_ptr, experts_ptr, v_ptr, u_ptr, a_ptr, dot_ptr, order_ptr, table_ptr,
-    H: tl.constexpr, E: tl.constexpr, TOP_K: tl.constexpr, D: tl.constexpr, P: tl.constexpr, stride_xn: tl.constexpr,
-    W_ROWS: tl.constexpr, W_COLS: tl.constexpr,
+    H: tl.constexpr, E: tl.constexpr, TOP_K: tl.constexpr, D: tl.constexpr, P: tl.constexpr, U: tl.constexpr,
+    stride_xn: tl.constexpr, W_ROWS: tl.constexpr, W_COLS: tl.constexpr,
     TRANSPOSED: tl.constexpr, KEEP: tl.constexpr, DOT: tl.constexpr, TILE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """KEEP: u is stored; DOT: u . a is. Columns are BLOCK_P and, where that is less than P, BLOCK_Q more."""
+    """KEEP: u's first U columns are stored; DOT: u . a is. Columns are BLOCK_P and, where that is less than P, BLOCK_Q more."""
     w_desc = _blocks(w_desc, H * E, W_ROWS, W_COLS, TRANSPOSED, BLOCK_K, BLOCK_P)
     if BLOCK_Q > 0:
         w_rest_desc = _blocks(w_rest_desc, H * E, W_ROWS, W_COLS, TRANSPOSED, BLOCK_K, BLOCK_Q)
@@ -198,10 +198,12 @@ def _gather_kernel(
     x_ptrs = x_ptr + (row // H).to(tl.int64)[:, None] * stride_xn
     offs_p = tl.arange(0, BLOCK_P)
     mask = mask_m[:, None] & (offs_p < P)[None, :]
+    mask_u = mask_m[:, None] & (offs_p < U)[None, :]
     he = tl.load(table_ptr + 2) * E
     if BLOCK_Q > 0:
         offs_q = BLOCK_P + tl.arange(0, BLOCK_Q)
         mask_q = mask_m[:, None] & (offs_q < P)[None, :]
+        mask_uq = mask_m[:, None] & (offs_q < U)[None, :]
     if DOT:
         a = tl.load(_at(a_ptr, row, offs_p, P), mask=mask, other=0.0)  # long before it is needed
     for j in tl.static_range(0, TOP_K, 2):  # two experts at a time
@@ -240,13 +242,13 @@ def _gather_kernel(
             if j + 1 < TOP_K:
                 tl.store(dot_ptr + route1, dot1, mask=mask_m)
         if KEEP:
-            tl.store(_at(u_ptr, route0, offs_p, P), acc0.to(u_ptr.dtype.element_ty), mask=mask)
+            tl.store(_at(u_ptr, route0, offs_p, U), acc0.to(u_ptr.dtype.element_ty), mask=mask_u)
             if BLOCK_Q > 0:
-                tl.store(_at(u_ptr, route0, offs_q, P), rest0.to(u_ptr.dtype.element_ty), mask=mask_q)
+                tl.store(_at(u_ptr, route0, offs_q, U), rest0.to(u_ptr.dtype.element_ty), mask=mask_uq)
             if j + 1 < TOP_K:
-                tl.store(_at(u_ptr, route1, offs_p, P), acc1.to(u_ptr.dtype.element_ty), mask=mask)
+                tl.store(_at(u_ptr, route1, offs_p, U), acc1.to(u_ptr.dtype.element_ty), mask=mask_u)
                 if BLOCK_Q > 0:
-                    tl.store(_at(u_ptr, route1, offs_q, P), rest1.to(u_ptr.dtype.element_ty), mask=mask_q)
+                    tl.store(_at(u_ptr, route1, offs_q, U), rest1.to(u_ptr.dtype.element_ty), mask=mask_uq)
         if j == 0:
             v = acc0 * s0[:, None]
             if BLOCK_Q > 0:
@@ -267,11 +269,11 @@ def _gather_kernel(
 @triton.jit
 def _pack_kernel(
     a_ptr, u_ptr, s_ptr, experts_ptr, order_ptr, visited_ptr, rank_ptr, packed_ptr, order_b_ptr, dot_ptr, N,
-    PASSES: tl.constexpr, H: tl.constexpr, E: tl.constexpr, TOP_K: tl.constexpr, P: tl.constexpr, WIDTH: tl.constexpr,
-    TILE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr,
+    PASSES: tl.constexpr, H: tl.constexpr, E: tl.constexpr, TOP_K: tl.constexpr, P: tl.constexpr, U: tl.constexpr,
+    WIDTH: tl.constexpr, TILE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """A block of packed rows: the gate of one expert times the a of each row of a tile, or 0. With u, order_b[the route's rank] =
-    the route's row and dot[route] = u[route] . a."""
+    """A block of packed rows: the gate of one expert times the a of each row of a tile, or 0. With u, of U columns,
+    order_b[the route's rank] = the route's row and dot[route] = u[route] . a."""
     experts: tl.constexpr = H * E // PASSES  # that a tile may visit
     parts: tl.constexpr = TILE // BLOCK_M
     pid = tl.program_id(0)
@@ -303,7 +305,7 @@ def _pack_kernel(
         mask = chosen[:, None] & (offs_p < P)[None, :]
         a = tl.load(a_ptr + row[:, None] * P + offs_p[None, :], mask=mask, other=0.0).to(tl.float32)
         if u_ptr is not None:
-            u = tl.load(u_ptr + route[:, None] * P + offs_p[None, :], mask=mask, other=0.0).to(tl.float32)
+            u = tl.load(u_ptr + route[:, None] * U + offs_p[None, :], mask=mask & (offs_p < U)[None, :], other=0.0).to(tl.float32)
             dot += tl.sum(u * a, axis=1)
         tl.store(packed_ptr + place[:, None] * WIDTH + offs_p[None, :], (a * s[:, None]).to(packed_ptr.dtype.element_ty))
     if u_ptr is not None:
@@ -390,15 +392,15 @@ def _weight_descriptor(w: torch.Tensor, transposed: bool, block_k: int, block_n:
     return _descriptor(w, [1, block_n, block_k] if transposed else [1, block_k, block_n])
 
 
-def gather(x, w, transposed, s, experts, order, table, P, a=None, keep=True):
+def gather(x, w, transposed, s, experts, order, table, P, a=None, keep=0):
     """x [N, D], w [H*E, D, P or more] (or transposed, [H*E, P or more, D]), s and experts [N, H, TOP_K], the rows n*H + h in the
-    order of their sets and a plan's tiles of them -> v [N, H, P] and u [N*H*TOP_K, P], empty unless `keep`; with a [N, H, P] the
-    dots u . a instead, float32 [N*H*TOP_K]."""
+    order of their sets and a plan's tiles of them -> v [N, H, P] and the first `keep` columns of u, [N*H*TOP_K, keep]; with
+    a [N, H, P] the dots u . a instead, float32 [N*H*TOP_K]."""
     x, w = rows(x), _padded(w, transposed)
     (N, D), (H, TOP_K) = x.shape, experts.shape[1:]
     E = w.shape[0] // H
     v = x.new_empty(N, H, P)
-    u = x.new_empty(N * H * TOP_K if keep and a is None else 0, P)
+    u = x.new_empty(N * H * TOP_K, keep)
     dot = x.new_empty(0 if a is None else N * H * TOP_K, dtype=torch.float32)
     config = _config("gather", x)
     BLOCK_P, BLOCK_Q = columns(P)
@@ -411,15 +413,15 @@ def gather(x, w, transposed, s, experts, order, table, P, a=None, keep=True):
         config["BLOCK_M"], config["num_stages"] = min(config["BLOCK_M"], 64), min(config["num_stages"], 3)
     if BLOCK_Q:  # and what there is twice: layouts of rows
         config["BLOCK_M"], config["BLOCK_K"] = min(config["BLOCK_M"], 64), config["BLOCK_K"] // 2
-    flags = {"transposed": transposed, "keep": keep, "dot": a is not None}
+    flags = {"transposed": transposed, "keep": keep > 0, "dot": a is not None}
     config = tuning.lookup(_gather_kernel, config, x, (N,), H=H, E=E, TOP_K=TOP_K, K=D, P=P, **flags)
     w_desc = _weight_descriptor(w, transposed, config["BLOCK_K"], BLOCK_P)
     launch(
         _gather_kernel, (table.shape[0] * (TILE // config["BLOCK_M"]),),
         x, w_desc, _weight_descriptor(w, transposed, config["BLOCK_K"], BLOCK_Q) if BLOCK_Q else w_desc,
         s, experts, v, u, v if a is None else a.contiguous(), dot, order, table,
-        H=H, E=E, TOP_K=TOP_K, D=D, P=P, stride_xn=x.stride(0), W_ROWS=w.shape[1], W_COLS=w.shape[2],
-        TRANSPOSED=transposed, KEEP=keep and a is None, DOT=a is not None, TILE=TILE,
+        H=H, E=E, TOP_K=TOP_K, D=D, P=P, U=keep, stride_xn=x.stride(0), W_ROWS=w.shape[1], W_COLS=w.shape[2],
+        TRANSPOSED=transposed, KEEP=keep > 0, DOT=a is not None, TILE=TILE,
         BLOCK_P=BLOCK_P, BLOCK_Q=BLOCK_Q, **config,
     )  # fmt: skip
     return v, u if a is None else dot
@@ -435,7 +437,7 @@ def columns(P: int) -> tuple[int, int]:
 
 def pack(a, s, experts, E, set_order, token_order, visited, rank=None, u=None):
     """a [N, H, P], s and experts [N, H, TOP_K], of a plan -> packed [rows, P padded], what `spread` reads; with rank and u
-    [N*H*TOP_K, P] also the packed rows in the order of the experts, int32, and the dots u . a, float32, [N*H*TOP_K]."""
+    [N*H*TOP_K, P or less] also the packed rows in the order of the experts, int32, and the dots u . a, float32, [N*H*TOP_K]."""
     (N, H, TOP_K), P, together = experts.shape, a.shape[2], joint(E, experts.shape[2])
     packed = a.new_empty(packed_shape(N, H, E, TOP_K, P))
     order_b = experts.new_empty(0 if u is None else N * H * TOP_K)
@@ -447,8 +449,8 @@ def pack(a, s, experts, E, set_order, token_order, visited, rank=None, u=None):
     launch(
         _pack_kernel, (visited.shape[0] * (H * E if together else E) * (TILE // config["BLOCK_M"]),),
         a, u, s, experts, token_order if together else set_order, visited, rank, packed, order_b, dot, N,
-        PASSES=1 if together else H, H=H, E=E, TOP_K=TOP_K, P=P, WIDTH=packed.shape[1], TILE=TILE,
-        BLOCK_P=packed.shape[1] & -packed.shape[1], **config,
+        PASSES=1 if together else H, H=H, E=E, TOP_K=TOP_K, P=P, U=P if u is None else u.shape[1], WIDTH=packed.shape[1],
+        TILE=TILE, BLOCK_P=packed.shape[1] & -packed.shape[1], **config,
     )  # fmt: skip
     return packed, order_b, dot
 
