@@ -49,6 +49,10 @@ NOTE [RoPE]
         P 128, 100 rotated, T 4096    45 -> 35    994 -> 955        P  80,  76 rotated, T 1024    42 -> 28    286 -> 260
         P 128, 128 rotated, T 1024    37 -> 37    353 -> 335        P  64,  64 rotated, T 1024    14 -> 12    194 -> 190
 
+    The product that makes q and k cannot hide the rotation: 1024 x 1024 weights, the two together in cuBLAS and a launch take 130
+    us at T 1024 and 135 at T 4096 (100 rotated). A product of our own (TMA, tiles of 128 x 256 x 64, 8 warps), which takes 106 to
+    116 us without the rotation to cuBLAS's 96 to 101, takes 125 and 130 with it and the table, and with 50 rotated 135, not 122.
+
     On load there would be no copies, but a key (for dk, a query) is rotated once for every tile that meets it, on its way from
     shared memory to the product; the queries cannot carry the rotation alone, as R_{j-i} depends on both. Measured likewise (P
     128, 64 channels rotated; halves and rest as parts of a tile, a table of float16 sines, the better of two tile sizes), in us
