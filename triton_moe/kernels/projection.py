@@ -524,8 +524,8 @@ def value_backward_rows(
     offsets: torch.Tensor, rank: torch.Tensor, set_order: torch.Tensor, set_tiles: torch.Tensor, token_order: torch.Tensor,
     visited: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """dv [N, H, P], u [N*H*TOP_K, P or less] -> dv gated, a row for each route, and the rows of the routes in the order of the experts
-    unless those are the routes' own numbers, both for `value_backward`; d weights [N, H, TOP_K]."""
+    """dv [N, H, P], u [N*H*TOP_K, P or less] -> dv gated, a row for each route, and the rows of the routes in the order of the
+    experts unless those are the routes' own numbers, both for `value_backward`; d weights [N, H, TOP_K]."""
     N, H, P = dv.shape
     dv, weights = dv.contiguous(), weights.contiguous()
     if _together(token_order, dv):
