@@ -193,7 +193,7 @@ def _route_dot_kernel(
         mask = mask_r[:, None] & (offs_n < N)[None, :]
         b = tl.load(b_ptr + offs_r[:, None] * N + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)
         a = tl.load(a_ptr + (offs_r // DIV)[:, None] * stride_am + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)
-        acc += tl.sum(a * b, axis=1)
+        acc += tl.sum(tl.fma(a, b, 0.0), axis=1)  # see NOTE [Sums of products] in common.py
     tl.store(dot_ptr + offs_r, acc, mask=mask_r)
 
 
