@@ -37,6 +37,10 @@ loaded before the sum and added after it 166, loaded after it 170. One head at a
 E 10: 253 us, with 256 columns 338). gather with both experts' weights side by side 125 against 133 us, but they must first be
 copied so; writing the gated rows for the weight's gradient as well 164 against 142, as long as a launch of their own (24), and at
 TOP_K 4 far longer. pack by 16 rows and 4 warps 44 against 38 us; with the dots that is the fastest.
+H 2, E 8, TOP_K 4: gather with u takes 197 us for P 128, and 351 for P 132, whose 16 columns more are a product of their own. In
+place of 64 rows a tile 128 with the sum of the first two experts in global memory 478, with 16 warps 597, all in registers 751,
+one expert at a time 709: they spill. pack and spread of P 132 240; filled up to 144 columns instead of 160, 314 and more. Not
+tried to the end: the last columns of all experts in one dense product, ours, as cuBLAS's sums depend on the number of rows.
 """
 
 import math
@@ -411,7 +415,7 @@ def gather(x, w, transposed, s, experts, order, table, P, a=None, keep=0):
         config["num_stages"] = min(config["num_stages"], 3)
     if BLOCK_P > 128 or TOP_K > 2:  # the sum of the first two waits in registers
         config["BLOCK_M"], config["num_stages"] = min(config["BLOCK_M"], 64), min(config["num_stages"], 3)
-    if BLOCK_Q:  # and what there is twice: layouts of rows
+    if BLOCK_Q and BLOCK_P == 64:  # for the registers of what there is twice; 128 + 16 columns, TOP_K 4, lose: 306 to 372 us
         config["BLOCK_M"], config["BLOCK_K"] = min(config["BLOCK_M"], 64), config["BLOCK_K"] // 2
     flags = {"transposed": transposed, "keep": keep > 0, "dot": a is not None}
     config = tuning.lookup(_gather_kernel, config, x, (N,), H=H, E=E, TOP_K=TOP_K, K=D, P=P, **flags)
