@@ -278,57 +278,45 @@ def _pack_kernel(
     PASSES: tl.constexpr, H: tl.constexpr, E: tl.constexpr, TOP_K: tl.constexpr, P: tl.constexpr, U: tl.constexpr,
     WIDTH: tl.constexpr, TILE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """The blocks of packed rows of a tile's rows and one head: for each expert that the tile visits its gate times the a of
-    each row, or 0. With u, of U columns, order_b[the route's rank] = the route's row and dot[route] = u[route] . a."""
-    heads: tl.constexpr = H // PASSES  # of a pass
+    """A block of packed rows: the gate of one expert times the a of each row of a tile, or 0. With u, of U columns,
+    order_b[the route's rank] = the route's row and dot[route] = u[route] . a."""
+    experts: tl.constexpr = H * E // PASSES  # that a tile may visit
     parts: tl.constexpr = TILE // BLOCK_M
     pid = tl.program_id(0)
-    tile = (tl.num_programs(0) - 1 - pid) // (heads * parts)  # the first last: `spread` then finds them in the cache
-    h = pid // parts % heads
+    tile = (tl.num_programs(0) - 1 - pid) // (experts * parts)  # the first last: `spread` then finds them in the cache
+    i = pid // parts % experts
     bits = tl.load(visited_ptr + tile * 2)
-    first = tl.load(visited_ptr + tile * 2 + 1)
+    if (bits >> i) & 1 == 0:
+        return
     tiles = (N + TILE - 1) // TILE
     offs_m = pid % parts * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tile % tiles * TILE + offs_m  # of the pass
     mask_m = offs_n < N
     row = tl.load(order_ptr + tile // tiles * N + offs_n, mask=mask_m, other=0).to(tl.int64)  # n*H + h
     if PASSES == 1:
-        row = row * H + h
-    chosen_ptrs, s_ptrs, a_ptrs = experts_ptr + row * TOP_K, s_ptr + row * TOP_K, a_ptr + row[:, None] * P
-    experts, gates = (), ()
+        row = row * H + i // E
+    s = tl.zeros((BLOCK_M,), tl.float32)
+    j = tl.full((BLOCK_M,), TOP_K, tl.int32)
     for choice in tl.static_range(TOP_K):
-        experts = experts + (tl.load(chosen_ptrs + choice, mask=mask_m, other=-1),)
-        gates = gates + (tl.load(s_ptrs + choice, mask=mask_m, other=0.0),)
-    if BLOCK_P == WIDTH:
-        offs_p = tl.arange(0, BLOCK_P)
-        a = tl.load(a_ptrs + offs_p[None, :], mask=mask_m[:, None] & (offs_p < P)[None, :], other=0.0).to(tl.float32)
-    for e in range(E):
-        i = h * E + e
-        if (bits >> i) & 1 != 0:
-            s = tl.zeros((BLOCK_M,), tl.float32)
-            j = tl.full((BLOCK_M,), TOP_K, tl.int32)
-            for choice in tl.static_range(TOP_K):
-                here = experts[choice] == e
-                s = tl.where(here, gates[choice], s)
-                j = tl.where(here, choice, j)
-            chosen = j < TOP_K
-            route = row * TOP_K + j
-            place = (first + _count(bits & ((tl.full((), 1, tl.int64) << i) - 1), heads * E)) * TILE + offs_m
-            dot = tl.zeros((BLOCK_M,), tl.float32)
-            for p in tl.static_range(0, WIDTH, BLOCK_P):
-                offs_p = p + tl.arange(0, BLOCK_P)
-                mask = chosen[:, None] & (offs_p < P)[None, :]
-                if BLOCK_P < WIDTH:
-                    a = tl.load(a_ptrs + offs_p[None, :], mask=mask, other=0.0).to(tl.float32)
-                if u_ptr is not None:
-                    mask_u = mask & (offs_p < U)[None, :]
-                    u = tl.load(u_ptr + route[:, None] * U + offs_p[None, :], mask=mask_u, other=0.0).to(tl.float32)
-                    dot += tl.sum(u * a, axis=1)
-                packed = tl.where(chosen[:, None], a * s[:, None], 0.0)
-                tl.store(packed_ptr + place[:, None] * WIDTH + offs_p[None, :], packed.to(packed_ptr.dtype.element_ty))
-            if u_ptr is not None:
-                tl.store(dot_ptr + route, dot, mask=chosen)
-                tl.store(order_b_ptr + tl.load(rank_ptr + route, mask=chosen, other=0), place.to(tl.int32), mask=chosen)
+        here = mask_m & (tl.load(experts_ptr + row * TOP_K + choice, mask=mask_m, other=-1) == i % E)
+        s = tl.where(here, tl.load(s_ptr + row * TOP_K + choice, mask=mask_m, other=0.0), s)
+        j = tl.where(here, choice, j)
+    chosen = j < TOP_K
+    route = row * TOP_K + j
+    block = tl.load(visited_ptr + tile * 2 + 1) + _count(bits & ((tl.full((), 1, tl.int64) << i) - 1), experts)
+    place = block * TILE + offs_m
+    dot = tl.zeros((BLOCK_M,), tl.float32)
+    for p in tl.static_range(0, WIDTH, BLOCK_P):
+        offs_p = p + tl.arange(0, BLOCK_P)
+        mask = chosen[:, None] & (offs_p < P)[None, :]
+        a = tl.load(a_ptr + row[:, None] * P + offs_p[None, :], mask=mask, other=0.0).to(tl.float32)
+        if u_ptr is not None:
+            u = tl.load(u_ptr + route[:, None] * U + offs_p[None, :], mask=mask & (offs_p < U)[None, :], other=0.0).to(tl.float32)
+            dot += tl.sum(u * a, axis=1)
+        tl.store(packed_ptr + place[:, None] * WIDTH + offs_p[None, :], (a * s[:, None]).to(packed_ptr.dtype.element_ty))
+    if u_ptr is not None:
+        tl.store(dot_ptr + route, dot, mask=chosen)
+        tl.store(order_b_ptr + tl.load(rank_ptr + route, mask=chosen, other=0), place.to(tl.int32), mask=chosen)
 
 
 @triton.jit
@@ -465,7 +453,7 @@ def pack(a, s, experts, E, set_order, token_order, visited, rank=None, u=None):
         config |= {} if INTERPRET else {"BLOCK_M": 16, "num_warps": 4}
     config = tuning.lookup(_pack_kernel, config, a, (N,), H=H, E=E, TOP_K=TOP_K, P=P, dot=u is not None)
     launch(
-        _pack_kernel, (visited.shape[0] * (H if together else 1) * (TILE // config["BLOCK_M"]),),
+        _pack_kernel, (visited.shape[0] * (H * E if together else E) * (TILE // config["BLOCK_M"]),),
         a, u, s, experts, token_order if together else set_order, visited, rank, packed, order_b, dot, N,
         PASSES=1 if together else H, H=H, E=E, TOP_K=TOP_K, P=P, U=P if u is None else u.shape[1], WIDTH=packed.shape[1],
         TILE=TILE, BLOCK_P=packed.shape[1] & -packed.shape[1], **config,
