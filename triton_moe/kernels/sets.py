@@ -144,7 +144,7 @@ def _weights(desc, he, k, p, TRANSPOSED: tl.constexpr, BLOCK_K: tl.constexpr, BL
 
 @triton.jit
 def _at(ptr, row, cols, P: tl.constexpr):
-    """Rows are kept in 32 bits until here: in 64 they, and what is made of them, took all registers."""
+    """Rows may be kept in 32 bits until here."""
     return ptr + row.to(tl.int64)[:, None] * P + cols[None, :]
 
 
@@ -199,6 +199,8 @@ def _gather_kernel(
     offs_m = first + tl.arange(0, BLOCK_M)
     mask_m = offs_m < end
     row = tl.load(order_ptr + offs_m, mask=mask_m, other=0)  # n*H + h
+    if BLOCK_Q == 0:  # otherwise, with what is made of them, they would take all registers
+        row = row.to(tl.int64)
     x_ptrs = x_ptr + (row // H).to(tl.int64)[:, None] * stride_xn
     offs_p = tl.arange(0, BLOCK_P)
     mask = mask_m[:, None] & (offs_p < P)[None, :]
