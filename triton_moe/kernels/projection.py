@@ -460,6 +460,16 @@ def _grouped_dw(a, b, order, offsets, div_a, div_b, precision, size=None, order_
     return dw
 
 
+def _projection_dw(x, gated, last, order, offsets, div, precision, size, placed, dtype, turned):
+    """x [N, D], gated rows, what `sets.last` made, or None -> dw [H*E, *size], or turned. See NOTE [Last columns] in sets.py."""
+    if last is None:
+        return _grouped_dw(x, gated, order, offsets, div, 1, precision, size, placed, dtype, turned)
+    first, HE = sets.first_columns(gated.shape[1], offsets.shape[0] - 1), offsets.shape[0] - 1
+    dw = _grouped_dw(x, gated[:, :first], order, offsets, div, 1, precision, (size[0], first), placed, dtype, turned)
+    more = (last.t() @ x).view(HE, -1, x.shape[1])[:, : size[1] - first].to(dw.dtype)
+    return torch.cat((dw, more), 1) if turned else torch.cat((dw, more.transpose(1, 2)), 2)
+
+
 def _gate_rows(a, s):
     """a [M, P], s [M * TOP_K] float32 -> s a [M * TOP_K, P], the narrow operand gated."""
     (M, P), TOP_K = a.shape, s.numel() // a.shape[0] if a.shape[0] else 1
@@ -503,16 +513,17 @@ def value_forward(
     return v, u if keep else u.new_empty(weights.numel(), 0)
 
 
-def _together(token_order, dv):
-    """Whether rows are gated as `sets.spread` wants them for all heads together."""
-    return sets.serve(token_order, dv, dv.shape[2])
+def _together(token_order, dv, experts):
+    """Whether rows are gated as `sets.spread` wants them for all heads together, and all of their columns."""
+    P = dv.shape[2]
+    return sets.serve(token_order, dv, P) and sets.first_columns(P, experts) == P
 
 
 def _value_backward_rows_fake(
     dv, u, weights, experts, order, offsets, rank, set_order, set_tiles, token_order, visited
 ):  # fmt: skip
     N, H, TOP_K = weights.shape
-    if not _together(token_order, dv):
+    if not _together(token_order, dv, offsets.shape[0] - 1):
         return dv.new_empty(N * H * TOP_K, dv.shape[2]), experts.new_empty(0), torch.empty_like(weights)
     packed = sets.packed_shape(N, H, (offsets.shape[0] - 1) // H, TOP_K, dv.shape[2])
     return dv.new_empty(packed), experts.new_empty(N * H * TOP_K), torch.empty_like(weights)
@@ -528,7 +539,7 @@ def value_backward_rows(
     experts unless those are the routes' own numbers, both for `value_backward`; d weights [N, H, TOP_K]."""
     N, H, P = dv.shape
     dv, weights = dv.contiguous(), weights.contiguous()
-    if _together(token_order, dv):
+    if _together(token_order, dv, offsets.shape[0] - 1):
         E = (offsets.shape[0] - 1) // H
         gated, order_b, dweights = sets.pack(dv, weights, experts.contiguous(), E, set_order, token_order, visited, rank, u)
         return gated, order_b, dweights.view(weights.shape)
@@ -558,13 +569,13 @@ def value_backward(
     What else reaches x is added to dx in the same pass: base [N, D] and dlogits [N, C] sel."""
     _, H, TOP_K = experts.shape
     size = (w.shape[1], w.shape[2] if width is None else width)
-    x, placed = rows(x), order_b if order_b.shape[0] else None
+    x, placed, last = rows(x), order_b if order_b.shape[0] else None, None
     if sets.serve(set_order, x, dv.shape[2]):
         packed = gated
-        if placed is None:  # heads go one by one
-            args = experts.contiguous(), w.shape[0] // H, set_order, token_order, visited
-            packed, _, _ = sets.pack(dv.contiguous(), weights.contiguous(), *args)
-        dx = sets.spread(packed, w, True, H, TOP_K, set_order, token_order, visited, base, dlogits, sel, dx_dtype)
+        if placed is None:
+            gates = dv.contiguous(), weights.contiguous(), experts.contiguous(), w.shape[0] // H
+            (packed, _, _), last = sets.pack(*gates, set_order, token_order, visited), sets.last(*gates)
+        dx = sets.spread(packed, last, w, True, H, TOP_K, set_order, token_order, visited, base, dlogits, sel, dx_dtype)
     else:
         dx = _combine(_grouped_gemm(gated, w[:, :, : dv.shape[2]].transpose(1, 2), order, offsets, 1, precision), None, H * TOP_K)
         if dlogits is not None:
@@ -572,7 +583,8 @@ def value_backward(
         if base is not None:
             dx += base
         dx = dx if dx_dtype is None else cast(dx, dx_dtype)
-    return dx, _grouped_dw(x, gated, order, offsets, H * TOP_K, 1, precision, size, placed, dw_dtype)
+    dw = _projection_dw(x, gated, last, order, offsets, H * TOP_K, precision, size, placed, dw_dtype, False)
+    return dx, dw
 
 
 # ---- output projection
@@ -592,8 +604,9 @@ def output_forward(
     N, H, TOP_K = weights.shape
     a, weights = a.contiguous(), weights.contiguous()
     if sets.serve(set_order, a, a.shape[2]):
-        packed, _, _ = sets.pack(a, weights, experts.contiguous(), w.shape[0] // H, set_order, token_order, visited)
-        return sets.spread(packed, w, False, H, TOP_K, set_order, token_order, visited)
+        gates = a, weights, experts.contiguous(), w.shape[0] // H
+        packed, _, _ = sets.pack(*gates, set_order, token_order, visited)
+        return sets.spread(packed, sets.last(*gates), w, False, H, TOP_K, set_order, token_order, visited)
     gated = _gate_rows(a.view(N * H, a.shape[2]), weights.view(-1))
     return _combine(_grouped_gemm(gated, w[:, : a.shape[2]], order, offsets, 1, precision), None, H * TOP_K)
 
@@ -631,14 +644,15 @@ def output_backward(
     may have more rows than P."""
     N, H, TOP_K = weights.shape
     dy, a, weights = rows(dy), a.contiguous(), weights.contiguous()
-    a_rows, s = a.view(N * H, a.shape[2]), weights.view(-1)
+    a_rows, s, last = a.view(N * H, a.shape[2]), weights.view(-1), None
     if sets.serve(set_order, a, a.shape[2]):
         da, dweights = sets.gather(dy, w, True, weights, experts.contiguous(), set_order, set_tiles, a.shape[2], a)
+        last = sets.last(a, weights, experts.contiguous(), w.shape[0] // H)
     else:
         b = _grouped_gemm(dy, w[:, : a.shape[2]].transpose(1, 2), order, offsets, H * TOP_K, precision)
         da, dweights = _combine(b, s, TOP_K).view(a.shape), _route_dot(b, a_rows, TOP_K)
     size = (dy.shape[1], a.shape[2] if width is None else width)
-    dw = _grouped_dw(dy, _gate_rows(a_rows, s), order, offsets, H * TOP_K, 1, precision, size, dtype=dw_dtype, turned=True)
+    dw = _projection_dw(dy, _gate_rows(a_rows, s), last, order, offsets, H * TOP_K, precision, size, None, dw_dtype, True)
     return da, dw, dweights.view(N, H, TOP_K)
 
 
