@@ -313,7 +313,7 @@ def _sum_chunks_kernel(
 
 @triton.jit
 def _gate_rows_kernel(
-    a_ptr, s_ptr, out_ptr, M, TOP_K, P: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+    a_ptr, s_ptr, out_ptr, M, TOP_K, P: tl.constexpr, stride_am: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):  # fmt: skip
     """out[m, j] = s[m, j] a[m]."""
     tiles_p: tl.constexpr = (P + BLOCK_N - 1) // BLOCK_N
@@ -322,7 +322,7 @@ def _gate_rows_kernel(
     offs_p = pid % tiles_p * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_m = offs_m < M
     mask = mask_m[:, None] & (offs_p < P)[None, :]
-    a = tl.load(a_ptr + offs_m[:, None] * P + offs_p[None, :], mask=mask, other=0.0).to(tl.float32)
+    a = tl.load(a_ptr + offs_m[:, None] * stride_am + offs_p[None, :], mask=mask, other=0.0).to(tl.float32)
     for j in range(TOP_K):
         s = tl.load(s_ptr + offs_m * TOP_K + j, mask=mask_m, other=0.0)
         out_ptrs = out_ptr + (offs_m * TOP_K + j)[:, None] * P + offs_p[None, :]
@@ -475,7 +475,7 @@ def _gate_rows(a, s):
     (M, P), TOP_K = a.shape, s.numel() // a.shape[0] if a.shape[0] else 1
     out = a.new_empty(M * TOP_K, P)
     tiles_m, tiles_p, tile = _tile(M, P)
-    launch(_gate_rows_kernel, (tiles_m * tiles_p,), a, s, out, M, TOP_K, P=P, **tile)
+    launch(_gate_rows_kernel, (tiles_m * tiles_p,), a, s, out, M, TOP_K, P=P, stride_am=a.stride(0), **tile)
     return out
 
 
@@ -513,17 +513,16 @@ def value_forward(
     return v, u if keep else u.new_empty(weights.numel(), 0)
 
 
-def _together(token_order, dv, experts):
-    """Whether rows are gated as `sets.spread` wants them for all heads together, and all of their columns."""
-    P = dv.shape[2]
-    return sets.serve(token_order, dv, P) and sets.first_columns(P, experts) == P
+def _together(token_order, dv):
+    """Whether rows are gated as `sets.spread` wants them for all heads together."""
+    return sets.serve(token_order, dv, dv.shape[2])
 
 
 def _value_backward_rows_fake(
     dv, u, weights, experts, order, offsets, rank, set_order, set_tiles, token_order, visited
 ):  # fmt: skip
     N, H, TOP_K = weights.shape
-    if not _together(token_order, dv, offsets.shape[0] - 1):
+    if not _together(token_order, dv):
         return dv.new_empty(N * H * TOP_K, dv.shape[2]), experts.new_empty(0), torch.empty_like(weights)
     packed = sets.packed_shape(N, H, (offsets.shape[0] - 1) // H, TOP_K, dv.shape[2])
     return dv.new_empty(packed), experts.new_empty(N * H * TOP_K), torch.empty_like(weights)
@@ -539,7 +538,7 @@ def value_backward_rows(
     experts unless those are the routes' own numbers, both for `value_backward`; d weights [N, H, TOP_K]."""
     N, H, P = dv.shape
     dv, weights = dv.contiguous(), weights.contiguous()
-    if _together(token_order, dv, offsets.shape[0] - 1):
+    if _together(token_order, dv):
         E = (offsets.shape[0] - 1) // H
         gated, order_b, dweights = sets.pack(dv, weights, experts.contiguous(), E, set_order, token_order, visited, rank, u)
         return gated, order_b, dweights.view(weights.shape)
@@ -571,10 +570,10 @@ def value_backward(
     size = (w.shape[1], w.shape[2] if width is None else width)
     x, placed, last = rows(x), order_b if order_b.shape[0] else None, None
     if sets.serve(set_order, x, dv.shape[2]):
-        packed = gated
-        if placed is None:
-            gates = dv.contiguous(), weights.contiguous(), experts.contiguous(), w.shape[0] // H
-            (packed, _, _), last = sets.pack(*gates, set_order, token_order, visited), sets.last(*gates)
+        gates = dv.contiguous(), weights.contiguous(), experts.contiguous(), w.shape[0] // H
+        packed, last = gated, sets.last(*gates)
+        if placed is None:  # heads go one by one
+            packed, _, _ = sets.pack(*gates, set_order, token_order, visited)
         dx = sets.spread(packed, last, w, True, H, TOP_K, set_order, token_order, visited, base, dlogits, sel, dx_dtype)
     else:
         dx = _combine(_grouped_gemm(gated, w[:, :, : dv.shape[2]].transpose(1, 2), order, offsets, 1, precision), None, H * TOP_K)
@@ -644,15 +643,16 @@ def output_backward(
     may have more rows than P."""
     N, H, TOP_K = weights.shape
     dy, a, weights = rows(dy), a.contiguous(), weights.contiguous()
-    a_rows, s, last = a.view(N * H, a.shape[2]), weights.view(-1), None
+    a_rows, s, last, first = a.view(N * H, a.shape[2]), weights.view(-1), None, a.shape[2]
     if sets.serve(set_order, a, a.shape[2]):
         da, dweights = sets.gather(dy, w, True, weights, experts.contiguous(), set_order, set_tiles, a.shape[2], a)
         last = sets.last(a, weights, experts.contiguous(), w.shape[0] // H)
+        first = sets.first_columns(a.shape[2], w.shape[0])
     else:
         b = _grouped_gemm(dy, w[:, : a.shape[2]].transpose(1, 2), order, offsets, H * TOP_K, precision)
         da, dweights = _combine(b, s, TOP_K).view(a.shape), _route_dot(b, a_rows, TOP_K)
     size = (dy.shape[1], a.shape[2] if width is None else width)
-    dw = _projection_dw(dy, _gate_rows(a_rows, s), last, order, offsets, H * TOP_K, precision, size, None, dw_dtype, True)
+    dw = _projection_dw(dy, _gate_rows(a_rows[:, :first], s), last, order, offsets, H * TOP_K, precision, size, None, dw_dtype, True)
     return da, dw, dweights.view(N, H, TOP_K)
 
 

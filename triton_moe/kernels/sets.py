@@ -332,7 +332,7 @@ def _gather_kernel(
 def _pack_kernel(
     a_ptr, u_ptr, s_ptr, experts_ptr, order_ptr, visited_ptr, rank_ptr, packed_ptr, order_b_ptr, dot_ptr, N,
     PASSES: tl.constexpr, H: tl.constexpr, E: tl.constexpr, TOP_K: tl.constexpr, P: tl.constexpr, U: tl.constexpr,
-    WIDTH: tl.constexpr, TILE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr,
+    WIDTH: tl.constexpr, TILE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """A block of packed rows: the gate of one expert times the a of each row of a tile, or 0. With u, of U columns,
     order_b[the route's rank] = the route's row and dot[route] = u[route] . a."""
@@ -370,6 +370,12 @@ def _pack_kernel(
             u = tl.load(u_ptr + route[:, None] * U + offs_p[None, :], mask=mask & (offs_p < U)[None, :], other=0.0).to(tl.float32)
             dot += tl.sum(u * a, axis=1)
         tl.store(packed_ptr + place[:, None] * WIDTH + offs_p[None, :], (a * s[:, None]).to(packed_ptr.dtype.element_ty))
+    if u_ptr is not None and P > WIDTH:  # see NOTE [Last columns]
+        offs_p = WIDTH + tl.arange(0, BLOCK_R)
+        mask = chosen[:, None] & (offs_p < P)[None, :]
+        a = tl.load(a_ptr + row[:, None] * P + offs_p[None, :], mask=mask, other=0.0).to(tl.float32)
+        u = tl.load(u_ptr + route[:, None] * U + offs_p[None, :], mask=mask & (offs_p < U)[None, :], other=0.0).to(tl.float32)
+        dot += tl.sum(tl.fma(u, a, 0.0), axis=1)
     if u_ptr is not None:
         tl.store(dot_ptr + route, dot, mask=chosen)
         tl.store(order_b_ptr + tl.load(rank_ptr + route, mask=chosen, other=0), place.to(tl.int32), mask=chosen)
@@ -441,7 +447,10 @@ def _config(name: str, x: torch.Tensor) -> dict[str, int]:
 def _padded(w: torch.Tensor, transposed: bool) -> torch.Tensor:
     """w [H*E, D, P] (or transposed, [H*E, P, D]), P a multiple of 32, D of 8, starting on 16 bytes; see NOTE [Descriptors]."""
     rows, cols = (-w.shape[1] % 32, -w.shape[2] % 8) if transposed else (0, -w.shape[2] % 32)
-    w = torch.nn.functional.pad(w, (0, cols, 0, rows)) if rows or cols else w.contiguous()
+    if rows or cols:
+        w = torch.nn.functional.pad(w, (0, cols, 0, rows))
+    elif w.stride()[1:] != (w.shape[2], 1) or w.stride(0) % w.shape[2]:  # the first rows of each expert may stay where they are
+        w = w.contiguous()
     return w.clone() if w.data_ptr() % 16 else w
 
 
@@ -485,7 +494,7 @@ def gather(x, w, transposed, s, experts, order, table, P, a=None, keep=0):
         _gather_kernel, (table.shape[0] * (TILE // config["BLOCK_M"]),),
         x, w_desc, _weight_descriptor(w, transposed, config["BLOCK_K"], BLOCK_Q) if BLOCK_Q else w_desc, last,
         s, experts, v, u, v if a is None else a.contiguous(), dot, order, table,
-        H=H, E=E, TOP_K=TOP_K, D=D, P=P, U=keep, stride_xn=x.stride(0), W_ROWS=w.shape[1], W_COLS=w.shape[2],
+        H=H, E=E, TOP_K=TOP_K, D=D, P=P, U=keep, stride_xn=x.stride(0), W_ROWS=w.stride(0) // w.stride(1), W_COLS=w.shape[2],
         TRANSPOSED=transposed, KEEP=keep > 0, DOT=a is not None, TILE=TILE,
         BLOCK_P=BLOCK_P, BLOCK_Q=BLOCK_Q if last is None else last.shape[1] // (H * E), **config,
     )  # fmt: skip
@@ -495,7 +504,8 @@ def gather(x, w, transposed, s, experts, order, table, P, a=None, keep=0):
 def _last_rows(w, transposed, first, R):
     """R columns of w [H*E, D, P] (or transposed, [H*E, P, D]) from `first` on, zeros beyond P, as rows [H*E*R, D]."""
     some = w[:, first : first + R] if transposed else w[:, :, first : first + R].transpose(1, 2)
-    return torch.nn.functional.pad(some, (0, 0, 0, R - some.shape[1])).flatten(0, 1)
+    missing = R - some.shape[1]
+    return (torch.nn.functional.pad(some, (0, 0, 0, missing)) if missing else some).flatten(0, 1)
 
 
 def _dense(x, w):
@@ -545,7 +555,7 @@ def pack(a, s, experts, E, set_order, token_order, visited, rank=None, u=None):
         _pack_kernel, (visited.shape[0] * (H * E if together else E) * (TILE // config["BLOCK_M"]),),
         a, u, s, experts, token_order if together else set_order, visited, rank, packed, order_b, dot, N,
         PASSES=1 if together else H, H=H, E=E, TOP_K=TOP_K, P=P, U=P if u is None else u.shape[1], WIDTH=packed.shape[1],
-        TILE=TILE, BLOCK_P=packed.shape[1] & -packed.shape[1], **config,
+        TILE=TILE, BLOCK_P=packed.shape[1] & -packed.shape[1], BLOCK_R=next_power_of_2(max(P - packed.shape[1], 0), 1), **config,
     )  # fmt: skip
     return packed, order_b, dot
 
@@ -565,7 +575,7 @@ def _spread(packed, visited, w, transposed, order, heads, HE, y, base, b, c):
         _spread_kernel, (visited.shape[0] * (TILE // config["BLOCK_M"]) * cdiv(D, config["BLOCK_N"]),),
         _descriptor(packed, [config["BLOCK_M"], config["BLOCK_K"]]),
         _weight_descriptor(w, transposed, config["BLOCK_K"], config["BLOCK_N"]), y, base, b, c, order, visited, N,
-        HE=HE, E=HE // heads, DIV=w.shape[0] // HE, P=P, D=D, C=C, G=w.shape[0], W_ROWS=w.shape[1], W_COLS=w.shape[2],
+        HE=HE, E=HE // heads, DIV=w.shape[0] // HE, P=P, D=D, C=C, G=w.shape[0], W_ROWS=w.stride(0) // w.stride(1), W_COLS=w.shape[2],
         TRANSPOSED=transposed, TILE=TILE, BLOCK_C=min(64, next_power_of_2(C)), **config,
     )  # fmt: skip
 
