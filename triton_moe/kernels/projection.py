@@ -652,7 +652,8 @@ def output_backward(
         b = _grouped_gemm(dy, w[:, : a.shape[2]].transpose(1, 2), order, offsets, H * TOP_K, precision)
         da, dweights = _combine(b, s, TOP_K).view(a.shape), _route_dot(b, a_rows, TOP_K)
     size = (dy.shape[1], a.shape[2] if width is None else width)
-    dw = _projection_dw(dy, _gate_rows(a_rows[:, :first], s), last, order, offsets, H * TOP_K, precision, size, None, dw_dtype, True)
+    gated = _gate_rows(a_rows[:, :first], s)
+    dw = _projection_dw(dy, gated, last, order, offsets, H * TOP_K, precision, size, None, dw_dtype, True)
     return da, dw, dweights.view(N, H, TOP_K)
 
 

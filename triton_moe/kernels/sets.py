@@ -34,17 +34,23 @@ itself 211; 64 rows a tile and twice the programs 187; windows of tokens for the
 Later, each alone in a graph: spread with tiles of 128 columns 148 us, of 256 columns and 8 warps 144, the same with 64 rows 184,
 programs that go on to further tiles 140 to 145, two passes of two heads each 169. What is added to y, as the sum's start 168 us,
 loaded before the sum and added after it 166, loaded after it 170. One head at a time sums are short and 128 columns better (H 4,
-E 10: 253 us, with 256 columns 338). gather with both experts' weights side by side 125 against 133 us, but they must first be
+E 10: 253 us, with 256 columns 338; 256 or 512 columns of all heads before the next, so that what they add to stays in the
+cache, 28 and 11 us more). gather with both experts' weights side by side 125 against 133 us, but they must first be
 copied so; writing the gated rows for the weight's gradient as well 164 against 142, as long as a launch of their own (24), and at
-TOP_K 4 far longer. pack by 16 rows and 4 warps 44 against 38 us; with the dots that is the fastest.
-H 2, E 8, TOP_K 4: gather with u takes 197 us for P 128, and 351 for P 132, whose 16 columns more are a product of their own. In
+TOP_K 4 far longer. pack by 16 rows and 4 warps 44 against 38 us; with the dots that is the fastest; a program for all
+experts of a head 35 to 37 against 37, with the dots 64.
+H 2, E 8, TOP_K 4: gather with u takes 197 us for P 128, and 351 for P 132 with a product of 16 columns more in each tile. In
 place of 64 rows a tile 128 with the sum of the first two experts in global memory 478, with 16 warps 597, all in registers 751,
-one expert at a time 709: they spill. pack and spread of P 132 240; filled up to 144 columns instead of 160, 314 and more.
+one expert at a time 709: they spill. Heads one by one: pack and spread of P 132 take 255 us in place of 229.
 
 NOTE [Last columns]
     A few columns more than a power of two, 132 = 128 + 4, would fill tiles of their own with little. So the last columns of all
-    experts of all heads are one dense product: H*E times 4 columns, of which `gather` takes those of the chosen experts, and which
-    `spread` adds as a further term. The dense product is ours: cuBLAS's sums depend on the number of rows.
+    experts of all heads are one dense product: H*E times 4 columns. `gather` takes those of the chosen experts from it, and
+    `spread` adds as a further term. The dense product is ours: cuBLAS's sums depend on the number of rows. On an H200, H 2, E 8,
+    TOP_K 4, P 132 (N = 32768, D = 1024), where cuBLAS takes 122 us: gather 214 us, 24 of them for the dense product, and 303 with
+    16 columns more in each tile; pack and spread 229 and 257; with the backward pass values 772 and 836, outputs 676 and 853.
+    H 4, E 4, TOP_K 2: 166 and 199, 213 and 248, 650 and 687, 590 and 734. The weight's last columns are the other dense product, and
+    go to torch like those of the gates.
 """
 
 import math
@@ -125,7 +131,7 @@ def packed_shape(N: int, H: int, E: int, TOP_K: int, P: int) -> tuple[int, int]:
 def first_columns(P: int, HE: int) -> int:
     """How many of P columns go through the tiles of experts: all, or all but a few. See NOTE [Last columns]."""
     first = 1 << (P.bit_length() - 1)
-    return first if first >= 64 and P > first and next_power_of_2(P - first, 1) * HE <= DENSE else P
+    return first if first >= 64 and first < P and next_power_of_2(P - first, 1) * HE <= DENSE else P
 
 
 # ---- jit helpers
@@ -487,6 +493,8 @@ def gather(x, w, transposed, s, experts, order, table, P, a=None, keep=0):
         config["BLOCK_M"], config["num_stages"] = min(config["BLOCK_M"], 64), min(config["num_stages"], 3)
     if BLOCK_Q and BLOCK_P == 64:  # for the registers of what there is twice; 128 + 16 columns, TOP_K 4, lose: 306 to 372 us
         config["BLOCK_M"], config["BLOCK_K"] = min(config["BLOCK_M"], 64), config["BLOCK_K"] // 2
+    if last is not None and keep and config["BLOCK_M"] == 128 and not INTERPRET:  # 8 warps spill: 187 us in place of 208
+        config |= {"num_warps": 16} if capability(x) == 9 else {"BLOCK_M": 64}
     flags = {"transposed": transposed, "keep": keep > 0, "dot": a is not None}
     config = tuning.lookup(_gather_kernel, config, x, (N,), H=H, E=E, TOP_K=TOP_K, K=D, P=P, **flags)
     w_desc = _weight_descriptor(w, transposed, config["BLOCK_K"], BLOCK_P)
@@ -575,8 +583,9 @@ def _spread(packed, visited, w, transposed, order, heads, HE, y, base, b, c):
         _spread_kernel, (visited.shape[0] * (TILE // config["BLOCK_M"]) * cdiv(D, config["BLOCK_N"]),),
         _descriptor(packed, [config["BLOCK_M"], config["BLOCK_K"]]),
         _weight_descriptor(w, transposed, config["BLOCK_K"], config["BLOCK_N"]), y, base, b, c, order, visited, N,
-        HE=HE, E=HE // heads, DIV=w.shape[0] // HE, P=P, D=D, C=C, G=w.shape[0], W_ROWS=w.stride(0) // w.stride(1), W_COLS=w.shape[2],
-        TRANSPOSED=transposed, TILE=TILE, BLOCK_C=min(64, next_power_of_2(C)), **config,
+        HE=HE, E=HE // heads, DIV=w.shape[0] // HE, P=P, D=D, C=C, G=w.shape[0],
+        W_ROWS=w.stride(0) // w.stride(1), W_COLS=w.shape[2], TRANSPOSED=transposed, TILE=TILE,
+        BLOCK_C=min(64, next_power_of_2(C)), **config,
     )  # fmt: skip
 
 
