@@ -49,7 +49,8 @@ NOTE [Counting sort]
     which neighbours differ in one expert. A signature's digits are the ranks of the heads, and a digit runs backwards where the
     digits before it make an odd number (reflected Gray code), so neighbouring signatures differ in one expert too. Signatures
     are divided until MAX_SIGNATURES are left. For 4 heads, 2 of 4 experts and N = 32768, a tile of 64 tokens then holds 10.1
-    different experts of all heads in the mean, of 128 tokens 10.7; lexicographic ranks in full give 10.6 and 11.3.
+    different experts of all heads in the mean, of 128 tokens 10.7; lexicographic ranks in full give 10.6 and 11.3. An
+    order of the last two heads' sets that was found by annealing takes a hundredth off.
 
 NOTE [Ranks]
     An item's rank among its like in the chunk is how many of the earlier items have its key: a sum along a row for each expert,
