@@ -163,7 +163,7 @@ def _combine_kernel(
         a = tl.load(a_ptr + offs_m[:, None] * K + offs_k[None, :], mask=mask_m[:, None] & mask_k[None, :], other=0.0)
         b = tl.load(b_ptr + offs_k[:, None] * stride_bk + offs_n[None, :], mask=mask_k[:, None] & mask_n[None, :], other=0.0)
         ab = tl.dot(a, b)
-    for j in tl.range(0, J, loop_unroll_factor=UNROLL):
+    for j in tl.range(0, J, loop_unroll_factor=UNROLL, disable_licm=K > 0):  # or 3.7 spills on sm_100
         rows = offs_m * J + j
         c = tl.load(c_ptr + rows[:, None] * stride_cm + offs_n[None, :], mask=mask_c, other=0.0).to(tl.float32)
         if HAS_SCALE:
