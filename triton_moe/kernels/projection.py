@@ -395,7 +395,8 @@ def _combine(c, s, J, bias=None, y=None, a=None, b=None, base=None, added=None):
     N, K = y.shape[1], 0 if a is None else a.shape[1]
     tiles_m, tiles_n, tile = _tile(M, N)
     plain = c.element_size() == 2 and s is None and a is None and base is None
-    tile |= {"num_warps": 8 if plain else 4, "UNROLL": 8 if plain and J % 8 == 0 else 4}
+    spilling = a is not None and not INTERPRET and sets.capability(a) == 10  # with 4 rows at a time, a few registers
+    tile |= {"num_warps": 8 if plain else 4, "UNROLL": 8 if plain and J % 8 == 0 else 2 if spilling else 4}
     launch(
         _combine_kernel, (tiles_m * tiles_n,),
         c, c if s is None else s, c if bias is None else bias, a, b, base, added, y, M, N, c.shape[1], J, K,
