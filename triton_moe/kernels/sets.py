@@ -49,8 +49,8 @@ NOTE [Last columns]
     `spread` adds as a further term. The dense product is ours: cuBLAS's sums depend on the number of rows. On an H200, H 2, E 8,
     TOP_K 4, P 132 (N = 32768, D = 1024), where cuBLAS takes 122 us: gather 214 us, 24 of them for the dense product, and 303 with
     16 columns more in each tile; pack and spread 229 and 257; with the backward pass values 772 and 836, outputs 676 and 853.
-    H 4, E 4, TOP_K 2: 166 and 199, 213 and 248, 650 and 687, 590 and 734. The weight's last columns are the other dense product, and
-    go to torch like those of the gates.
+    H 4, E 4, TOP_K 2: 166 and 199, 213 and 248, 650 and 687, 590 and 734. A weight's last columns are a product for torch, as
+    the gates' are.
 """
 
 import math
