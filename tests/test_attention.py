@@ -110,19 +110,26 @@ def test_what_a_rotation_keeps_for_the_backward_pass(recompute, device):
 
 
 def test_few_queries_without_a_gradient_are_rotated_on_load(device, monkeypatch):
-    x = [t.detach() for t in inputs(1, 7, 12, 2, 1, 16, 16, torch.float32, device).values()]
-    monkeypatch.setattr(_attention, "FEW_QUERIES", 7)
+    q, k, v = (t.detach() for t in inputs(1, 7, 12, 2, 2, 16, 16, torch.float32, device).values())
     copies = []
     monkeypatch.setattr(_attention, "rope_rotate", lambda *a: copies.append(a) or rope_rotate(*a))
-    outputs = [F.attention(*x, position=F.RoPE(), recompute=recompute) for recompute in (False, True)]
-    assert torch.equal(*outputs) and not copies
+
+    def rotated_copies(q, k, v, few_keys, few_queries, many_heads, **options):
+        copies.clear()
+        for name, value in (("FEW_KEYS", few_keys), ("FEW_QUERIES", few_queries), ("MANY_HEADS", many_heads)):
+            monkeypatch.setattr(_attention, name, value)
+        o = F.attention(q, k, v, position=F.RoPE(), **options)
+        torch.testing.assert_close(o, F.attention(q, k, v, position=F.RoPE(), recompute=True))
+        return len(copies)
+
+    assert rotated_copies(q, k, v, 12, 0, 9) == rotated_copies(q, k, v, 0, 7, 2) == 0
+    assert rotated_copies(q, k, v, 11, 6, 2) == rotated_copies(q, k, v, 11, 7, 3) == 2
+    assert rotated_copies(q, k, v, 11, 6, 3, recompute=True) == 0
+    assert rotated_copies(q, k[:, :, :1], v[:, :, :1], 12, 7, 1) == 2  # grouped heads would rotate a key twice
+    q.requires_grad_()
+    assert rotated_copies(q, k, v, 12, 7, 1) == 2
     with torch.no_grad():
-        F.attention(x[0].requires_grad_(), *x[1:], position=F.RoPE())
-    assert not copies
-    torch.testing.assert_close(F.attention(*x, position=F.RoPE()), outputs[0])  # d q may be asked for
-    longer = [torch.cat([t, t], 1) for t in x]
-    F.attention(*[t.detach() for t in longer], position=F.RoPE())
-    assert len(copies) == 4
+        assert rotated_copies(q, k, v, 12, 7, 1) == 0
 
 
 @pytest.mark.smoke

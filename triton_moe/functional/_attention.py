@@ -15,7 +15,7 @@ from ..replay import replayed
 from ._shared import _as_they_are, _autocast, _cast, _compute_dtype, _distinct, _sum_leading
 from ._types import MAX_HEAD_WIDTH, XL, RoPE
 
-FEW_QUERIES = 256  # NOTE [RoPE]
+FEW_KEYS, FEW_QUERIES, MANY_HEADS = 256, 64, 64  # NOTE [RoPE]
 
 
 class _AttentionConfig(NamedTuple):
@@ -160,7 +160,8 @@ def attention(
     dtype = _compute_dtype(q)
     q, k, v, pos, content_bias, position_bias = _cast(dtype, q, k, v, pos, content_bias, position_bias)
     wanted = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    on_load = kind == "rope" and (recompute or (T <= FEW_QUERIES and not wanted))
+    few = Hkv == H and (S <= FEW_KEYS or (T <= FEW_QUERIES and B * H >= MANY_HEADS))
+    on_load = kind == "rope" and (recompute or (few and not wanted))
     config = _AttentionConfig(kind, _rotated(fraction, P), on_load, base, causal, window or 0, scale, input_precision(dtype))
     inputs = _distinct(q, k, v, pos, content_bias, position_bias)
     o, lse = _Attention.apply(*inputs, key_padding_mask, cu_seqlens, *config)

@@ -342,7 +342,7 @@ def attention_backward(
     )  # fmt: skip
 
     key = q_pos, key_padding_mask, cu_seqlens, causal, window, precision, halves
-    config = _config("attention_dq", q, k, v, q_pos, span=span)
+    config = _config("attention_dq", q, k, v, q_pos, "hopper_rope" if halves else "hopper", span)
     config = _tuned(_attention_bwd_dq_kernel, config, q, k, v, *key)
     number, strides = cdiv(T, config["BLOCK_M"]), (*inputs, *o.stride()[:3], *dq.stride()[:3])
     arguments = (do, q, k, v, *positions, *masks, o, lse, dlse, stats, table, None if q_pos is None else dq_pos, dq)
@@ -353,7 +353,8 @@ def attention_backward(
         launch(_attention_bwd_dq_kernel, grid, *arguments, *scalars, *strides, scale, **flags, **config, OUT=out)
 
     spare = key_padding_mask is not None or Hkv < H
-    config = _config("attention_dkdv", q, k, v, q_pos, "hopper_spare" if spare else "hopper", span)
+    rung = "hopper_rope" if halves else "hopper_spare" if spare else "hopper"
+    config = _config("attention_dkdv", q, k, v, q_pos, rung, span)
     config = _tuned(_attention_bwd_dkdv_kernel, config, q, k, v, *key)
     number, strides = cdiv(S, config["BLOCK_N"]), (*inputs, *dk.stride()[:3], *dv.stride()[:3])
     arguments = (do, q, k, v, *positions, *masks, stats, table, dk, dv)

@@ -40,9 +40,12 @@ CONFIGS = {
             (1792, _tile(64, 32, 8, 2)),
         ),
         "hopper_rope": (
-            (64, _tile(64, 64, 4, 2)),
-            (128, _tile(64, 32, 4, 2)),
-            (512, _tile(64, 32, 8, 1)),
+            (128, _tile(64, 64, 4, 1)),
+            (512, _tile(128, 32, 8, 2)),
+        ),
+        "hopper_few": (  # queries in one tile, rotated on load
+            (128, _tile(64, 64, 4, 3)),
+            (512, _tile(64, 32, 8, 2)),
         ),
         "half": _tile(64, 32, 4, 2),
         "half_rope": _tile(64, 32, 8, 2),
@@ -73,9 +76,8 @@ CONFIGS = {
             (256, _tile(32, 32, 4, 2)),
         ),
         "hopper_rope": (
-            (64, _tile(64, 64, 4, 2)),
-            (128, _tile(32, 64, 4, 2)),
-            (512, _tile(16, 32, 4, 1)),
+            (128, _tile(32, 64, 4, 1)),
+            (512, _tile(32, 64, 8, 2)),
         ),
         "half": _tile(32, 32, 4, 2),
         "half_rope": _tile(16, 32, 8, 1),
@@ -100,9 +102,10 @@ CONFIGS = {
             (1792, _tile(64, 16, 8, 2)),
         ),
         "hopper_rope": (
-            (64, _tile(64, 64, 4, 2)),
-            (128, _tile(64, 32, 4, 2)),
-            (512, _tile(32, 32, 4, 1)),
+            (64, _tile(64, 64, 4, 1)),
+            (128, _tile(128, 64, 8, 3)),
+            (256, _tile(128, 32, 8, 2)),
+            (512, _tile(64, 32, 8, 1)),
         ),
         "half": _tile(64, 32, 4, 2),
         "half_rope": _tile(32, 32, 4, 2),
@@ -188,7 +191,6 @@ def _config(
 ) -> dict[str, int]:
     """The kernel's tiles, no larger than the problem; span: of a tile with channels to be rotated on load."""
     configs, width = CONFIGS[kernel], max(span or q.shape[-1], v.shape[-1])
-    rung = "hopper_rope" if span else rung
     if INTERPRET or q.dtype == torch.float32:
         config = default_config(configs, q.dtype)
         if (width > 128 or span) and not INTERPRET:

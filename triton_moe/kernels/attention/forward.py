@@ -129,9 +129,12 @@ def attention_forward(
         sign = -1.0 if scale < 0 else 0.0
         q, q_pos, scale = q * sign, None if q_pos is None else q_pos * sign, abs(scale) or 1.0
     q, k, v = _rows(q), _rows(k), _rows(v)
-    spare = key_padding_mask is not None or cu_seqlens is not None or window > 0 or Hkv < H
     chunks = _chunks(P, q.dtype, rotated)
-    config = _config("attention_forward", q, k, v, q_pos, "hopper_spare" if spare else "hopper", sum(chunks) if rotated else 0)
+    if rotated:
+        config = _config("attention_forward", q, k, v, q_pos, "hopper_few" if T <= 64 else "hopper_rope", sum(chunks))
+    else:
+        spare = key_padding_mask is not None or cu_seqlens is not None or window > 0 or Hkv < H
+        config = _config("attention_forward", q, k, v, q_pos, "hopper_spare" if spare else "hopper")
     key = q_pos, key_padding_mask, cu_seqlens, causal, window, precision, rotated
     config = _tuned(_attention_fwd_kernel, config, q, k, v, *key)
     table = rope_table(rotated, base, S, chunks[0], q, False) if rotated else None
