@@ -15,7 +15,7 @@ from ..replay import replayed
 from ._shared import _as_they_are, _autocast, _cast, _compute_dtype, _distinct, _sum_leading
 from ._types import MAX_HEAD_WIDTH, XL, RoPE
 
-FEW_KEYS, FEW_QUERIES, MANY_HEADS = 256, 64, 64  # NOTE [RoPE]
+FEW_KEYS, FEW_QUERIES, MANY_HEADS = 256, 64, 64  # rotated on load without a gradient: NOTE [RoPE]
 
 
 class _AttentionConfig(NamedTuple):
@@ -125,7 +125,8 @@ def attention(
     last w keys up to itself (causal) or the keys at distance < w. key_padding_mask: bool [B, S], True = removed. cu_seqlens:
     int32 [n+1], n sequences packed along T, with B = 1 and S = T; max_seqlen is accepted for compatibility and not needed.
     recompute: with RoPE, queries and keys are rotated whenever they are loaded, and not once into copies that are kept for the
-    backward pass: less memory, more time. Without a gradient that is done for few queries anyway, where it is faster.
+    backward pass: less memory, more time, results equal within rounding. Where no gradient is wanted, that is done without asking
+    for short sequences, or few queries of many heads, which it is faster for.
     Returns [B, T, H, Pv], and with return_lse also the log-sum-exp [B, H, T], float32, natural log. A row with every key masked
     gives 0, log-sum-exp -inf and no gradient. Raises ValueError or TypeError for anything that does not fit.
     """

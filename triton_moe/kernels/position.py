@@ -1,4 +1,4 @@
-"""Rotary position embeddings (RoPE), in place or as a copy.
+"""Rotary position embeddings (RoPE), in place, as a copy, or of a tile that a kernel has loaded.
 
 Halves convention, over the first n channels of a head, at position i with frequency w_c = base^(-2c/n), c < n/2:
 
