@@ -57,7 +57,7 @@ NOTE [RoPE]
     halves are rotated as they are loaded, by a table of cos and sin in float32; dq and dk, back before the store. With the same
     tiles a forward pass gives the bits that it gives with copies (P 128, 64 or 128 rotated). But a key (for dk, a query) is
     rotated once for every tile that meets it, between its load and the product; the queries cannot carry the rotation alone, as
-    R_{j-i} depends on both. Measured likewise, copies -> on load, each with the best of eight tiles, in us at T 256, 1024 and 4096:
+    R_{j-i} depends on both. Measured likewise, copies -> on load (with the best of eight tiles), in us at T 256, 1024 and 4096:
 
                                          forward pass                      forward and backward pass
         P 128, 128 rotated    102 ->  86  147 -> 201  328 -> 662    307 -> 412  471 -> 799  1170 -> 2348
@@ -66,8 +66,8 @@ NOTE [RoPE]
 
     96 -> 32 MiB are kept for the backward pass, and at its peak 194 -> 130 allocated (P 64: half of all). The tiles in CONFIGS
     spill nothing up to 128 channels: with them dk and dv take 321, 304 and 175 us at T 1024, where those above took 348, 244 (40
-    bytes spilled) and 193. Loads that do not wait in shared memory (one stage) make the fastest forward pass: 196 and 95 us, where
-    the best of others took 206 and 124 (P 128 and 64, all rotated). A table in float16 would save 9 to 20 %, and cost accuracy.
+    bytes spilled) and 193. Loads that do not wait in shared memory (one stage) make the fastest forward pass: 196 and 95 us,
+    where the best of others took 206 and 124 (P 128 and 64, all rotated). A table in float16 would save 9 to 20 %, and cost accuracy.
 
     A forward pass alone is faster on load where a key meets few tiles: B 32, S = T 64, 128 and 256 take 14 -> 11, 17 -> 12 and
     32 -> 22 us (P 128, 64 rotated), B 8 with T 256 16 -> 14. And for few queries of many keys, where there are heads enough to
