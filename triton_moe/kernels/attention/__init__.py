@@ -67,7 +67,7 @@ NOTE [RoPE]
     96 -> 32 MiB are kept for the backward pass, and at its peak 194 -> 130 allocated (P 64: half of all). The tiles in CONFIGS
     spill nothing up to 128 channels: with them dk and dv take 321, 304 and 175 us at T 1024, where those above took 348, 244 (40
     bytes spilled) and 193. Loads that do not wait in shared memory (one stage) make the fastest forward pass: 196 and 95 us,
-    where the best of others took 206 and 124 (P 128 and 64, all rotated). A table in float16 would save 9 to 20 %, and cost accuracy.
+    where the best of others took 206 and 124 (P 128 and 64, all rotated). A table in float16 would save 9 to 20 %.
 
     A forward pass alone is faster on load where a key meets few tiles: B 32, S = T 64, 128 and 256 take 14 -> 11, 17 -> 12 and
     32 -> 22 us (P 128, 64 rotated), B 8 with T 256 16 -> 14. And for few queries of many keys, where there are heads enough to
