@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 import reference
 from triton_moe import functional as F
 from triton_moe import testing
+from triton_moe.functional import _attention
 from triton_moe.kernels.position import rope_rotate, rope_rotate_
 
 
@@ -31,12 +32,14 @@ def inputs(B, T, S, H, Hkv, P, Pv, dtype, device):
     }
 
 
-def check_attention(B, T, S, H, Hkv, P, Pv, dtype, device, repeats=1, at_size=False, **options):
+def check_attention(B, T, S, H, Hkv, P, Pv, dtype, device, repeats=1, at_size=False, own=None, **options):
+    """own: options that the reference does not have."""
+    own = own or {}
     tensors = inputs(B, T, S, H, Hkv, P, Pv, dtype, device)
     # d q vanishes where a query sees a single key: it is judged by the scale of d k
     scales = {"dq": 1.0, "dk": 1.0} if T * S < 9 else {}
     check(
-        lambda **x: F.attention(**x, **options, return_lse=True),
+        lambda **x: F.attention(**x, **options, **own, return_lse=True),
         lambda **x: reference.attention(**x, **options, return_lse=True),
         tensors,
         outputs=("o", "lse"),
@@ -63,6 +66,71 @@ def check_attention(B, T, S, H, Hkv, P, Pv, dtype, device, repeats=1, at_size=Fa
 )
 def test_values_and_gradients(B, T, S, H, Hkv, P, Pv, options, dtype, device):
     check_attention(B, T, S, H, Hkv, P, Pv, dtype, device, **options)
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("dtype", CPU_DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "B, T, S, H, Hkv, P, Pv, options",
+    [
+        (1, 1, 1, 1, 1, 2, 19, {"position": F.RoPE(1.0)}),
+        (2, 1, 9, 4, 2, 16, 16, {}),
+        (2, 9, 21, 3, 1, 19, 7, {"window": 5, "position": F.RoPE(1.0, 100.0)}),
+        (1, 17, 17, 2, 2, 100, 100, {}),
+        (1, 8, 8, 2, 2, 12, 12, {"causal": False, "scale": -0.3, "position": F.RoPE(0.8)}),
+        (1, 5, 6, 1, 1, 41, 12, {"position": F.RoPE(0.0)}),
+    ],
+    ids=str,
+)
+def test_rotated_on_load(B, T, S, H, Hkv, P, Pv, options, dtype, device):
+    check_attention(B, T, S, H, Hkv, P, Pv, dtype, device, own={"recompute": True}, **{"position": F.RoPE()} | options)
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("kind", ["left", "scattered", "packed"])
+def test_rotated_on_load_with_masks(kind, device):
+    mask = {"cu_seqlens": torch.tensor([0, 1, 8, 8, 19], dtype=torch.int32, device=device)}
+    if kind != "packed":
+        mask = {"key_padding_mask": padding(1, 19, device, kind)}
+    for options in ({}, {"causal": False, "window": 7}):
+        options |= {"position": F.RoPE(), "own": {"recompute": True}}
+        check_attention(1, 19, 19, 4, 2, 20, 8, torch.float32, device, **mask, **options)
+
+
+@pytest.mark.parametrize("recompute", [True, False])
+def test_what_a_rotation_keeps_for_the_backward_pass(recompute, device):
+    """On load, of queries and keys the caller's own memory; else a copy of each."""
+    q, k, v = x = inputs(2, 9, 12, 4, 2, 16, 16, torch.float32, device).values()
+    kept = {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.data_ptr(), t), lambda t: t):
+        o, lse = F.attention(*x, position=F.RoPE(), recompute=recompute, return_lse=True)
+    known = {t.data_ptr() for t in (q, k, v, o, lse)}
+    assert (known <= set(kept)) == recompute and {v.data_ptr(), o.data_ptr(), lse.data_ptr()} <= set(kept)
+    assert sum(t.numel() for p, t in kept.items() if p not in known) == (0 if recompute else q.numel() + k.numel())
+
+
+def test_few_queries_without_a_gradient_are_rotated_on_load(device, monkeypatch):
+    q, k, v = (t.detach() for t in inputs(1, 7, 12, 2, 2, 16, 16, torch.float32, device).values())
+    copies, widths = [], iter(range(1, 17))
+    monkeypatch.setattr(_attention, "rope_rotate", lambda *a: copies.append(a) or rope_rotate(*a))
+
+    def rotated_copies(q, k, v, few_keys, few_queries, many_heads, **options):
+        copies.clear()
+        v = v[..., : next(widths)]  # of another shape at each call: none is replayed
+        for name, value in (("FEW_KEYS", few_keys), ("FEW_QUERIES", few_queries), ("MANY_HEADS", many_heads)):
+            monkeypatch.setattr(_attention, name, value)
+        o = F.attention(q, k, v, position=F.RoPE(), **options)
+        torch.testing.assert_close(o, F.attention(q, k, v, position=F.RoPE(), recompute=True))
+        return len(copies)
+
+    assert rotated_copies(q, k, v, 12, 0, 9) == rotated_copies(q, k, v, 0, 7, 2) == 0
+    assert rotated_copies(q, k, v, 11, 6, 2) == rotated_copies(q, k, v, 11, 7, 3) == 2
+    assert rotated_copies(q, k, v, 11, 6, 3, recompute=True) == 0
+    assert rotated_copies(q, k[:, :, :1], v[:, :, :1], 12, 7, 1) == 2  # grouped heads would rotate a key twice
+    q.requires_grad_()
+    assert rotated_copies(q, k, v, 12, 7, 1) == 2
+    with torch.no_grad():
+        assert rotated_copies(q, k, v, 12, 7, 1) == 0
 
 
 @pytest.mark.smoke
@@ -127,6 +195,26 @@ def test_transformer_xl(T, S, D, biases, options, device):
 )
 def test_values_and_gradients_at_size(B, T, S, H, Hkv, P, Pv, options, dtype, device):
     check_attention(B, T, S, H, Hkv, P, Pv, dtype, device, repeats=3, at_size=True, **options)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "B, T, S, H, Hkv, P, fraction, options",
+    [
+        (2, 1024, 1024, 4, 4, 128, 1.0, {}),
+        (1, 513, 777, 4, 2, 100, 0.5, {"window": 100}),
+        (2, 500, 500, 2, 2, 76, 1.0, {"causal": False}),
+        (1, 600, 600, 2, 2, 132, 0.5, {}),
+        (1, 300, 300, 2, 2, 256, 0.55, {}),  # of parts of 128 channels each
+        (64, 1, 333, 2, 2, 82, 0.5, {}),
+    ],
+)
+def test_rotated_on_load_at_size(B, T, S, H, Hkv, P, fraction, options, dtype, device):
+    options = {"position": F.RoPE(fraction), "own": {"recompute": True}} | options
+    check_attention(B, T, S, H, Hkv, P, P, dtype, device, repeats=3, at_size=True, **options)
+    mask = padding(2, 300, device, "scattered")
+    check_attention(2, 300, 300, H, Hkv, P, 64, dtype, device, at_size=True, **options | {"key_padding_mask": mask})
 
 
 @pytest.mark.gpu
@@ -277,6 +365,7 @@ ZEROS = torch.zeros(2, 6, 4, 8)
         ({"key_padding_mask": torch.zeros(2, 6)}, TypeError, "key_padding_mask must have dtype torch.bool"),
         ({"cu_seqlens": torch.tensor([0, 6], dtype=torch.int32)}, ValueError, "cu_seqlens needs one packed row"),
         ({"causal": 1}, TypeError, "causal must be a bool"),
+        ({"recompute": 1}, TypeError, "recompute must be a bool"),
         ({"v": ZEROS.half()}, TypeError, "v has dtype torch.float16"),
         ({"q": ZEROS[..., :0], "k": ZEROS[..., :0]}, ValueError, "the head width of q must be between 1 and 256, got 0"),
         ({"q": ZEROS.to("meta")}, ValueError, "q is on meta"),

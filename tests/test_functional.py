@@ -443,6 +443,10 @@ def layers(device):
         "value_projection": (lambda x, w: F.value_projection(x, w, routing), plain(5, 12), plain(6, 12, 8)),
         "output_projection": (lambda a, w: F.output_projection(a, w, routing), plain(5, 2, 8), plain(6, 8, 12)),
         "attention": (lambda q, k, v: F.attention(q, k, v, position=F.RoPE()), *(plain(1, 5, 2, 8, seed=s) for s in range(3))),
+        "attention, recompute": (
+            lambda q, k, v: F.attention(q, k, v, position=F.RoPE(), recompute=True),
+            *(plain(1, 5, 2, 8, seed=s) for s in range(3)),
+        ),
         "attention, k as v": (lambda q, k: F.attention(q, k, k), plain(1, 5, 2, 8), plain(1, 5, 2, 8, seed=1)),
         "sigma_moe": (lambda x: F.sigma_moe(x, moe, top_k=2), plain(5, 12)),
         "switchhead": (lambda x: F.switchhead(x, head, top_k=2), plain(1, 5, 12)),
@@ -470,6 +474,7 @@ LAYERS = ["gating", "value_projection", "output_projection", "attention", "sigma
 COMPILED = [
     *LAYERS,
     "gating, both sides",
+    "attention, recompute",
     "attention, k as v",
     "switchhead logits",
     "switchhead shared",
@@ -525,7 +530,15 @@ def operator_calls(device):
     dropouts = {"top_k": 2, "moe_top_k": 2, "dropout": 0.3, "moe_dropout": 0.3, "training": True, "seed": 1}
     used = {
         name: layers(device)[name]
-        for name in ("gating", "attention", "value_projection", "output_projection", "switchhead xl", "switchall")
+        for name in (
+            "gating",
+            "attention",
+            "attention, recompute",
+            "value_projection",
+            "output_projection",
+            "switchhead xl",
+            "switchall",
+        )
     }
     used["dropouts"] = lambda x: F.switchall(x, block, recompute=True, **dropouts), randn(1, 5, 12, device=device)
     for function, *tensors in used.values():

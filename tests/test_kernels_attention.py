@@ -4,12 +4,14 @@ import math
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from cases import randn, run
 
 from triton_moe import functional as F
-from triton_moe.kernels.attention import CONFIGS, attention_backward, attention_forward, configs, tile_width
-from triton_moe.kernels.common import input_precision
-from triton_moe.kernels.position import rope_rotate
+from triton_moe.kernels.attention import CONFIGS, attention_backward, attention_forward, configs, tile_width, tiles
+from triton_moe.kernels.common import input_precision, launch
+from triton_moe.kernels.position import rope_rotate, rope_table, turn
 from triton_moe.kernels.xl import xl_query, xl_query_backward_
 from triton_moe.testing import assert_close
 
@@ -307,6 +309,35 @@ def test_rope(device, dtype, n, P, offset):
     leaf = x.detach().requires_grad_()
     (dx_twin,) = torch.autograd.grad(rope_formula(leaf, n, 500.0, offset), leaf, dy)
     assert_close(rope_rotate(dy, n, 500.0, offset, True), dx, dx_twin)
+
+
+@triton.jit
+def _rotated_rows_kernel(
+    x_ptr, table_ptr, y_ptr, T, position, stride_t: tl.constexpr, P: tl.constexpr, HALF: tl.constexpr, CHUNKS: tl.constexpr,
+    BACK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """As the kernels of attention load, rotate and store rows of a single head."""
+    first = tl.program_id(0) * BLOCK
+    mask = first + tl.arange(0, BLOCK) < T
+    x = tiles._load_rows(x_ptr, 0 * first, 0 * first, first, 0, stride_t, 0, mask, P, CHUNKS, BLOCK, HALF)
+    x = turn(x, table_ptr, first + position, mask, CHUNKS[0], BLOCK, BACK)
+    tiles._store_rows(y_ptr, x, 0 * first, 0 * first, first, 0, P, 0, mask, P, CHUNKS, BLOCK, HALF)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("n, P, offset", [(16, 16, 0), (8, 16, 3), (50, 100, 2), (38, 76, 9), (2, 5, 7), (64, 128, 1)])
+def test_a_tile_is_rotated_as_a_copy_is(device, dtype, n, P, offset):
+    """Bit by bit in the interpreter; compilers may round the angles differently. And back."""
+    T, chunks = 21, configs._chunks(P, dtype, n)
+    x = torch.randn(T, 2 * P, device=device).to(dtype)[:, :P]
+    table = rope_table(n, 500.0, T + offset, chunks[0], x, False)
+    for back in (False, True):
+        y = torch.full((T, P), math.nan, dtype=dtype, device=device)
+        meta = dict(P=P, HALF=n // 2, CHUNKS=chunks, BACK=back, BLOCK=16)
+        launch(_rotated_rows_kernel, (2,), x, table, y, T, offset, 2 * P, **meta)
+        copy, eps = rope_rotate(x[None, :, None], n, 500.0, offset, back)[0, :, 0], torch.finfo(dtype).eps
+        torch.testing.assert_close(y, copy, rtol=eps, atol=8 * torch.finfo(torch.float32).eps)
+        assert torch.equal(y, copy) or device == "cuda"
 
 
 @pytest.mark.parametrize("P, wide", [(8, 16), (41, 48), (64, 64), (76, 80), (100, 128), (112, 128), (132, 144), (200, 256)])

@@ -104,9 +104,9 @@ def _mlp(make, E, G, TOP_K, D, activation="relu", bias=False, dropout=0.0, N=409
     return results
 
 
-def _attention(make, P, H=4, Hkv=None, causal=True, window=0, padding=False, packed=False, xl=0, rope=False, B=8, T=1024):
+def _attention(make, P, H=4, Hkv=None, causal=True, window=0, padding=False, packed=False, xl=0, rope="", B=8, T=1024):
     """`xl` is the model width of a Transformer-XL layer, with as many tokens of memory as queries; `packed` cuts B = 1 row into
-    16 sequences; `rope` rotates dq and dk back."""
+    16 sequences; `rope` "pairs" rotates dq and dk back, "halves" also q and k on load."""
     S, Hkv = 2 * T if xl else T, Hkv or H
     if packed:
         B = 1
@@ -122,9 +122,10 @@ def _attention(make, P, H=4, Hkv=None, causal=True, window=0, padding=False, pac
         return _exact_attention(q, k, v, q_pos, k_pos, do, dlse, causal, window, mask, cu_seqlens)
     args = q, k, v, q_pos, k_pos, mask, cu_seqlens
     options = causal, window, P**-0.5, common.input_precision(make.dtype)
-    o, lse = attention.attention_forward(*args, *options)
+    n, on_load = P // 2 * 2 if rope else 0, rope == "halves"
+    o, lse = attention.attention_forward(*args, *options, n if on_load else 0, 10000.0)
     dlse = make(*lse.shape, dtype=torch.float32) if padding else None
-    gradients = attention.attention_backward(do, dlse, *args, o, lse, *options, False, P // 2 * 2 if rope else 0, 10000.0)
+    gradients = attention.attention_backward(do, dlse, *args, o, lse, *options, False, n, 10000.0, on_load)
     return {"o": o, "lse": lse, **dict(zip(("dq", "dk", "dv", "dq_pos"), gradients, strict=True))}
 
 
@@ -161,8 +162,8 @@ def _norm(make, D, N=4096):
 
 
 def has_twin(op: str, shape: dict) -> bool:
-    """Whether a workload can run in float64: not with random bits."""
-    return op in ("gating", "projection", "mlp", "attention") and not shape.get("dropout")
+    """Whether a workload can run in float64: not with random bits, and rotations are only the kernels'."""
+    return op in ("gating", "projection", "mlp", "attention") and not (shape.get("dropout") or shape.get("rope"))
 
 
 def _exact_gating(make, x, sel, sides, H, TOP_K, mode):

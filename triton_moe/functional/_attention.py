@@ -15,10 +15,13 @@ from ..replay import replayed
 from ._shared import _as_they_are, _autocast, _cast, _compute_dtype, _distinct, _sum_leading
 from ._types import MAX_HEAD_WIDTH, XL, RoPE
 
+FEW_KEYS, FEW_QUERIES, MANY_HEADS = 256, 64, 64  # rotated on load without a gradient: NOTE [RoPE]
+
 
 class _AttentionConfig(NamedTuple):
     kind: str  # "none", "rope" or "xl"
     rotated: int  # channels of a head, with RoPE
+    on_load: bool  # in the kernels, not in copies
     base: float
     causal: bool
     window: int
@@ -34,13 +37,15 @@ def _attention_forward(tensors, c: _AttentionConfig):
     S = k.shape[1]
     offset = S - q.shape[1]
     position_q = q_pos = k_pos = narrow = None
-    if c.rotated:
+    if c.rotated and not c.on_load:
         q, k = rope_rotate(q, c.rotated, c.base, offset, False), rope_rotate(k, c.rotated, c.base, 0, False)
     elif c.kind == "xl":
         position_q = q if position_bias is None else q + position_bias
         q_pos, k_pos, narrow = xl_query(position_q, pos, S, c.window, c.causal, c.precision)
         q = q if content_bias is None else q + content_bias
-    o, lse = attention_forward(q, k, v, q_pos, k_pos, mask, cu_seqlens, c.causal, c.window, c.scale, c.precision)
+    o, lse = attention_forward(
+        q, k, v, q_pos, k_pos, mask, cu_seqlens, c.causal, c.window, c.scale, c.precision, c.rotated if c.on_load else 0, c.base
+    )
     return o, lse, q, k, v, pos, content_bias, position_bias, mask, cu_seqlens, position_q, q_pos, k_pos, o, lse, narrow
 
 
@@ -60,12 +65,12 @@ def _attention_gradients(
     H, P = q.shape[2:]
     offset = k.shape[1] - q.shape[1]
     first, dk, dv, dq_pos = attention_backward(
-        do, dlse, q, k, v, q_pos, k_pos, mask, cu_seqlens, o, lse, c.causal, c.window, c.scale, c.precision, joint, pairs,
-        c.base,
+        do, dlse, q, k, v, q_pos, k_pos, mask, cu_seqlens, o, lse, c.causal, c.window, c.scale, c.precision, joint,
+        c.rotated if c.on_load else pairs, c.base, c.on_load,
     )  # fmt: skip
     dq = first[:, :, :H]
     dpos = dcontent = dposition = None
-    if c.rotated:
+    if c.rotated and not c.on_load:
         rope_rotate_(dq, c.rotated, c.base, offset, True)
         rope_rotate_(dk, c.rotated, c.base, 0, True)
     elif c.kind == "xl":
@@ -111,6 +116,7 @@ def attention(
     max_seqlen: int | None = None,
     scale: float | None = None,
     return_lse: bool = False,
+    recompute: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """softmax(scale * (q k^T + position) + mask) v, fused: memory linear in T.
 
@@ -118,6 +124,9 @@ def attention(
     T positions: S >= T, and any S with causal=False and position=None. scale defaults to P**-0.5. window=w: a query sees the
     last w keys up to itself (causal) or the keys at distance < w. key_padding_mask: bool [B, S], True = removed. cu_seqlens:
     int32 [n+1], n sequences packed along T, with B = 1 and S = T; max_seqlen is accepted for compatibility and not needed.
+    recompute: with RoPE, queries and keys are rotated whenever they are loaded, and not once into copies that are kept for the
+    backward pass: less memory, more time, results equal within rounding. Where no gradient is wanted, that is done without asking
+    for short sequences, or few queries of many heads, which it is faster for.
     Returns [B, T, H, Pv], and with return_lse also the log-sum-exp [B, H, T], float32, natural log. A row with every key masked
     gives 0, log-sum-exp -inf and no gradient. Raises ValueError or TypeError for anything that does not fit.
     """
@@ -147,10 +156,14 @@ def attention(
         raise TypeError(f"position must be RoPE, XL or None, got {type(position).__name__}")
     _check.same(q, tensors, autocast=_autocast(q))
     _check_masks(B, T, S, causal, window, key_padding_mask, cu_seqlens, max_seqlen, position, q.device)
+    _check.instance("recompute", recompute, bool)
     scale = P**-0.5 if scale is None else _check.number("scale", scale)
     dtype = _compute_dtype(q)
     q, k, v, pos, content_bias, position_bias = _cast(dtype, q, k, v, pos, content_bias, position_bias)
-    config = _AttentionConfig(kind, _rotated(fraction, P), base, causal, window or 0, scale, input_precision(dtype))
+    wanted = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    few = Hkv == H and (S <= FEW_KEYS or (T <= FEW_QUERIES and B * H >= MANY_HEADS))
+    on_load = kind == "rope" and (recompute or (few and not wanted))
+    config = _AttentionConfig(kind, _rotated(fraction, P), on_load, base, causal, window or 0, scale, input_precision(dtype))
     inputs = _distinct(q, k, v, pos, content_bias, position_bias)
     o, lse = _Attention.apply(*inputs, key_padding_mask, cu_seqlens, *config)
     return (o, lse) if return_lse else o

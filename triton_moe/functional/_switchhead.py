@@ -70,7 +70,7 @@ class _HeadConfig(NamedTuple):
 
 def _attention_config(c: _HeadConfig) -> _AttentionConfig:
     """Of queries and keys that the layer has rotated itself, in place."""
-    return _AttentionConfig(c.kind, 0, c.base, c.causal, c.window, c.width**-0.5, c.precision)
+    return _AttentionConfig(c.kind, 0, False, c.base, c.causal, c.window, c.width**-0.5, c.precision)
 
 
 def _head_weights(dtype: torch.dtype, c: _HeadConfig, q, k, v, o, sel_v, sel_o, pos):

@@ -1,4 +1,4 @@
-"""Rotary position embeddings (RoPE), in place or as a copy.
+"""Rotary position embeddings (RoPE), in place, as a copy, or of a tile that a kernel has loaded.
 
 Halves convention, over the first n channels of a head, at position i with frequency w_c = base^(-2c/n), c < n/2:
 
@@ -38,6 +38,12 @@ def angles(position, frequency):
 
 
 @triton.jit
+def rotate(x1, x2, cos, sin):
+    """The two halves, float32, rotated, with the same roundings wherever it is done."""
+    return tl.fma(x1, cos, -(x2 * sin)), tl.fma(x2, cos, x1 * sin)
+
+
+@triton.jit
 def _rope_rotate_kernel(
     x_ptr, y_ptr, B, T, H, offset, stride_xb, stride_xt: tl.constexpr, stride_xh: tl.constexpr,
     stride_yb, stride_yt: tl.constexpr, stride_yh: tl.constexpr,
@@ -74,13 +80,14 @@ def _rope_rotate_kernel(
             if PERMUTE:
                 partner = tl.where(c < HALF, c + HALF, tl.where(c < N, c - HALF, c))
                 other = tl.gather(x, tl.broadcast_to(partner[None, None, :], x.shape), 2)
-                y = x.to(tl.float32) * cos + other.to(tl.float32) * sin
+                y = tl.fma(x.to(tl.float32), cos, other.to(tl.float32) * sin)
                 tl.store(y_ptrs + h * stride_yh, tl.where((c < N)[None, None, :], y, x.to(tl.float32)), mask=mask_h)
             else:
                 x1 = x.to(tl.float32)
                 x2 = tl.load(x_ptrs + h * stride_xh + HALF, mask=mask_h, other=0.0).to(tl.float32)
-                tl.store(y_ptrs + h * stride_yh, x1 * cos - x2 * sin, mask=mask_h)
-                tl.store(y_ptrs + h * stride_yh + HALF, x2 * cos + x1 * sin, mask=mask_h)
+                y1, y2 = rotate(x1, x2, cos, sin)
+                tl.store(y_ptrs + h * stride_yh, y1, mask=mask_h)
+                tl.store(y_ptrs + h * stride_yh + HALF, y2, mask=mask_h)
                 if BLOCK_R > 0:
                     r = N + tl.arange(0, BLOCK_R)[None, None, :]
                     mask_r = mask_t & (h < H) & (r < P)
@@ -123,13 +130,20 @@ def _pair_angles(position, N: tl.constexpr, LOG2_BASE: tl.constexpr, PAIRS: tl.c
 
 @triton.jit
 def _rope_table_kernel(
-    table_ptr, S, N: tl.constexpr, LOG2_BASE: tl.constexpr, WIDTH: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr
-):
+    table_ptr, S, N: tl.constexpr, LOG2_BASE: tl.constexpr, WIDTH: tl.constexpr, PAIRS: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     offs_t = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
-    c = tl.arange(0, BLOCK_C)[None, :]
     cos, sin = _pair_angles(offs_t, N, LOG2_BASE, BLOCK_C // 2)
-    table = tl.reshape(tl.join(cos, sin), [BLOCK_T, BLOCK_C])
-    tl.store(table_ptr + offs_t[:, None] * WIDTH + c, table, mask=(offs_t < S)[:, None] & (c < WIDTH))
+    mask_t = (offs_t < S)[:, None]
+    if PAIRS:
+        c = tl.arange(0, BLOCK_C)[None, :]
+        table = tl.reshape(tl.join(cos, sin), [BLOCK_T, BLOCK_C])
+        tl.store(table_ptr + offs_t[:, None] * WIDTH + c, table, mask=mask_t & (c < WIDTH))
+    else:
+        ptrs = table_ptr + offs_t[:, None] * WIDTH + tl.arange(0, BLOCK_C // 2)[None, :]
+        tl.store(ptrs, cos, mask=mask_t)
+        tl.store(ptrs + BLOCK_C // 2, sin, mask=mask_t)
 
 
 @triton.jit
@@ -153,12 +167,28 @@ def turn_back(parts, table_ptr, position, mask, CHUNKS: tl.constexpr, BLOCK: tl.
     return turned
 
 
-def rope_table(n: int, base: float, S: int, width: int, like: Tensor) -> Tensor:
-    """cos and sin of n / 2 pairs, side by side, then 1 and 0: [S, width] float32, on the device of `like`."""
+@triton.jit
+def turn(parts, table_ptr, position, mask, C: tl.constexpr, BLOCK: tl.constexpr, BACK: tl.constexpr):
+    """Rows in parts, of which the first two, [BLOCK, C], hold the halves: rotated as those from `position` on, or back, in the
+    dtype that they have; mask None: all; table_ptr as `rope_table` makes it."""
+    ptrs = table_ptr + position.to(tl.int64) * (2 * C) + tl.arange(0, BLOCK)[:, None] * (2 * C) + tl.arange(0, C)[None, :]
+    if mask is None:
+        cos, sin = tl.load(ptrs), tl.load(ptrs + C)
+    else:
+        cos, sin = tl.load(ptrs, mask=mask[:, None], other=0.0), tl.load(ptrs + C, mask=mask[:, None], other=0.0)
+    dtype: tl.constexpr = parts[0].dtype
+    y1, y2 = rotate(parts[0].to(tl.float32), parts[1].to(tl.float32), cos, -sin if BACK else sin)
+    return (y1.to(dtype), y2.to(dtype)) + parts[2:]
+
+
+def rope_table(n: int, base: float, S: int, width: int, like: Tensor, pairs: bool) -> Tensor:
+    """cos and sin of n / 2 pairs, then 1 and 0, float32, on the device of `like`: side by side, [S, width], or first all cos,
+    [S, 2, width], width a power of two."""
+    width = width if pairs else 2 * width
     table = like.new_empty(S, width, dtype=torch.float32)
     block_c = next_power_of_2(width)
     block_t = min(256 if INTERPRET else max(1, 2048 // block_c), next_power_of_2(S, 1))
-    meta = dict(N=n, LOG2_BASE=math.log2(base), WIDTH=width, BLOCK_T=block_t, BLOCK_C=block_c, num_warps=4)
+    meta = dict(N=n, LOG2_BASE=math.log2(base), WIDTH=width, PAIRS=pairs, BLOCK_T=block_t, BLOCK_C=block_c, num_warps=4)
     launch(_rope_table_kernel, (cdiv(S, block_t),), table, S, **meta)
     return table
 

@@ -43,11 +43,11 @@ NOTE [Head widths]
     on an H200 (bfloat16, causal, N = 32768, T 4096, H 4) 80 channels take 229 us forward in two parts and 311 us as 128.
 
 NOTE [RoPE]
-    Queries and keys are rotated before these kernels: position.py makes rotated copies of a caller's, and rotates dq and dk back
-    in place. A layer's own it rotates in place, with the channels of a pair side by side: the layer packs its weights so, and
-    puts their gradients in order again, in launches that copy them anyway. Scores do not mind, and the threads that hold dq and
-    dk then have both channels of a pair: they rotate them back just before the store, by a table of cos and sin that takes 2 us
-    to make. Measured on an H200 (bfloat16, causal, N = 32768, H 4), a launch of its own for q and k, and the whole backward
+    By default queries and keys are rotated before these kernels: position.py makes rotated copies of a caller's, and rotates dq
+    and dk back in place. A layer's own it rotates in place, with the channels of a pair side by side: the layer packs its weights
+    so, and puts their gradients in order again, in launches that copy them anyway. Scores do not mind, and the threads that hold
+    dq and dk then have both channels of a pair: they rotate them back just before the store, by a table of cos and sin that takes
+    2 us to make. Measured on an H200 (bfloat16, causal, N = 32768, H 4), a launch of its own for q and k, and the whole backward
     pass of attention, in halves -> in pairs, in us:
 
         P 128, 100 rotated, T 1024    44 -> 35    359 -> 331        P 128,  50 rotated, T 1024    21 -> 13    335 -> 332
@@ -58,17 +58,27 @@ NOTE [RoPE]
     us at T 1024 and 135 at T 4096 (100 rotated). A product of our own (TMA, tiles of 128 x 256 x 64, 8 warps), which takes 106 to
     116 us without the rotation to cuBLAS's 96 to 101, takes 125 and 130 with it and the table, and with 50 rotated 135, not 122.
 
-    On load there would be no copies, but a key (for dk, a query) is rotated once for every tile that meets it, on its way from
-    shared memory to the product; the queries cannot carry the rotation alone, as R_{j-i} depends on both. Measured likewise (P
-    128, 64 channels rotated; halves and rest as parts of a tile, a table of float16 sines, the better of two tile sizes), in us
-    at T 256 / 512 / 1024 / 4096:
+    With `recompute` there are no copies: a tile's parts are the halves of the rotated channels and the rest of a head, and the
+    halves are rotated as they are loaded, by a table of cos and sin in float32; dq and dk, back before the store. With the same
+    tiles a forward pass gives the bits that it gives with copies (P 128, 64 or 128 rotated). But a key (for dk, a query) is
+    rotated once for every tile that meets it, between its load and the product; the queries cannot carry the rotation alone, as
+    R_{j-i} depends on both. Measured likewise, copies -> on load (with the best of eight tiles), in us at T 256, 1024 and 4096:
 
-        rotated on load    forward 89 / 113 / 161 / 435    dq 108 / 137 / 198 / 517    dk with dv 127 / 169 / 253 / 754
-        rotated copies             64 /  79 / 108 / 292        81 /  99 / 135 / 367                91 / 112 / 161 / 449
+                                         forward pass                      forward and backward pass
+        P 128, 128 rotated    102 ->  86  147 -> 201  328 -> 662    307 -> 412  471 -> 799  1170 -> 2348
+        P 128,  64 rotated    103 -> 101  148 -> 174  329 -> 458    291 -> 350  454 -> 624  1154 -> 1721
+        P  64,  64 rotated     56 ->  45   82 ->  98  190 -> 307    183 -> 197  279 -> 414   692 -> 1293
 
-    and P 64, 32 rotated, T 1024: 109, 130 and 169 against 60, 72 and 106. A table in float32 takes 9 to 20 % longer. The copies
-    take 41 us (P 64: 24), to rotate dq and dk back 17 (12): on load wins a forward pass alone up to T 512, by 16 and 7 us, and
-    loses every forward pass with its backward.
+    96 -> 32 MiB are kept for the backward pass, and at its peak 194 -> 130 allocated (P 64: half of all). The tiles in CONFIGS
+    spill nothing up to 128 channels: with them dk and dv take 321, 304 and 175 us at T 1024, where those above took 348, 244 (40
+    bytes spilled) and 193. Loads that do not wait in shared memory (one stage) make the fastest forward pass: 196 and 95 us,
+    where the best of others took 206 and 124 (P 128 and 64, all rotated). A table in float16 would save 9 to 20 %.
+
+    A forward pass alone is faster on load where a key meets few tiles: B 32, S = T 64, 128 and 256 take 14 -> 11, 17 -> 12 and
+    32 -> 22 us (P 128, 64 rotated), B 8 with T 256 16 -> 14. And for few queries of many keys, where there are heads enough to
+    hide a tile's rotation: S 8192, B 32, T 1 268 -> 155 us (128 rotated: 267 -> 186; P 64: 169 -> 132), T 64 270 -> 179; B 16,
+    T 1 186 -> 153 (185 -> 184; 130 -> 131), B 8 149 -> 152. So it is done there where no gradient is wanted. Grouped heads rotate
+    a key once for each: 16 on 4, T 1, 490 -> 440 with B 32, S 8192, and 421 -> 464 with B 128, S 2048. They have copies.
 
 NOTE [Registers]
     What LLVM moves out of the loops of dk and dv takes registers in all of them: they spilled, 64 x 64 of P 128 16 bytes, and

@@ -5,7 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common import cdiv, launch, opaque, rows
-from ..position import rope_table, turn_back
+from ..position import rope_table, turn, turn_back
 from .configs import _chunks, _config, _contiguous, _exact, _hopper, _positions, _rows, _sections, _tuned
 from .masks import (
     covering_tiles,
@@ -74,7 +74,7 @@ def _attention_bwd_dkdv_kernel(
     P: tl.constexpr, PV: tl.constexpr, F: tl.constexpr, LOAD_P: tl.constexpr, LOAD_PV: tl.constexpr, GROUP: tl.constexpr,
     IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
     CHUNKS_P: tl.constexpr, CHUNKS_PV: tl.constexpr, CHUNKS_F: tl.constexpr, BLOCK_F: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HOIST: tl.constexpr,
+    HALF: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HOIST: tl.constexpr,
 ):  # fmt: skip
     h_kv: tl.constexpr = H // GROUP
     tile, head = _place(tiles, sections)
@@ -87,7 +87,9 @@ def _attention_bwd_dkdv_kernel(
     mask_n = offs_n < S
     keep = kept_keys(padding_ptr, offs_n, S)
     low, high = query_range(offs_n, T, S, bounds_ptr, window, IS_CAUSAL, HAS_WINDOW)
-    k = _load_rows(k_ptr, b, hk, first, stride_kb, stride_kt, stride_kh, keep, LOAD_P, CHUNKS_P, BLOCK_N)
+    k = _load_rows(k_ptr, b, hk, first, stride_kb, stride_kt, stride_kh, keep, LOAD_P, CHUNKS_P, BLOCK_N, HALF)
+    if HALF > 0:
+        k = turn(k, table_ptr, first, keep, CHUNKS_P[0], BLOCK_N, False)
     v = _load_rows(v_ptr, b, hk, first, stride_vb, stride_vt, stride_vh, keep, LOAD_PV, CHUNKS_PV, BLOCK_N)
     if q_pos_ptr is not None:
         q_pos_ptr += b.to(tl.int64) * T * (H * F)
@@ -107,7 +109,9 @@ def _attention_bwd_dkdv_kernel(
                 t = start + nth_tile(i, begin, end, MASKED) * BLOCK_M
                 offs_t = t + tl.arange(0, BLOCK_M)
                 mask_t = offs_t < T if MASKED else None
-                q = _load_rows(q_ptr, b, h, t, stride_qb, stride_qt, stride_qh, mask_t, LOAD_P, CHUNKS_P, BLOCK_M)
+                q = _load_rows(q_ptr, b, h, t, stride_qb, stride_qt, stride_qh, mask_t, LOAD_P, CHUNKS_P, BLOCK_M, HALF)
+                if HALF > 0:
+                    q = turn(q, table_ptr, t + (S - T), mask_t, CHUNKS_P[0], BLOCK_M, False)
                 both = q
                 if q_pos_ptr is not None:
                     both = both + _load_rows(q_pos_ptr, b, h, t, 0, H * F, F, mask_t, F, CHUNKS_F, BLOCK_M)
@@ -143,9 +147,11 @@ def _attention_bwd_dkdv_kernel(
 
     _store_rows(dv_ptr, dv, b, hk, first, stride_dvb, stride_dvt, stride_dvh, mask_n, PV, CHUNKS_PV, BLOCK_N)
     dk = _times(dk, scale)
-    if table_ptr is not None:
+    if HALF > 0:
+        dk = turn(dk, table_ptr, first, mask_n, CHUNKS_P[0], BLOCK_N, True)
+    elif table_ptr is not None:
         dk = turn_back(dk, table_ptr, offs_n, mask_n, CHUNKS_P, BLOCK_N)
-    _store_rows(dk_ptr, dk, b, hk, first, stride_dkb, stride_dkt, stride_dkh, mask_n, P, CHUNKS_P, BLOCK_N)
+    _store_rows(dk_ptr, dk, b, hk, first, stride_dkb, stride_dkt, stride_dkh, mask_n, P, CHUNKS_P, BLOCK_N, HALF)
 
 
 @triton.jit(do_not_specialize=["sections", "tiles"])
@@ -162,7 +168,7 @@ def _attention_bwd_dq_kernel(
     P: tl.constexpr, PV: tl.constexpr, F: tl.constexpr, LOAD_P: tl.constexpr, LOAD_PV: tl.constexpr, GROUP: tl.constexpr,
     IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
     CHUNKS_P: tl.constexpr, CHUNKS_PV: tl.constexpr, CHUNKS_F: tl.constexpr, BLOCK_F: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, OUT: tl.constexpr,
+    HALF: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, OUT: tl.constexpr,
 ):  # fmt: skip
     """OUT "dq", and dq_pos where the position channels are held whole; "dq_pos", BLOCK_F channels a program, where they are not;
     or "delta", which is launched for EXACT and first. The first launch writes the statistics that the others load."""
@@ -176,7 +182,9 @@ def _attention_bwd_dq_kernel(
     mask_t = offs_t < T
     low, high = key_range(offs_t, T, S, bounds_ptr, window, IS_CAUSAL, HAS_WINDOW)
     LOW: tl.constexpr = HAS_WINDOW or bounds_ptr is not None
-    q = _load_rows(q_ptr, b, h, first, stride_qb, stride_qt, stride_qh, mask_t, LOAD_P, CHUNKS_P, BLOCK_M)
+    q = _load_rows(q_ptr, b, h, first, stride_qb, stride_qt, stride_qh, mask_t, LOAD_P, CHUNKS_P, BLOCK_M, HALF)
+    if HALF > 0:
+        q = turn(q, table_ptr, first + (S - T), mask_t, CHUNKS_P[0], BLOCK_M, False)
     do = _load_rows(do_ptr, b, h, first, stride_dob, stride_dot, stride_doh, mask_t, LOAD_PV, CHUNKS_PV, BLOCK_M)
     if q_pos_ptr is not None:
         q_pos_ptr += b.to(tl.int64) * T * (H * F)
@@ -225,7 +233,9 @@ def _attention_bwd_dq_kernel(
             n = start + nth_tile(i, begin, end, MASKED) * BLOCK_N
             offs_n = n + tl.arange(0, BLOCK_N)
             keep = kept_keys(padding_ptr, offs_n, S) if MASKED else None
-            k = _load_rows(k_ptr, b, hk, n, stride_kb, stride_kt, stride_kh, keep, LOAD_P, CHUNKS_P, BLOCK_N)
+            k = _load_rows(k_ptr, b, hk, n, stride_kb, stride_kt, stride_kh, keep, LOAD_P, CHUNKS_P, BLOCK_N, HALF)
+            if HALF > 0:
+                k = turn(k, table_ptr, n, keep, CHUNKS_P[0], BLOCK_N, False)
             if q_pos_ptr is not None:
                 k = k + _load_rows(k_pos_ptr, b, h, n, 0, F, 0, keep, F, CHUNKS_F, BLOCK_N)
             s = _dot_rows(q, k, PRECISION)  # [BLOCK_M, BLOCK_N]
@@ -258,9 +268,11 @@ def _attention_bwd_dq_kernel(
         tl.store(stats_ptr + 3 * plane, dlse, mask=mask_t)
     elif OUT == "dq":
         acc = _times(acc, scale)
-        if table_ptr is not None:
+        if HALF > 0:
+            acc = turn(acc, table_ptr, first + (S - T), mask_t, CHUNKS_P[0], BLOCK_M, True)
+        elif table_ptr is not None:
             acc = turn_back(acc, table_ptr, offs_t + (S - T), mask_t, CHUNKS_P, BLOCK_M)
-        _store_rows(out_ptr, acc, b, h, first, stride_outb, stride_outt, stride_outh, mask_t, P, CHUNKS_P, BLOCK_M)
+        _store_rows(out_ptr, acc, b, h, first, stride_outb, stride_outt, stride_outh, mask_t, P, CHUNKS_P, BLOCK_M, HALF)
         if len(CHUNKS_F) > 0:
             _store_rows(dq_pos_ptr, acc[len(CHUNKS_P) :], b, h, first, 0, H * F, F, mask_t, F, CHUNKS_F, BLOCK_M)
     else:
@@ -270,7 +282,7 @@ def _attention_bwd_dq_kernel(
 
 def _attention_backward_fake(
     do, dlse, q, k, v, q_pos, k_pos, key_padding_mask, cu_seqlens, o, lse, causal, window, scale, precision, joint=False,
-    rotated=0, base=1.0,
+    rotated=0, base=1.0, on_load=False,
 ):  # fmt: skip
     dq_pos = q.new_empty(0) if q_pos is None else q_pos.new_empty(q_pos.shape)
     dq = q.new_empty(*q.shape[:2], q.shape[2] + k.shape[2], q.shape[3]) if joint else q.new_empty(q.shape)
@@ -297,10 +309,12 @@ def attention_backward(
     joint: bool = False,
     rotated: int = 0,
     base: float = 1.0,
+    on_load: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv and dq_pos (empty without q_pos), contiguous, from the gradients of o and lse (None: zero). With `joint`, where
     T = S, dq and dk come as one tensor [B, T, H + Hkv, P], and dk is empty. `rotated` channels of
-    dq and dk are rotated back, as pairs side by side (position.py), queries at the last T of S positions."""
+    dq and dk are rotated back, queries at the last T of S positions: as pairs side by side (position.py), where q and k come
+    rotated, or as halves with `on_load`, as `attention_forward` takes them."""
     first, second, dv, dq_pos = _attention_backward_fake(
         do, dlse, q, k, v, q_pos, k_pos, key_padding_mask, cu_seqlens, o, lse, causal, window, scale, precision, joint
     )
@@ -313,7 +327,10 @@ def attention_backward(
     # B * H rows each of lse and delta, and for EXACT of norm and dlse
     stats = lse.new_empty((4 if exact else 2) * B * H, T)
 
-    table = rope_table(rotated, base, S, sum(_chunks(P, q.dtype)), q) if rotated else None
+    halves = rotated if on_load else 0
+    chunks = _chunks(P, q.dtype, halves)
+    span = sum(chunks) if halves else 0
+    table = rope_table(rotated, base, S, chunks[0] if on_load else sum(chunks), q, not on_load) if rotated else None
     positions = _contiguous(q_pos, k_pos)
     masks = (padding_bytes(key_padding_mask), sequence_bounds(cu_seqlens, T))
     inputs = (*do.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
@@ -321,11 +338,12 @@ def attention_backward(
     flags = dict(
         P=P, PV=PV, LOAD_P=min(q.shape[-1], k.shape[-1]), LOAD_PV=min(do.shape[-1], v.shape[-1]), GROUP=H // Hkv,
         IS_CAUSAL=causal, HAS_WINDOW=window > 0, PRECISION=precision, EXACT=exact,
-        CHUNKS_P=_chunks(P, q.dtype), CHUNKS_PV=_chunks(PV, q.dtype), **_positions(q_pos),
+        CHUNKS_P=chunks, CHUNKS_PV=_chunks(PV, q.dtype), **_positions(q_pos), HALF=halves // 2,
     )  # fmt: skip
 
-    config = _config("attention_dq", q, k, v, q_pos)
-    config = _tuned(_attention_bwd_dq_kernel, config, q, k, v, q_pos, key_padding_mask, cu_seqlens, causal, window, precision)
+    key = q_pos, key_padding_mask, cu_seqlens, causal, window, precision, halves
+    config = _config("attention_dq", q, k, v, q_pos, "hopper_rope" if halves else "hopper", span)
+    config = _tuned(_attention_bwd_dq_kernel, config, q, k, v, *key)
     number, strides = cdiv(T, config["BLOCK_M"]), (*inputs, *o.stride()[:3], *dq.stride()[:3])
     arguments = (do, q, k, v, *positions, *masks, o, lse, dlse, stats, table, None if q_pos is None else dq_pos, dq)
     scalars = (*sizes, _sections(k, v, B * H), number)
@@ -335,8 +353,9 @@ def attention_backward(
         launch(_attention_bwd_dq_kernel, grid, *arguments, *scalars, *strides, scale, **flags, **config, OUT=out)
 
     spare = key_padding_mask is not None or Hkv < H
-    config = _config("attention_dkdv", q, k, v, q_pos, "hopper_spare" if spare else "hopper")
-    config = _tuned(_attention_bwd_dkdv_kernel, config, q, k, v, q_pos, key_padding_mask, cu_seqlens, causal, window, precision)
+    rung = "hopper_rope" if halves else "hopper_spare" if spare else "hopper"
+    config = _config("attention_dkdv", q, k, v, q_pos, rung, span)
+    config = _tuned(_attention_bwd_dkdv_kernel, config, q, k, v, *key)
     number, strides = cdiv(S, config["BLOCK_N"]), (*inputs, *dk.stride()[:3], *dv.stride()[:3])
     arguments = (do, q, k, v, *positions, *masks, stats, table, dk, dv)
     scalars = (*sizes, _sections(q, do, B * Hkv), number)

@@ -39,7 +39,16 @@ CONFIGS = {
             (1160, _tile(128, 32, 8, 2)),
             (1792, _tile(64, 32, 8, 2)),
         ),
+        "hopper_rope": (
+            (128, _tile(64, 64, 4, 1)),
+            (512, _tile(128, 32, 8, 2)),
+        ),
+        "hopper_few": (  # queries in one tile, rotated on load
+            (128, _tile(64, 64, 4, 3)),
+            (512, _tile(64, 32, 8, 2)),
+        ),
         "half": _tile(64, 32, 4, 2),
+        "half_rope": _tile(64, 32, 8, 2),
         "half_wide": _tile(64, 32, 8, 1),
         "half_xl": _tile(64, 32, 4, 1),
         "float32": _tile(32, 32, 8, 1),
@@ -66,7 +75,12 @@ CONFIGS = {
             (128, _tile(64, 64, 4, 2)),
             (256, _tile(32, 32, 4, 2)),
         ),
+        "hopper_rope": (
+            (128, _tile(32, 64, 4, 1)),
+            (512, _tile(32, 64, 8, 2)),
+        ),
         "half": _tile(32, 32, 4, 2),
+        "half_rope": _tile(16, 32, 8, 1),
         "half_wide": _tile(16, 32, 4, 1),
         "half_xl": _tile(16, 32, 4, 1),
         "float32": _tile(16, 32, 8, 1),
@@ -87,7 +101,14 @@ CONFIGS = {
             (1160, _tile(64, 32, 8, 2)),
             (1792, _tile(32, 32, 8, 3)),
         ),
+        "hopper_rope": (
+            (64, _tile(64, 64, 4, 1)),
+            (128, _tile(128, 64, 8, 3)),
+            (256, _tile(128, 32, 8, 2)),
+            (512, _tile(64, 32, 8, 1)),
+        ),
         "half": _tile(64, 32, 4, 2),
+        "half_rope": _tile(32, 32, 4, 2),
         "half_wide": _tile(32, 32, 4, 1),
         "half_xl": _tile(32, 16, 4, 1),
         "float32": _tile(16, 16, 8, 1),
@@ -138,8 +159,12 @@ def tile_width(width: int, dtype: torch.dtype) -> int:
     return width if dtype == torch.float32 else sum(_chunks(width, dtype))
 
 
-def _chunks(width: int, dtype: torch.dtype) -> tuple[int, ...]:
-    """The head width as one or two powers of two, 80 = 64 + 16: what a tile spans."""
+def _chunks(width: int, dtype: torch.dtype, rotated: int = 0) -> tuple[int, ...]:
+    """The head width as one or two powers of two, 80 = 64 + 16: what a tile spans. With channels to be rotated on load, the
+    halves of these and then the others, each filled up to a power of two."""
+    if rotated:
+        half = next_power_of_2(rotated // 2)
+        return (half, half, *([next_power_of_2(width - rotated)] if width > rotated else []))
     chunk = next_power_of_2(width)
     if dtype != torch.float32 and chunk >= 64 and width <= chunk // 2 + chunk // 4:
         return chunk // 2, next_power_of_2(width - chunk // 2)
@@ -163,13 +188,17 @@ def _hopper(x: Tensor) -> bool:
     return not INTERPRET and not torch.version.hip and torch.cuda.get_device_capability(x.device)[0] == 9
 
 
-def _config(kernel: str, q: Tensor, k: Tensor, v: Tensor, q_pos: Tensor | None, rung: str = "hopper") -> dict[str, int]:
-    """The kernel's tiles, no larger than the problem."""
-    configs, width = CONFIGS[kernel], max(q.shape[-1], v.shape[-1])
+def _config(
+    kernel: str, q: Tensor, k: Tensor, v: Tensor, q_pos: Tensor | None, rung: str = "hopper", span: int = 0
+) -> dict[str, int]:
+    """The kernel's tiles, no larger than the problem; span: of a tile with channels to be rotated on load."""
+    configs, width = CONFIGS[kernel], max(span or q.shape[-1], v.shape[-1])
     if INTERPRET or q.dtype == torch.float32:
         config = default_config(configs, q.dtype)
+        if (width > 128 or span) and not INTERPRET:
+            config["BLOCK_M"] = max(16, config["BLOCK_M"] // 2)
         if width > 128 and not INTERPRET:
-            config |= {"BLOCK_M": max(16, config["BLOCK_M"] // 2), "BLOCK_N": max(16, config["BLOCK_N"] // 2)}
+            config["BLOCK_N"] = max(16, config["BLOCK_N"] // 2)
     elif q_pos is not None:
         F = q_pos.shape[-1]
         wide = 2 * (q.shape[-1] + F) + v.shape[-1] if _hopper(q) and F <= WIDEST_POSITIONS else 1 << 30
@@ -177,13 +206,13 @@ def _config(kernel: str, q: Tensor, k: Tensor, v: Tensor, q_pos: Tensor | None, 
     elif _hopper(q):
         config = next(tile for widest, tile in configs[rung] if width <= widest)
     else:
-        config = configs["half" if width <= 128 else "half_wide"]
+        config = configs["half_wide" if width > 128 else "half_rope" if span else "half"]
     limits = {"BLOCK_M": q.shape[1], "BLOCK_N": k.shape[1]}
     return {name: min(value, next_power_of_2(limits[name])) if name in limits else value for name, value in config.items()}
 
 
-def _tuned(kernel, config, q, k, v, q_pos, key_padding_mask, cu_seqlens, causal, window, precision) -> dict[str, int]:
+def _tuned(kernel, config, q, k, v, q_pos, key_padding_mask, cu_seqlens, causal, window, precision, rotated) -> dict[str, int]:
     sizes, F = (q.shape[0] * q.shape[2], q.shape[1], k.shape[1]), 0 if q_pos is None else q_pos.shape[-1]
     widths = {"P": q.shape[-1], "PV": v.shape[-1], "F": F, "GROUP": q.shape[2] // k.shape[2], "tf32": precision == "tf32"}
     flags = {"padding": key_padding_mask is not None, "packed": cu_seqlens is not None, "window": window > 0, "causal": causal}
-    return tuning.lookup(kernel, config, q, sizes, **widths, **flags)
+    return tuning.lookup(kernel, config, q, sizes, **widths, **flags, **({"rotated": rotated} if rotated else {}))

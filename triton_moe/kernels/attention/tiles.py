@@ -58,32 +58,35 @@ def _load_chunk(ptr, offs, cols, mask_rows, INSIDE: tl.constexpr, WIDTH: tl.cons
 @triton.jit
 def _load_rows(
     ptr, b, h, first, stride_b, stride_t: tl.constexpr, stride_h: tl.constexpr, mask_rows,
-    WIDTH: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr, HALF: tl.constexpr = 0,
 ):  # fmt: skip
-    """The BLOCK rows x[b, first:, h] as a tuple of [BLOCK, chunk], zero in masked rows and beyond WIDTH channels."""
+    """The BLOCK rows x[b, first:, h] as a tuple of [BLOCK, chunk], zero in masked rows and beyond WIDTH channels. With HALF the
+    first two parts hold as many channels each."""
     ptr += b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h + first.to(tl.int64) * stride_t
     offs = tl.arange(0, BLOCK) * stride_t
     parts = ()
     start: tl.constexpr = 0
     for i in tl.static_range(len(CHUNKS)):
         cols = start + tl.arange(0, CHUNKS[i])
-        start = start + CHUNKS[i]
-        parts = parts + (_load_chunk(ptr, offs, cols, mask_rows, start <= WIDTH, WIDTH),)
+        end = (i + 1) * HALF if i < 2 and HALF > 0 else WIDTH
+        parts = parts + (_load_chunk(ptr, offs, cols, mask_rows, start + CHUNKS[i] <= end, end),)
+        start = end if i < 2 and HALF > 0 else start + CHUNKS[i]
     return parts
 
 
 @triton.jit
 def _store_rows(
     ptr, x, b, h, first, stride_b, stride_t: tl.constexpr, stride_h: tl.constexpr, mask_rows,
-    WIDTH: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr, HALF: tl.constexpr = 0,
 ):  # fmt: skip
     ptr += b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h + first.to(tl.int64) * stride_t
     offs = tl.arange(0, BLOCK) * stride_t
     start: tl.constexpr = 0
     for i in tl.static_range(len(CHUNKS)):
         cols = start + tl.arange(0, CHUNKS[i])
-        start = start + CHUNKS[i]
-        mask = mask_rows[:, None] & (cols < WIDTH)[None, :]
+        end = (i + 1) * HALF if i < 2 and HALF > 0 else WIDTH
+        start = end if i < 2 and HALF > 0 else start + CHUNKS[i]
+        mask = mask_rows[:, None] & (cols < end)[None, :]
         tl.store(ptr + (offs[:, None] + cols[None, :]), x[i].to(ptr.dtype.element_ty), mask=mask)
 
 
