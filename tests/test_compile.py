@@ -15,13 +15,8 @@ import triton
 from triton_moe import compiler
 from triton_moe.kernels import common
 
-# Kernels whose defaults may spill: (kernel, dtype, target): bytes of a thread, "half" being float16 and bfloat16.
+# Kernels whose defaults may spill: (kernel, dtype, target): bytes of a thread, "half" being float16 and bfloat16, where none may.
 SPILLS: dict[tuple[str, str, str], int] = {
-    # Of 256 position channels, four registers in all, outside the loops: on an H200 390 us, and 508 in the nearest tile without.
-    ("_attention_bwd_dq_kernel", "half", "sm_90"): 16,
-    # A few registers, as loops without hoisting and a product apart from its sum suit an H200 (5 and 19 us); not measured there.
-    ("_attention_bwd_dkdv_kernel", "half", "sm_80"): 8,
-    ("_combine_kernel", "half", "sm_100"): 16,
     # Without tensor cores a float32 product keeps whole rows of both factors in registers: 100 padded or 256 channels are too
     # many, with tiles of 8 rows and with 4 or 16 warps too.
     ("_attention_fwd_kernel", "float32", "sm_90"): 120,
@@ -42,8 +37,6 @@ SPILLS: dict[tuple[str, str, str], int] = {
 
 # Where Triton 3.6 spills more than later ones.
 SPILLS_36: dict[tuple[str, str, str], int] = {
-    ("_attention_bwd_dkdv_kernel", "half", "sm_80"): 40,
-    ("_attention_bwd_dkdv_kernel", "half", "sm_100"): 32,
     ("_gating_fwd_kernel", "float32", "gfx942"): 44,
     ("_grouped_gemm_kernel", "float32", "sm_100"): 16,
 }

@@ -139,6 +139,7 @@ def check(
         dict(strided=True),
         dict(strided=True, H=4, Hkv=2, P=19, Pv=7),
         dict(F=12),
+        dict(F=300, S=30, T=5, scale=0.04),
         dict(F=600, S=30, T=5, scale=0.03),
         dict(F=20, H=4, Hkv=2, window=6, strided=True),
     ],

@@ -174,9 +174,9 @@ def test_compiles_once_more_for_other_lengths_and_never_again(name, device):
 
 
 D, H, E, K, P, MOE_E, MOE_K, G = 64, 2, 4, 2, 41, 5, 3, 16
-HEAD_BYTES = 2 * D + 2 * H * 48 * (4 + K) + 4 * H * (1 + 2 * (3 * K + E))  # x; q, k, v, a and u; log-sum-exps, gates and orders
+HEAD_BYTES = 2 * D + 2 * H * 48 * (4 + K) + 4 * H * (1 + 2 * 3 * K)  # x; q, k, v, a and u; log-sum-exps, gates and orders
 U_BYTES = 2 * H * 48 * K
-MOE_BYTES = 2 * D + 2 * MOE_K * G + 4 * (3 * MOE_K + MOE_E)  # x; what enters the activation; gates and orders
+MOE_BYTES = 2 * D + 2 * MOE_K * G + 4 * 3 * MOE_K  # x; what enters the activation; gates and orders
 BLOCK_BYTES = HEAD_BYTES + MOE_BYTES + 2 * 4 * D + 4 * 4  # the residual stream twice, and two numbers for each norm
 
 

@@ -292,6 +292,7 @@ CASES = {  # op: shapes of its workload, published ones and what lies at the edg
         {"H": 4, "E": 4, "TOP_K": 2, "P": 128, "D": 1024},
         {"H": 2, "E": 5, "TOP_K": 3, "P": 76, "D": 412},
         {"H": 4, "E": 16, "TOP_K": 4, "P": 100, "D": 1024},
+        {"H": 4, "E": 4, "TOP_K": 2, "P": 132, "D": 1024},
     ],
     "mlp": [
         {"E": 16, "G": 128, "TOP_K": 8, "D": 1024, "activation": "relu", "bias": False, "dropout": 0.0},

@@ -28,7 +28,7 @@ class _Gating(torch.autograd.Function):
     def forward(ctx, x, sel, seed, *config):
         weights, experts, logits, narrow = cast_and_gate(x, sel, seed, *config)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(narrow, sel, weights, experts, logits)
+        ctx.save_for_backward(narrow, sel, weights, experts, logits if config[3] == "softmax" else None)
         ctx.dtype, ctx.mode = x.dtype, config[3]
         ctx.mark_non_differentiable(experts)
         return weights, experts, logits

@@ -51,7 +51,8 @@ def _moe_forward(tensors, dtype: torch.dtype, c: _MoEConfig, columns: int):
     )  # fmt: skip
     return (
         y, logits.view(x.shape[0], expert_sel.shape[0]),
-        x, gate_input, keys, values, expert_sel, bias, o_bias, seed, weights, experts, logits, order, offsets, z,
+        x, gate_input, keys, values, expert_sel, bias, o_bias, seed, weights, experts, logits if c.mode == "softmax" else None,
+        order, offsets, z,
     )  # fmt: skip
 
 
@@ -72,7 +73,7 @@ def _moe_gradients(
         dy, x, keys, values, bias, o_bias, seed, weights[0], experts[0], order, offsets, z,
         c.activation, c.dropout, STREAM_ACTIVATION, c.precision, dtypes[2], dtypes[3],
     )  # fmt: skip
-    dlogits = None if dlogits is None else dlogits.reshape(logits.shape)
+    dlogits = None if dlogits is None else dlogits.reshape(*experts.shape[:3], expert_sel.shape[0])
     gate_x = x if gate_input is None else gate_input
     dlogits, dsel = gating_backward(dweights, dlogits, gate_x, expert_sel, weights, experts, logits, c.mode)
     reaching_x, dgate = ((dlogits, expert_sel), None) if gate_input is None else ((None, None), dlogits @ expert_sel)

@@ -77,7 +77,7 @@ def _add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return b if a is None else a if b is None else a + b
 
 
-ROUTE = 3 + len(Plan._fields)  # tensors that a gate and its plan make
+ROUTE = 2 + len(Plan._fields)  # tensors that a gate and its plan make for a backward pass
 
 
 def _routing_plan(experts: Tensor, E: int, dtype: torch.dtype) -> tuple[Tensor, ...]:

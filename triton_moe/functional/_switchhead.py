@@ -113,7 +113,7 @@ def _head_forward(tensors, dtype: torch.dtype, c: _HeadConfig):
     then what `_head_backward` takes.
 
     The tensors kept are: the 11 inputs, tokens in dtype and weights as `_head_weights` made them; what the gates on x made
-    (weights, experts, logits and the seven of the plan, each with the sides as another first axis: value and output, or output
+    (weights, experts and the seven of the plan, each with the sides as another first axis: value and output, or output
     alone); the same of the value gate on k_src (None without one); u (None with one expert or to be made again); then those of
     the attention.
     """
@@ -124,23 +124,24 @@ def _head_forward(tensors, dtype: torch.dtype, c: _HeadConfig):
     sel_v, sel_o = _sel_sides(sel, v)
 
     def route(tokens, sel, sides, stream):
-        """-> the tokens in dtype, their gates and plans"""
+        """-> the tokens in dtype, their logits, and their gates and plans"""
         made = cast_and_gate(tokens.reshape(-1, D), sel, seed, sides, H, c.top_k, "sigmoid", c.expert_dropout, stream)
         plans = _routing_plan(made[1], sel.shape[0] // (sides * H), dtype)
-        return tokens if tokens.dtype == dtype else made[3].view(tokens.shape), (*made[:3], *plans)
+        return tokens if tokens.dtype == dtype else made[3].view(tokens.shape), made[2], (*made[:2], *plans)
 
     both = k_src is None and sel_v is not None
-    x, route_x = route(x, sel, 2, STREAM_GATE_V) if both else route(x, sel_o, 1, STREAM_GATE_O)
-    route_k: tuple[Tensor | None, ...] = (None,) * len(route_x)
+    x, logits_x, route_x = route(x, sel, 2, STREAM_GATE_V) if both else route(x, sel_o, 1, STREAM_GATE_O)
+    logits_k, route_k = None, (None,) * len(route_x)
     if v.ndim == 3 and k_src is not None:
-        k_src, route_k = route(k_src, sel_o if sel_v is None else sel_v, 1, STREAM_GATE_V)
+        k_src, logits_k, route_k = route(k_src, sel_o if sel_v is None else sel_v, 1, STREAM_GATE_V)
     k_src, v_src = (t if t is None else cast(t, dtype) for t in (k_src, v_src))
     inputs = x, k_src, v_src, qk, v, o, sel, pos, mask, cu_seqlens, seed
     ks = x if k_src is None else k_src
     vs = ks if v_src is None else v_src
     S = ks.shape[1]
     x2, k2, v2 = x.reshape(B * T, D), ks.reshape(B * S, D), vs.reshape(B * S, D)
-    (weights_v, experts_v, logits_v, *plan_v), (weights_o, experts_o, logits_o, *plan_o) = _sides(route_x, route_k)
+    of_values, of_outputs = _sides((logits_x, *route_x), (logits_k, *route_k))
+    (logits_v, weights_v, experts_v, *plan_v), (logits_o, weights_o, experts_o, *plan_o) = of_values, of_outputs
 
     u = None
     if v.ndim == 2:  # one expert: a dense value projection
@@ -195,7 +196,7 @@ def _head_gradients(dy, dlogits_v, dlogits_o, saved, dtypes, c: _HeadConfig):
     after = 11 + 2 * ROUTE
     route_x, route_k, u, attention_saved = saved[11 : 11 + ROUTE], saved[11 + ROUTE : after], saved[after], saved[after + 1 :]
     sel_v, sel_o = _sel_sides(sel, v)
-    (weights_v, experts_v, _, *plan_v), (weights_o, experts_o, _, *plan_o) = _sides(route_x, route_k)
+    (weights_v, experts_v, *plan_v), (weights_o, experts_o, *plan_o) = _sides(route_x, route_k)
     a = attention_saved[11]
     B, T, D = x.shape
     H, P = c.n_heads, qk.shape[0] // (2 * c.n_heads)
@@ -239,15 +240,15 @@ def _head_gradients(dy, dlogits_v, dlogits_o, saved, dtypes, c: _HeadConfig):
     sel_x, dweights, dlogits = sel_o, dweights_o[None], dlogits_o
     if route_k[0] is not None:
         sel_k = sel_o if sel_v is None else sel_v
-        dgate_k, dsel_k = gating_backward(dweights_v[None], dlogits_v, k2, sel_k, *route_k[:3], "sigmoid")
+        dgate_k, dsel_k = gating_backward(dweights_v[None], dlogits_v, k2, sel_k, *route_k[:2], None, "sigmoid")
     elif sel_v is not None:  # both sides in one
         sel_x, dweights = sel, torch.stack([dweights_v, dweights_o])
         if dlogits_v is not None or dlogits_o is not None:
-            none = torch.zeros_like(route_x[2][0])
+            none = weights_o.new_zeros(*weights_o.shape[:2], len(sel_o) // H)
             dlogits = torch.stack([none if g is None else g for g in (dlogits_v, dlogits_o)])
     elif dweights_v is not None:  # both sides share the output side's routing
         dweights, dlogits = dweights + dweights_v, _add(dlogits_o, dlogits_v)
-    dgate_x, dsel_x = gating_backward(dweights, dlogits, x2, sel_x, *route_x[:3], "sigmoid")
+    dgate_x, dsel_x = gating_backward(dweights, dlogits, x2, sel_x, *route_x[:2], None, "sigmoid")
     dsel_v, dsel_o = (None, dsel_x) if len(sel_x) == len(sel_o) else dsel_x.split(len(sel_o))
     if dsel_k is not None:
         dsel_v, dsel_o = (None, dsel_o + dsel_k) if sel_v is None else (dsel_k, dsel_o)

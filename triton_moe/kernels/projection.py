@@ -313,7 +313,7 @@ def _sum_chunks_kernel(
 
 @triton.jit
 def _gate_rows_kernel(
-    a_ptr, s_ptr, out_ptr, M, TOP_K, P: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+    a_ptr, s_ptr, out_ptr, M, TOP_K, P: tl.constexpr, stride_am: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):  # fmt: skip
     """out[m, j] = s[m, j] a[m]."""
     tiles_p: tl.constexpr = (P + BLOCK_N - 1) // BLOCK_N
@@ -322,7 +322,7 @@ def _gate_rows_kernel(
     offs_p = pid % tiles_p * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_m = offs_m < M
     mask = mask_m[:, None] & (offs_p < P)[None, :]
-    a = tl.load(a_ptr + offs_m[:, None] * P + offs_p[None, :], mask=mask, other=0.0).to(tl.float32)
+    a = tl.load(a_ptr + offs_m[:, None] * stride_am + offs_p[None, :], mask=mask, other=0.0).to(tl.float32)
     for j in range(TOP_K):
         s = tl.load(s_ptr + offs_m * TOP_K + j, mask=mask_m, other=0.0)
         out_ptrs = out_ptr + (offs_m * TOP_K + j)[:, None] * P + offs_p[None, :]
@@ -395,7 +395,8 @@ def _combine(c, s, J, bias=None, y=None, a=None, b=None, base=None, added=None):
     N, K = y.shape[1], 0 if a is None else a.shape[1]
     tiles_m, tiles_n, tile = _tile(M, N)
     plain = c.element_size() == 2 and s is None and a is None and base is None
-    tile |= {"num_warps": 8 if plain else 4, "UNROLL": 8 if plain and J % 8 == 0 else 4}
+    spilling = a is not None and not INTERPRET and sets.capability(a) == 10  # with 4 rows at a time, a few registers
+    tile |= {"num_warps": 8 if plain else 4, "UNROLL": 8 if plain and J % 8 == 0 else 2 if spilling else 4}
     launch(
         _combine_kernel, (tiles_m * tiles_n,),
         c, c if s is None else s, c if bias is None else bias, a, b, base, added, y, M, N, c.shape[1], J, K,
@@ -460,12 +461,22 @@ def _grouped_dw(a, b, order, offsets, div_a, div_b, precision, size=None, order_
     return dw
 
 
+def _projection_dw(x, gated, last, order, offsets, div, precision, size, placed, dtype, turned):
+    """x [N, D], gated rows, what `sets.last` made, or None -> dw [H*E, *size], or turned. See NOTE [Last columns] in sets.py."""
+    if last is None:
+        return _grouped_dw(x, gated, order, offsets, div, 1, precision, size, placed, dtype, turned)
+    first, HE = sets.first_columns(gated.shape[1], offsets.shape[0] - 1), offsets.shape[0] - 1
+    dw = _grouped_dw(x, gated[:, :first], order, offsets, div, 1, precision, (size[0], first), placed, dtype, turned)
+    more = (last.t() @ x).view(HE, -1, x.shape[1])[:, : size[1] - first].to(dw.dtype)
+    return torch.cat((dw, more), 1) if turned else torch.cat((dw, more.transpose(1, 2)), 2)
+
+
 def _gate_rows(a, s):
     """a [M, P], s [M * TOP_K] float32 -> s a [M * TOP_K, P], the narrow operand gated."""
     (M, P), TOP_K = a.shape, s.numel() // a.shape[0] if a.shape[0] else 1
     out = a.new_empty(M * TOP_K, P)
     tiles_m, tiles_p, tile = _tile(M, P)
-    launch(_gate_rows_kernel, (tiles_m * tiles_p,), a, s, out, M, TOP_K, P=P, **tile)
+    launch(_gate_rows_kernel, (tiles_m * tiles_p,), a, s, out, M, TOP_K, P=P, stride_am=a.stride(0), **tile)
     return out
 
 
@@ -558,13 +569,13 @@ def value_backward(
     What else reaches x is added to dx in the same pass: base [N, D] and dlogits [N, C] sel."""
     _, H, TOP_K = experts.shape
     size = (w.shape[1], w.shape[2] if width is None else width)
-    x, placed = rows(x), order_b if order_b.shape[0] else None
+    x, placed, last = rows(x), order_b if order_b.shape[0] else None, None
     if sets.serve(set_order, x, dv.shape[2]):
-        packed = gated
+        gates = dv.contiguous(), weights.contiguous(), experts.contiguous(), w.shape[0] // H
+        packed, last = gated, sets.last(*gates)
         if placed is None:  # heads go one by one
-            args = experts.contiguous(), w.shape[0] // H, set_order, token_order, visited
-            packed, _, _ = sets.pack(dv.contiguous(), weights.contiguous(), *args)
-        dx = sets.spread(packed, w, True, H, TOP_K, set_order, token_order, visited, base, dlogits, sel, dx_dtype)
+            packed, _, _ = sets.pack(*gates, set_order, token_order, visited)
+        dx = sets.spread(packed, last, w, True, H, TOP_K, set_order, token_order, visited, base, dlogits, sel, dx_dtype)
     else:
         dx = _combine(_grouped_gemm(gated, w[:, :, : dv.shape[2]].transpose(1, 2), order, offsets, 1, precision), None, H * TOP_K)
         if dlogits is not None:
@@ -572,7 +583,8 @@ def value_backward(
         if base is not None:
             dx += base
         dx = dx if dx_dtype is None else cast(dx, dx_dtype)
-    return dx, _grouped_dw(x, gated, order, offsets, H * TOP_K, 1, precision, size, placed, dw_dtype)
+    dw = _projection_dw(x, gated, last, order, offsets, H * TOP_K, precision, size, placed, dw_dtype, False)
+    return dx, dw
 
 
 # ---- output projection
@@ -592,8 +604,9 @@ def output_forward(
     N, H, TOP_K = weights.shape
     a, weights = a.contiguous(), weights.contiguous()
     if sets.serve(set_order, a, a.shape[2]):
-        packed, _, _ = sets.pack(a, weights, experts.contiguous(), w.shape[0] // H, set_order, token_order, visited)
-        return sets.spread(packed, w, False, H, TOP_K, set_order, token_order, visited)
+        gates = a, weights, experts.contiguous(), w.shape[0] // H
+        packed, _, _ = sets.pack(*gates, set_order, token_order, visited)
+        return sets.spread(packed, sets.last(*gates), w, False, H, TOP_K, set_order, token_order, visited)
     gated = _gate_rows(a.view(N * H, a.shape[2]), weights.view(-1))
     return _combine(_grouped_gemm(gated, w[:, : a.shape[2]], order, offsets, 1, precision), None, H * TOP_K)
 
@@ -631,14 +644,17 @@ def output_backward(
     may have more rows than P."""
     N, H, TOP_K = weights.shape
     dy, a, weights = rows(dy), a.contiguous(), weights.contiguous()
-    a_rows, s = a.view(N * H, a.shape[2]), weights.view(-1)
+    a_rows, s, last, first = a.view(N * H, a.shape[2]), weights.view(-1), None, a.shape[2]
     if sets.serve(set_order, a, a.shape[2]):
         da, dweights = sets.gather(dy, w, True, weights, experts.contiguous(), set_order, set_tiles, a.shape[2], a)
+        last = sets.last(a, weights, experts.contiguous(), w.shape[0] // H)
+        first = sets.first_columns(a.shape[2], w.shape[0])
     else:
         b = _grouped_gemm(dy, w[:, : a.shape[2]].transpose(1, 2), order, offsets, H * TOP_K, precision)
         da, dweights = _combine(b, s, TOP_K).view(a.shape), _route_dot(b, a_rows, TOP_K)
     size = (dy.shape[1], a.shape[2] if width is None else width)
-    dw = _grouped_dw(dy, _gate_rows(a_rows, s), order, offsets, H * TOP_K, 1, precision, size, dtype=dw_dtype, turned=True)
+    gated = _gate_rows(a_rows[:, :first], s)
+    dw = _projection_dw(dy, gated, last, order, offsets, H * TOP_K, precision, size, None, dw_dtype, True)
     return da, dw, dweights.view(N, H, TOP_K)
 
 

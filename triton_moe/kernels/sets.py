@@ -34,13 +34,23 @@ itself 211; 64 rows a tile and twice the programs 187; windows of tokens for the
 Later, each alone in a graph: spread with tiles of 128 columns 148 us, of 256 columns and 8 warps 144, the same with 64 rows 184,
 programs that go on to further tiles 140 to 145, two passes of two heads each 169. What is added to y, as the sum's start 168 us,
 loaded before the sum and added after it 166, loaded after it 170. One head at a time sums are short and 128 columns better (H 4,
-E 10: 253 us, with 256 columns 338). gather with both experts' weights side by side 125 against 133 us, but they must first be
+E 10: 253 us, with 256 columns 338; 256 or 512 columns of all heads before the next, so that what they add to stays in the
+cache, 28 and 11 us more). gather with both experts' weights side by side 125 against 133 us, but they must first be
 copied so; writing the gated rows for the weight's gradient as well 164 against 142, as long as a launch of their own (24), and at
-TOP_K 4 far longer. pack by 16 rows and 4 warps 44 against 38 us; with the dots that is the fastest.
-H 2, E 8, TOP_K 4: gather with u takes 197 us for P 128, and 351 for P 132, whose 16 columns more are a product of their own. In
+TOP_K 4 far longer. pack by 16 rows and 4 warps 44 against 38 us; with the dots that is the fastest; a program for all
+experts of a head 35 to 37 against 37, with the dots 64.
+H 2, E 8, TOP_K 4: gather with u takes 197 us for P 128, and 351 for P 132 with a product of 16 columns more in each tile. In
 place of 64 rows a tile 128 with the sum of the first two experts in global memory 478, with 16 warps 597, all in registers 751,
-one expert at a time 709: they spill. pack and spread of P 132 240; filled up to 144 columns instead of 160, 314 and more. Not
-tried to the end: the last columns of all experts in one dense product, ours, as cuBLAS's sums depend on the number of rows.
+one expert at a time 709: they spill. Heads one by one: pack and spread of P 132 take 255 us in place of 229.
+
+NOTE [Last columns]
+    A few columns more than a power of two, 132 = 128 + 4, would fill tiles of their own with little. So the last columns of all
+    experts of all heads are one dense product: H*E times 4 columns. `gather` takes those of the chosen experts from it, and
+    `spread` adds as a further term. The dense product is ours: cuBLAS's sums depend on the number of rows. On an H200, H 2, E 8,
+    TOP_K 4, P 132 (N = 32768, D = 1024), where cuBLAS takes 122 us: gather 214 us, 24 of them for the dense product, and 303 with
+    16 columns more in each tile; pack and spread 229 and 257; with the backward pass values 772 and 836, outputs 676 and 853.
+    H 4, E 4, TOP_K 2: 166 and 199, 213 and 248, 650 and 687, 590 and 734. A weight's last columns are a product for torch, as
+    the gates' are.
 """
 
 import math
@@ -84,6 +94,7 @@ SPACE = {  # what may be tuned; see tuning.py. BLOCK_M divides TILE.
     "pack": {"BLOCK_M": [16, 32, 64, 128], "num_warps": [1, 2, 4, 8]},
 }
 MAX_TOP_K = 4
+DENSE = 64  # last columns of all experts, see NOTE [Last columns]
 
 
 def fits(N: int, H: int, E: int, TOP_K: int, dtype: torch.dtype) -> bool:
@@ -113,7 +124,14 @@ def packed_shape(N: int, H: int, E: int, TOP_K: int, P: int) -> tuple[int, int]:
     sets, visits TOP_K experts and one more for each set that ends in it."""
     tiles = cdiv(N, TILE)
     blocks = tiles * H * E if joint(E, TOP_K) else H * (tiles * TOP_K + math.comb(E, TOP_K))
-    return blocks * TILE, P + -P % 32
+    width = first_columns(P, H * E)
+    return blocks * TILE, width + -width % 32
+
+
+def first_columns(P: int, HE: int) -> int:
+    """How many of P columns go through the tiles of experts: all, or all but a few. See NOTE [Last columns]."""
+    first = 1 << (P.bit_length() - 1)
+    return first if first >= 64 and first < P and next_power_of_2(P - first, 1) * HE <= DENSE else P
 
 
 # ---- jit helpers
@@ -144,7 +162,7 @@ def _weights(desc, he, k, p, TRANSPOSED: tl.constexpr, BLOCK_K: tl.constexpr, BL
 
 @triton.jit
 def _at(ptr, row, cols, P: tl.constexpr):
-    """Rows are kept in 32 bits until here: in 64 they, and what is made of them, took all registers."""
+    """Rows may be kept in 32 bits until here."""
     return ptr + row.to(tl.int64)[:, None] * P + cols[None, :]
 
 
@@ -179,16 +197,55 @@ def _lowest(bits):
 
 
 @triton.jit
+def _dense_kernel(
+    x_ptr, w_ptr, y_ptr, N, D: tl.constexpr, C: tl.constexpr, stride_xn: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """y [N, C] = x [N, D] w^T, w [C, D]."""
+    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_c = tl.arange(0, BLOCK_C)
+    mask_m, mask_c = (offs_m < N)[:, None], (offs_c < C)[:, None]
+    x_ptrs, w_ptrs = x_ptr + offs_m[:, None] * stride_xn, w_ptr + offs_c[:, None] * D
+    acc = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+    for k in range(0, D, BLOCK_K):
+        offs_k = k + tl.arange(0, BLOCK_K)[None, :]
+        x = tl.load(x_ptrs + offs_k, mask=mask_m & (offs_k < D), other=0.0)
+        w = tl.load(w_ptrs + offs_k, mask=mask_c & (offs_k < D), other=0.0)
+        acc = tl.dot(x, tl.trans(w), acc)
+    tl.store(y_ptr + offs_m[:, None] * C + offs_c[None, :], acc, mask=mask_m & (offs_c < C)[None, :])
+
+
+@triton.jit
+def _last_kernel(
+    a_ptr, s_ptr, experts_ptr, b_ptr, N, H: tl.constexpr, E: tl.constexpr, TOP_K: tl.constexpr, P: tl.constexpr,
+    FIRST: tl.constexpr, R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """b[n, (h, e, r)] = the gate of expert e, 0 where it was not chosen, times a[n, h, FIRST + r]."""
+    offs_n = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    c = tl.arange(0, BLOCK_C)[None, :]
+    mask = (offs_n < N)[:, None] & (c < H * E * R)
+    row = offs_n[:, None] * H + c // (E * R)
+    s = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+    for j in tl.static_range(TOP_K):
+        here = tl.load(experts_ptr + row * TOP_K + j, mask=mask, other=-1) == c // R % E
+        s = tl.where(here, tl.load(s_ptr + row * TOP_K + j, mask=mask, other=0.0), s)
+    column = FIRST + c % R
+    a = tl.load(a_ptr + row * P + column, mask=mask & (column < P), other=0.0).to(tl.float32)
+    tl.store(b_ptr + offs_n[:, None] * (H * E * R) + c, (a * s).to(b_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def _gather_kernel(
-    x_ptr, w_desc, w_rest_desc, s_ptr, experts_ptr, v_ptr, u_ptr, a_ptr, dot_ptr, order_ptr, table_ptr,
+    x_ptr, w_desc, w_rest_desc, last_ptr, s_ptr, experts_ptr, v_ptr, u_ptr, a_ptr, dot_ptr, order_ptr, table_ptr,
     H: tl.constexpr, E: tl.constexpr, TOP_K: tl.constexpr, D: tl.constexpr, P: tl.constexpr, U: tl.constexpr,
     stride_xn: tl.constexpr, W_ROWS: tl.constexpr, W_COLS: tl.constexpr,
     TRANSPOSED: tl.constexpr, KEEP: tl.constexpr, DOT: tl.constexpr, TILE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """KEEP: u's first U columns are stored; DOT: u . a is. Columns are BLOCK_P and, where that is less than P, BLOCK_Q more."""
+    """KEEP: u's first U columns are stored; DOT: u . a is. Columns are BLOCK_P and, where that is less than P, BLOCK_Q more, of
+    which `last`, [N, H*E*BLOCK_Q] float32, has the products where it is given."""
     w_desc = _blocks(w_desc, H * E, W_ROWS, W_COLS, TRANSPOSED, BLOCK_K, BLOCK_P)
-    if BLOCK_Q > 0:
+    if BLOCK_Q > 0 and last_ptr is None:
         w_rest_desc = _blocks(w_rest_desc, H * E, W_ROWS, W_COLS, TRANSPOSED, BLOCK_K, BLOCK_Q)
     tile = tl.program_id(0) // (TILE // BLOCK_M)
     table_ptr += tile * (3 + TOP_K)
@@ -199,6 +256,8 @@ def _gather_kernel(
     offs_m = first + tl.arange(0, BLOCK_M)
     mask_m = offs_m < end
     row = tl.load(order_ptr + offs_m, mask=mask_m, other=0)  # n*H + h
+    if BLOCK_Q == 0:  # otherwise, with what is made of them, they would take all registers
+        row = row.to(tl.int64)
     x_ptrs = x_ptr + (row // H).to(tl.int64)[:, None] * stride_xn
     offs_p = tl.arange(0, BLOCK_P)
     mask = mask_m[:, None] & (offs_p < P)[None, :]
@@ -214,13 +273,13 @@ def _gather_kernel(
         e0 = tl.load(table_ptr + 3 + j)
         s0, route0 = _choice(e0, row, mask_m, s_ptr, experts_ptr, TOP_K, BLOCK_M)
         acc0 = tl.zeros((BLOCK_M, BLOCK_P), tl.float32)
-        if BLOCK_Q > 0:
+        if BLOCK_Q > 0 and last_ptr is None:
             rest0 = tl.zeros((BLOCK_M, BLOCK_Q), tl.float32)
         if j + 1 < TOP_K:
             e1 = tl.load(table_ptr + 4 + j)
             s1, route1 = _choice(e1, row, mask_m, s_ptr, experts_ptr, TOP_K, BLOCK_M)
             acc1 = tl.zeros((BLOCK_M, BLOCK_P), tl.float32)
-            if BLOCK_Q > 0:
+            if BLOCK_Q > 0 and last_ptr is None:
                 rest1 = tl.zeros((BLOCK_M, BLOCK_Q), tl.float32)
         for k in range(0, D, BLOCK_K):
             offs_k = k + tl.arange(0, BLOCK_K)
@@ -228,11 +287,16 @@ def _gather_kernel(
             acc0 = tl.dot(x, _weights(w_desc, he + e0, k, 0, TRANSPOSED, BLOCK_K, BLOCK_P), acc0)
             if j + 1 < TOP_K:
                 acc1 = tl.dot(x, _weights(w_desc, he + e1, k, 0, TRANSPOSED, BLOCK_K, BLOCK_P), acc1)
-            if BLOCK_Q > 0:
+            if BLOCK_Q > 0 and last_ptr is None:
                 rest0 = tl.dot(x, _weights(w_rest_desc, he + e0, k, BLOCK_P, TRANSPOSED, BLOCK_K, BLOCK_Q), rest0)
                 if j + 1 < TOP_K:
                     rest1 = tl.dot(x, _weights(w_rest_desc, he + e1, k, BLOCK_P, TRANSPOSED, BLOCK_K, BLOCK_Q), rest1)
 
+        if last_ptr is not None:
+            last_ptrs = _at(last_ptr, row // H, tl.arange(0, BLOCK_Q), H * E * BLOCK_Q)
+            rest0 = tl.load(last_ptrs + (he + e0) * BLOCK_Q, mask=mask_m[:, None], other=0.0)
+            if j + 1 < TOP_K:
+                rest1 = tl.load(last_ptrs + (he + e1) * BLOCK_Q, mask=mask_m[:, None], other=0.0)
         if DOT:
             dot0 = tl.sum(a.to(tl.float32) * acc0, axis=1)
             if j + 1 < TOP_K:
@@ -274,7 +338,7 @@ def _gather_kernel(
 def _pack_kernel(
     a_ptr, u_ptr, s_ptr, experts_ptr, order_ptr, visited_ptr, rank_ptr, packed_ptr, order_b_ptr, dot_ptr, N,
     PASSES: tl.constexpr, H: tl.constexpr, E: tl.constexpr, TOP_K: tl.constexpr, P: tl.constexpr, U: tl.constexpr,
-    WIDTH: tl.constexpr, TILE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr,
+    WIDTH: tl.constexpr, TILE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """A block of packed rows: the gate of one expert times the a of each row of a tile, or 0. With u, of U columns,
     order_b[the route's rank] = the route's row and dot[route] = u[route] . a."""
@@ -312,6 +376,12 @@ def _pack_kernel(
             u = tl.load(u_ptr + route[:, None] * U + offs_p[None, :], mask=mask & (offs_p < U)[None, :], other=0.0).to(tl.float32)
             dot += tl.sum(u * a, axis=1)
         tl.store(packed_ptr + place[:, None] * WIDTH + offs_p[None, :], (a * s[:, None]).to(packed_ptr.dtype.element_ty))
+    if u_ptr is not None and P > WIDTH:  # see NOTE [Last columns]
+        offs_p = WIDTH + tl.arange(0, BLOCK_R)
+        mask = chosen[:, None] & (offs_p < P)[None, :]
+        a = tl.load(a_ptr + row[:, None] * P + offs_p[None, :], mask=mask, other=0.0).to(tl.float32)
+        u = tl.load(u_ptr + route[:, None] * U + offs_p[None, :], mask=mask & (offs_p < U)[None, :], other=0.0).to(tl.float32)
+        dot += tl.sum(tl.fma(u, a, 0.0), axis=1)
     if u_ptr is not None:
         tl.store(dot_ptr + route, dot, mask=chosen)
         tl.store(order_b_ptr + tl.load(rank_ptr + route, mask=chosen, other=0), place.to(tl.int32), mask=chosen)
@@ -345,8 +415,8 @@ def _spread_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if base_ptr is not None:
         base = tl.load(_at(base_ptr, n, offs_n, D), mask=mask, other=0.0)  # long before it is needed
-    if C > 0:
-        offs_c = tl.arange(0, BLOCK_C)
+    for column in tl.static_range(0, C, BLOCK_C):
+        offs_c = column + tl.arange(0, BLOCK_C)
         b = tl.load(_at(b_ptr, n, offs_c, C), mask=mask_m[:, None] & (offs_c < C)[None, :], other=0.0)
         c = tl.load(c_ptr + offs_c[:, None] * D + offs_n[None, :], mask=(offs_c < C)[:, None] & mask_n[None, :], other=0.0)
         acc = tl.dot(b, c, acc)
@@ -383,7 +453,10 @@ def _config(name: str, x: torch.Tensor) -> dict[str, int]:
 def _padded(w: torch.Tensor, transposed: bool) -> torch.Tensor:
     """w [H*E, D, P] (or transposed, [H*E, P, D]), P a multiple of 32, D of 8, starting on 16 bytes; see NOTE [Descriptors]."""
     rows, cols = (-w.shape[1] % 32, -w.shape[2] % 8) if transposed else (0, -w.shape[2] % 32)
-    w = torch.nn.functional.pad(w, (0, cols, 0, rows)) if rows or cols else w.contiguous()
+    if rows or cols:
+        w = torch.nn.functional.pad(w, (0, cols, 0, rows))
+    elif w.stride()[1:] != (w.shape[2], 1) or w.stride(0) % w.shape[2]:  # the first rows of each expert may stay where they are
+        w = w.contiguous()
     return w.clone() if w.data_ptr() % 16 else w
 
 
@@ -400,14 +473,17 @@ def gather(x, w, transposed, s, experts, order, table, P, a=None, keep=0):
     """x [N, D], w [H*E, D, P or more] (or transposed, [H*E, P or more, D]), s and experts [N, H, TOP_K], the rows n*H + h in the
     order of their sets and a plan's tiles of them -> v [N, H, P] and the first `keep` columns of u, [N*H*TOP_K, keep]; with
     a [N, H, P] the dots u . a instead, float32 [N*H*TOP_K]."""
-    x, w = rows(x), _padded(w, transposed)
-    (N, D), (H, TOP_K) = x.shape, experts.shape[1:]
-    E = w.shape[0] // H
+    x, ((N, D), (H, TOP_K)) = rows(x), (x.shape, experts.shape[1:])
+    first, E, last = first_columns(P, w.shape[0]), w.shape[0] // H, None
+    if first < P:
+        last = _dense(x, _last_rows(w, transposed, first, next_power_of_2(P - first, 1)))
+        w = w[:, :first] if transposed else w[:, :, :first]
+    w = _padded(w, transposed)
     v = x.new_empty(N, H, P)
     u = x.new_empty(N * H * TOP_K, keep)
     dot = x.new_empty(0 if a is None else N * H * TOP_K, dtype=torch.float32)
     config = _config("gather", x)
-    BLOCK_P, BLOCK_Q = columns(P)
+    BLOCK_P, BLOCK_Q = columns(first)
     few = (BLOCK_P + BLOCK_Q) * min(TOP_K, 2) <= 192  # columns: two tiles fit on one multiprocessor
     if few and config["BLOCK_M"] == 128 and not INTERPRET:
         config["num_warps"], config["num_stages"] = 4, 3
@@ -417,18 +493,51 @@ def gather(x, w, transposed, s, experts, order, table, P, a=None, keep=0):
         config["BLOCK_M"], config["num_stages"] = min(config["BLOCK_M"], 64), min(config["num_stages"], 3)
     if BLOCK_Q and BLOCK_P == 64:  # for the registers of what there is twice; 128 + 16 columns, TOP_K 4, lose: 306 to 372 us
         config["BLOCK_M"], config["BLOCK_K"] = min(config["BLOCK_M"], 64), config["BLOCK_K"] // 2
+    if last is not None and keep and config["BLOCK_M"] == 128 and not INTERPRET:  # 8 warps spill: 187 us in place of 208
+        config |= {"num_warps": 16} if capability(x) == 9 else {"BLOCK_M": 64}
     flags = {"transposed": transposed, "keep": keep > 0, "dot": a is not None}
     config = tuning.lookup(_gather_kernel, config, x, (N,), H=H, E=E, TOP_K=TOP_K, K=D, P=P, **flags)
     w_desc = _weight_descriptor(w, transposed, config["BLOCK_K"], BLOCK_P)
     launch(
         _gather_kernel, (table.shape[0] * (TILE // config["BLOCK_M"]),),
-        x, w_desc, _weight_descriptor(w, transposed, config["BLOCK_K"], BLOCK_Q) if BLOCK_Q else w_desc,
+        x, w_desc, _weight_descriptor(w, transposed, config["BLOCK_K"], BLOCK_Q) if BLOCK_Q else w_desc, last,
         s, experts, v, u, v if a is None else a.contiguous(), dot, order, table,
-        H=H, E=E, TOP_K=TOP_K, D=D, P=P, U=keep, stride_xn=x.stride(0), W_ROWS=w.shape[1], W_COLS=w.shape[2],
+        H=H, E=E, TOP_K=TOP_K, D=D, P=P, U=keep, stride_xn=x.stride(0), W_ROWS=w.stride(0) // w.stride(1), W_COLS=w.shape[2],
         TRANSPOSED=transposed, KEEP=keep > 0, DOT=a is not None, TILE=TILE,
-        BLOCK_P=BLOCK_P, BLOCK_Q=BLOCK_Q, **config,
+        BLOCK_P=BLOCK_P, BLOCK_Q=BLOCK_Q if last is None else last.shape[1] // (H * E), **config,
     )  # fmt: skip
     return v, u if a is None else dot
+
+
+def _last_rows(w, transposed, first, R):
+    """R columns of w [H*E, D, P] (or transposed, [H*E, P, D]) from `first` on, zeros beyond P, as rows [H*E*R, D]."""
+    some = w[:, first : first + R] if transposed else w[:, :, first : first + R].transpose(1, 2)
+    missing = R - some.shape[1]
+    return (torch.nn.functional.pad(some, (0, 0, 0, missing)) if missing else some).flatten(0, 1)
+
+
+def _dense(x, w):
+    """x [N, D], w [C, D] -> x w^T, [N, C] float32."""
+    (N, D), C = x.shape, w.shape[0]
+    y = x.new_empty(N, C, dtype=torch.float32)
+    block = 256 if INTERPRET else 64
+    tile = dict(BLOCK_M=block, BLOCK_K=block, BLOCK_C=next_power_of_2(C), num_warps=4, num_stages=4)
+    launch(_dense_kernel, (cdiv(N, block),), x, w.contiguous(), y, N, D, C, x.stride(0), **tile)
+    return y
+
+
+def last(a, s, experts, E):
+    """a [N, H, P], s and experts [N, H, TOP_K] -> what `spread` multiplies with the last columns of w, [N, H*E*R] in a's dtype;
+    None without such columns."""
+    (N, H, TOP_K), P = experts.shape, a.shape[2]
+    first = first_columns(P, H * E)
+    if first == P:
+        return None
+    R = next_power_of_2(P - first, 1)
+    b, block = a.new_empty(N, H * E * R), 256 if INTERPRET else 32
+    meta = dict(H=H, E=E, TOP_K=TOP_K, P=P, FIRST=first, R=R, BLOCK_M=block, BLOCK_C=next_power_of_2(H * E * R), num_warps=4)
+    launch(_last_kernel, (cdiv(N, block),), a, s, experts, b, N, **meta)
+    return b
 
 
 def columns(P: int) -> tuple[int, int]:
@@ -454,7 +563,7 @@ def pack(a, s, experts, E, set_order, token_order, visited, rank=None, u=None):
         _pack_kernel, (visited.shape[0] * (H * E if together else E) * (TILE // config["BLOCK_M"]),),
         a, u, s, experts, token_order if together else set_order, visited, rank, packed, order_b, dot, N,
         PASSES=1 if together else H, H=H, E=E, TOP_K=TOP_K, P=P, U=P if u is None else u.shape[1], WIDTH=packed.shape[1],
-        TILE=TILE, BLOCK_P=packed.shape[1] & -packed.shape[1], **config,
+        TILE=TILE, BLOCK_P=packed.shape[1] & -packed.shape[1], BLOCK_R=next_power_of_2(max(P - packed.shape[1], 0), 1), **config,
     )  # fmt: skip
     return packed, order_b, dot
 
@@ -474,17 +583,24 @@ def _spread(packed, visited, w, transposed, order, heads, HE, y, base, b, c):
         _spread_kernel, (visited.shape[0] * (TILE // config["BLOCK_M"]) * cdiv(D, config["BLOCK_N"]),),
         _descriptor(packed, [config["BLOCK_M"], config["BLOCK_K"]]),
         _weight_descriptor(w, transposed, config["BLOCK_K"], config["BLOCK_N"]), y, base, b, c, order, visited, N,
-        HE=HE, E=HE // heads, DIV=w.shape[0] // HE, P=P, D=D, C=C, G=w.shape[0], W_ROWS=w.shape[1], W_COLS=w.shape[2],
-        TRANSPOSED=transposed, TILE=TILE, BLOCK_C=next_power_of_2(C), **config,
+        HE=HE, E=HE // heads, DIV=w.shape[0] // HE, P=P, D=D, C=C, G=w.shape[0],
+        W_ROWS=w.stride(0) // w.stride(1), W_COLS=w.shape[2], TRANSPOSED=transposed, TILE=TILE,
+        BLOCK_C=min(64, next_power_of_2(C)), **config,
     )  # fmt: skip
 
 
-def spread(packed, w, transposed, H, TOP_K, set_order, token_order, visited, base=None, b=None, c=None, dtype=None):
-    """What `pack` returned, w [H*E, P, D] (or transposed, [H*E, D, P]), a plan's orders -> y [N, D] in packed's dtype or `dtype`.
+def spread(packed, last, w, transposed, H, TOP_K, set_order, token_order, visited, base=None, b=None, c=None, dtype=None):
+    """What `pack` and `last` returned, w [H*E, P, D] (or transposed, [H*E, D, P]), a plan's orders -> y [N, D] in packed's dtype
+    or `dtype`.
 
     With base [N, D], or b [N, C] and c [C, D] of few columns C, y = base + b c + the projection in one pass over y.
     """
-    E, D, w = w.shape[0] // H, w.shape[1 if transposed else 2], _padded(w, not transposed)
+    E, D, first = w.shape[0] // H, w.shape[1 if transposed else 2], packed.shape[1]
+    if last is not None:
+        more = _last_rows(w, not transposed, first, last.shape[1] // (H * E))
+        b, c = (last, more) if b is None else (torch.cat((b, last), 1), torch.cat((c, more)))
+        w = w[:, :, :first] if transposed else w[:, :first]
+    w = _padded(w, not transposed)
     N = set_order.shape[0] // H
     y = packed.new_empty(N, D, dtype=dtype)
     base, b, c = (t if t is None else t.contiguous() for t in (base, b, c))

@@ -26,6 +26,11 @@ NOTE [Position channels]
     so does dq_pos, in programs that make the scores once more. On an H200 the forward pass of H 8, P 64, F 192 (N = 32768, T
     1024) takes 273 us with these tiles in shared memory, and 287 with those of the queries in registers.
 
+    Those held whole are held POSITION_PART at a time. With 256 in one, which have another layout than the 128 of a head, dq of
+    128 x 32 spilled 16 bytes. Without, it takes 301 us and not 300 (H 4, P 112, F 256, N = 32768, T 1024), the forward pass 222,
+    dk with dv 342 and not 345; tiles of 128 x 16 take 386, of 64 x 32 644. And dq of F 512 (T 8192) takes 11.6 ms in tiles of 32
+    x 32, three stages, which spill nothing, and 12.9 in those of 64 x 16, which spilled 272 bytes.
+
 NOTE [Float32]
     What rounds float32 most is not the products but the differences. So without tf32 (EXACT) scores and lse stay in natural
     units and exp is our own; 16-bit inputs and tf32 fold log2(e) into the scale, as exp2 is what the hardware has. And the
@@ -80,6 +85,13 @@ NOTE [Registers]
     with grouped heads, whose loops stand in another one, 88. Without that (disable_licm) neither does, with Triton 3.6, and on an
     H200 (bfloat16, causal, N = 32768, P 128, T 1024) they take 159 us instead of 164 for H 4, and for 8 heads on 2 keys' 189
     where 32 x 128, the tile before, took 355. The forward pass of T 4096 would take 327 instead of 301.
+
+    Elsewhere (HOIST) it is the other way round: without, tiles of 32 x 32 in 16 bits spill 8 to 40 bytes on sm_80 and sm_100,
+    and with it nothing. float32 does not like it: 240 bytes instead of 124 on gfx942, nor do rotations on load: 32 instead of none.
+
+    Heads of 256 channels stay whole. As 128 + 128 they let dk with dv take tiles of 64 x 32, 1839 us at T 4096 and 545 at 1024
+    where 32 x 32 takes 2405 and 673, but with Triton 3.7 these spill 48 bytes, and the tiles of sm_100 8 to 24; whole, they spill
+    56, and take 1858 and 565. dq in tiles of 128 x 32 takes 805 and 292, 1068 and 338 in those of 64 x 16 before (H 4, causal).
 
 NOTE [Hopper]
     Measured on an H200, bfloat16, causal, N = 32768, H 4, P 128, in us at T 1024 and 4096: forward 105 and 281, dq 133 and

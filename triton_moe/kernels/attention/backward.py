@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ..common import cdiv, launch, opaque, rows
 from ..position import rope_table, turn, turn_back
-from .configs import _chunks, _config, _contiguous, _exact, _positions, _rows, _sections, _tuned
+from .configs import _chunks, _config, _contiguous, _exact, _hopper, _positions, _rows, _sections, _tuned
 from .masks import (
     covering_tiles,
     inside,
@@ -74,7 +74,7 @@ def _attention_bwd_dkdv_kernel(
     P: tl.constexpr, PV: tl.constexpr, F: tl.constexpr, LOAD_P: tl.constexpr, LOAD_PV: tl.constexpr, GROUP: tl.constexpr,
     IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
     CHUNKS_P: tl.constexpr, CHUNKS_PV: tl.constexpr, CHUNKS_F: tl.constexpr, BLOCK_F: tl.constexpr,
-    HALF: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HALF: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HOIST: tl.constexpr,
 ):  # fmt: skip
     h_kv: tl.constexpr = H // GROUP
     tile, head = _place(tiles, sections)
@@ -101,11 +101,11 @@ def _attention_bwd_dkdv_kernel(
     dk = _zero_chunks(BLOCK_N, CHUNKS_P)
     dv = _zero_chunks(BLOCK_N, CHUNKS_PV)
     start, count, begin, end = covering_tiles(low, high, BLOCK_M, padding_ptr is not None)
-    for g in tl.range(0, GROUP, disable_licm=True):
+    for g in tl.range(0, GROUP, disable_licm=not HOIST):
         h = hk * GROUP + g
         row = b * H + h
         for MASKED in tl.static_range(1, -1, -1):
-            for i in tl.range(0, count - (end - begin) if MASKED else end - begin, disable_licm=True):  # NOTE [Registers]
+            for i in tl.range(0, count - (end - begin) if MASKED else end - begin, disable_licm=not HOIST):  # NOTE [Registers]
                 t = start + nth_tile(i, begin, end, MASKED) * BLOCK_M
                 offs_t = t + tl.arange(0, BLOCK_M)
                 mask_t = offs_t < T if MASKED else None
@@ -359,5 +359,6 @@ def attention_backward(
     number, strides = cdiv(S, config["BLOCK_N"]), (*inputs, *dk.stride()[:3], *dv.stride()[:3])
     arguments = (do, q, k, v, *positions, *masks, stats, table, dk, dv)
     scalars = (*sizes, _sections(q, do, B * Hkv), number)
-    launch(_attention_bwd_dkdv_kernel, (number * B * Hkv,), *arguments, *scalars, *strides, scale, **flags, **config)
+    hoist = q.element_size() == 2 and not (halves or _hopper(q))
+    launch(_attention_bwd_dkdv_kernel, (number * B * Hkv,), *arguments, *scalars, *strides, scale, **flags, **config, HOIST=hoist)
     return first, second, dv, dq_pos

@@ -93,13 +93,13 @@ CONFIGS = {
             (112, _tile(128, 64, 8, 3)),
             (128, _tile(64, 64, 4, 2)),
             (160, _tile(128, 64, 8, 3)),
-            (256, _tile(64, 16, 4, 3)),
+            (256, _tile(128, 32, 8, 3)),
         ),
         "hopper_xl": (
             (640, _tile(64, 32, 4, 3)),
             (900, _tile(128, 32, 8, 3)),
             (1160, _tile(64, 32, 8, 2)),
-            (1792, _tile(64, 16, 8, 2)),
+            (1792, _tile(32, 32, 8, 3)),
         ),
         "hopper_rope": (
             (64, _tile(64, 64, 4, 1)),
@@ -123,7 +123,7 @@ SPACE = {  # what may be tuned; see tuning.py
 
 
 SECTION_BYTES = 8 << 20  # NOTE [Order]
-WIDEST_POSITIONS, POSITION_CHUNK = 512, 512 if INTERPRET else 64  # NOTE [Position channels]
+WIDEST_POSITIONS, POSITION_PART, POSITION_CHUNK = 512, 128, 512 if INTERPRET else 64  # NOTE [Position channels]
 
 
 def _exact(dtype: torch.dtype, precision: str) -> bool:
@@ -175,7 +175,9 @@ def _positions(q_pos: Tensor | None) -> dict:
     """How the kernels take the F position channels: whole, beside those of a head, or BLOCK_F at a time."""
     F = 0 if q_pos is None else q_pos.shape[-1]
     if F == 0 or (q_pos.element_size() == 2 and F <= WIDEST_POSITIONS):
-        return dict(F=F, CHUNKS_F=_chunks(F, q_pos.dtype) if F else (), BLOCK_F=0)
+        rest = F % POSITION_PART
+        parts = (POSITION_PART,) * (F // POSITION_PART) + (_chunks(rest, q_pos.dtype) if rest else ())
+        return dict(F=F, CHUNKS_F=parts, BLOCK_F=0)
     return dict(F=F, CHUNKS_F=(), BLOCK_F=POSITION_CHUNK)
 
 
