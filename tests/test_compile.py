@@ -33,8 +33,6 @@ SPILLS: dict[tuple[str, str, str], int] = {
     ("_grouped_dw_kernel", "float32", "sm_100"): 8,
     # 128 experts: of float32 products without tensor cores.
     ("_gating_fwd_kernel", "float32", "gfx942"): 24,
-    # Halves of odd places change places within the registers.
-    ("_rope_rotate_kernel", "float32", "sm_100"): 48,
 }
 
 # Where Triton 3.6 spills more than later ones.

@@ -87,7 +87,7 @@ NOTE [Registers]
     where 32 x 128, the tile before, took 355. The forward pass of T 4096 would take 327 instead of 301.
 
     Elsewhere (HOIST) it is the other way round: without, tiles of 32 x 32 in 16 bits spill 8 to 40 bytes on sm_80 and sm_100,
-    and with it nothing. float32 does not like it: 240 bytes instead of 124 on gfx942.
+    and with it nothing. float32 does not like it (240 bytes instead of 124 on gfx942), nor does rotation on load (32, not none).
 
     Heads of 256 channels stay whole. As 128 + 128 they let dk with dv take tiles of 64 x 32, 1839 us at T 4096 and 545 at 1024
     where 32 x 32 takes 2405 and 673, but with Triton 3.7 these spill 48 bytes, and the tiles of sm_100 8 to 24; whole, they spill

@@ -359,6 +359,6 @@ def attention_backward(
     number, strides = cdiv(S, config["BLOCK_N"]), (*inputs, *dk.stride()[:3], *dv.stride()[:3])
     arguments = (do, q, k, v, *positions, *masks, stats, table, dk, dv)
     scalars = (*sizes, _sections(q, do, B * Hkv), number)
-    hoist = q.element_size() == 2 and not _hopper(q)
+    hoist = q.element_size() == 2 and not (halves or _hopper(q))
     launch(_attention_bwd_dkdv_kernel, (number * B * Hkv,), *arguments, *scalars, *strides, scale, **flags, **config, HOIST=hoist)
     return first, second, dv, dq_pos
