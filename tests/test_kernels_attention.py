@@ -190,6 +190,17 @@ def test_every_configuration(device, P, case):
         assert torch.equal(a, b)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("wide", sorted({widest for table in CONFIGS.values() for widest, _ in table.get("hopper_xl", ())}))
+def test_every_configuration_with_positions(device, wide):
+    """The widest heads and position channels that each tile serves."""
+    P, F = next((P, F) for P in (64, 128, 256) if (F := (wide - 3 * P) // 32 * 16) <= configs.WIDEST_POSITIONS)
+    case = dict(T=333, S=400, H=2, Hkv=2, B=2, P=P, F=F, scale=(P + F) ** -0.5)
+    once, again = (check(device, torch.bfloat16, **case) for _ in range(2))
+    for a, b in zip(once, again, strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("scale", [-0.4, 0.0])
 def test_scale_of_any_sign(device, scale):
     for dtype in DTYPES:
