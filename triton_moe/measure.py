@@ -27,7 +27,9 @@ class Bench:
         self.op, self.dtype, self.shape = op, getattr(torch, dtype), shape
         with tuning.overriding(lambda kernel, key, default: default):  # whatever has been tuned before
             self.twin = self.run(self.dtype)
-            self.truth = truth(self.run(torch.float64 if workloads.has_twin(op, shape) else torch.float32), self.twin, self.dtype)
+            exact = workloads.has_twin(op, shape)
+            self.truth = truth(self.run(torch.float64 if exact else torch.float32), self.twin, self.dtype)
+            self.ulps = 16 if exact else 64  # of float32, where a truth in float32 has rounding of its own: sums of 412 up to 48
         self.graphs: dict[tuple, tuple[torch.cuda.CUDAGraph, list]] = {}  # and its launches, for they hold its tensors
         self.flush = torch.empty(
             2 * torch.cuda.get_device_properties().L2_cache_size + (1 << 26), dtype=torch.int8, device="cuda"
@@ -57,7 +59,7 @@ class Bench:
         finally:
             common.on_launch = None
         for name, right in self.truth.items():
-            assert_close(results[name], right, self.twin[name], name=name, ulps=16)
+            assert_close(results[name], right, self.twin[name], name=name, ulps=self.ulps)
         if not launches:
             raise AssertionError("no launch to time")
         graph = torch.cuda.CUDAGraph()
