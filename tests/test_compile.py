@@ -42,7 +42,7 @@ SPILLS_36: dict[tuple[str, str, str], int] = {
 }
 
 # 16-bit inputs only: kernels/sets.py, and a product that float32 takes in float64.
-HALF_ONLY = {"_gather_kernel", "_pack_kernel", "_spread_kernel", "_xl_weight_kernel"}
+HALF_ONLY = {"_dense_kernel", "_gather_kernel", "_last_kernel", "_pack_kernel", "_spread_kernel", "_xl_weight_kernel"}
 
 # A kernel for each thing compile_case has to notice, and one that it must leave alone.
 SAMPLES = """
