@@ -392,7 +392,7 @@ def test_a_bench_measures_what_is_right(tmp_path):
 WORKLOADS = [
     ("gating", {"sides": 2, "H": 2, "E": 5, "TOP_K": 2, "D": 24, "N": 33}),
     ("projection", {"H": 2, "E": 3, "TOP_K": 2, "P": 16, "D": 24, "N": 40, "width": 12}),
-    ("projection", {"H": 1, "E": 5, "TOP_K": 1, "P": 16, "D": 24, "N": 21, "alone": False}),
+    ("projection", {"H": 1, "E": 5, "TOP_K": 1, "P": 16, "D": 24, "N": 21}),
     ("mlp", {"E": 3, "G": 16, "TOP_K": 2, "D": 24, "N": 40}),
     ("mlp", {"E": 3, "G": 16, "TOP_K": 2, "D": 24, "N": 40, "activation": "geglu", "bias": True}),
     ("attention", {"P": 16, "B": 2, "T": 32, "H": 4, "Hkv": 2, "padding": True, "window": 9}),
@@ -506,7 +506,7 @@ def test_a_file_of_shapes_that_is_none(tmp_path, text, message):
 
 def test_a_dry_run_compiles_ranks_and_resumes(tmp_path):
     path = tmp_path / "shapes.json"
-    shape = {"H": 2, "E": 4, "TOP_K": 2, "P": 64, "D": 64, "N": 4096, "alone": False}
+    shape = {"H": 2, "E": 4, "TOP_K": 2, "P": 64, "D": 64, "N": 4096}
     path.write_text(json.dumps([{"op": "projection", "dtype": "bfloat16", "shape": shape}]))
     command = ("autotune", "--dry-run", "--target", "sm_90", "--shapes", str(path), "--budget", "4s", "--jobs", "1")
     first = cli(*command, TRITON_MOE_CONFIG_DIR=str(tmp_path))

@@ -62,22 +62,20 @@ def _gating(make, sides, H, E, TOP_K, D, mode="sigmoid", dropout=0.0, N=4096):
     return results
 
 
-def _projection(make, H, E, TOP_K, P, D, N=4096, width=0, alone=True):
-    """`alone`: also the value projection's gradient as it is outside a layer, with nothing else to add to d x. `width`: of a head
-    without the padding of a layer."""
+def _projection(make, H, E, TOP_K, P, D, N=4096, width=0):
+    """`width`: of a head without the padding of a layer."""
     wanted = width or P
     precision = common.input_precision(make.dtype)
     x, w_v, w_o = make(N, D), make(H * E, D, P, fan=D), make(H * E, P, D, fan=H * TOP_K * P)
-    dv, dy, base, dlogits, sel = make(N, H, P), make(N, D), make(N, D), make(N, H * E), make(H * E, D, fan=D)
+    dv, dy = make(N, H, P), make(N, D)
     routing = make.routing(N, H, E, TOP_K, D)
     if make.dtype == torch.float64:
-        return _exact_projection(x, w_v, w_o, dv, dy, base + dlogits @ sel, routing[0], routing[1], wanted, alone)
+        return _exact_projection(x, w_v, w_o, dv, dy, routing[0], routing[1], wanted)
     v, u = projection.value_forward(x, w_v, *routing, w_v.shape[2], precision)
     gated, order_b, gates = projection.value_backward_rows(dv, u, *routing)
     results = {"v": v, "value dgates": gates}
-    for name, added in ((" alone", (None, None, None)), ("", (base, dlogits, sel)))[not alone :]:
-        value = projection.value_backward(dv, gated, order_b, x, w_v, *routing, *added, precision, None, None, wanted)
-        results |= dict(zip(("value dx" + name, "value dw"), value, strict=True))
+    value = projection.value_backward(dv, gated, order_b, x, w_v, *routing, precision, None, wanted)
+    results |= dict(zip(("value dx", "value dw"), value, strict=True))
     results["y"] = projection.output_forward(v, w_o, *routing, precision)
     output = projection.output_backward(dy, v, w_o, *routing, precision, None, wanted)
     results |= dict(zip(("output da", "output dw", "output dgates"), output, strict=True))
@@ -134,6 +132,7 @@ def _position(make, P, D, H=4, T=1024):
     for conjugate in (False, True):
         position.rope_rotate_(q, P // 4 * 2, 10000.0, 0, conjugate)
     position.rope_pairs_(q, P // 4 * 2, 10000.0, 0)
+    position.rope_pairs(q, P // 4 * 2, 10000.0, 0, common.cdiv(P, 32) * 32)
     span = 2 * T, 0, True, common.input_precision(make.dtype)
     q_pos, k_pos, narrow = transformer_xl.xl_query(q, weight, *span)
     transformer_xl.xl_query_backward_(q_pos, torch.zeros_like(q), q, narrow, D, *span)
@@ -189,7 +188,7 @@ def _routed(weights, experts, h, products, D):
     return y
 
 
-def _exact_projection(x, w_v, w_o, dv, dy, added, weights, experts, wanted, alone):
+def _exact_projection(x, w_v, w_o, dv, dy, weights, experts, wanted):
     def project(rows, w):  # of each head, through its experts
         E = len(w) // len(rows)
         experts_of = [w[h * E : (h + 1) * E].unbind() for h in range(len(rows))]
@@ -204,9 +203,8 @@ def _exact_projection(x, w_v, w_o, dv, dy, added, weights, experts, wanted, alon
         a = v.detach().requires_grad_()
         y = sum(project(a.unbind(1), w_o))
         da, dw_o, dgates_o = torch.autograd.grad(y, (a, w_o, weights), dy)
-    results = {"v": a.detach(), "value dgates": dgates_v, "value dx": dx + added, "value dw": dw_v[..., :wanted], "y": y.detach()}
-    results |= {"output da": da, "output dw": dw_o[:, :wanted], "output dgates": dgates_o}
-    return results | ({"value dx alone": dx} if alone else {})
+    results = {"v": a.detach(), "value dgates": dgates_v, "value dx": dx, "value dw": dw_v[..., :wanted], "y": y.detach()}
+    return results | {"output da": da, "output dw": dw_o[:, :wanted], "output dgates": dgates_o}
 
 
 def _exact_mlp(x, dy, keys, values, bias, to_y, weights, experts, activation, to_dx):
@@ -259,27 +257,27 @@ WORKLOADS: dict[str, Callable[..., dict[str, Tensor]]] = {
 # Shapes of published models and of what users train, 32768 tokens of bfloat16, the most used first. Heads are as wide as the
 # layers pad them, 100 channels to 128 and 76 to 80; `width` is what gradients of weights keep.
 _PAPER: list[tuple[str, dict]] = [
-    ("projection", {"H": 4, "E": 4, "TOP_K": 2, "P": 128, "D": 1024, "N": 32768, "width": 100, "alone": False}),
+    ("projection", {"H": 4, "E": 4, "TOP_K": 2, "P": 128, "D": 1024, "N": 32768, "width": 100}),
     ("mlp", {"E": 32, "G": 128, "TOP_K": 4, "D": 1024, "N": 32768}),
     ("attention", {"P": 128, "H": 4, "B": 32, "T": 1024}),
     ("gating", {"sides": 2, "H": 4, "E": 4, "TOP_K": 2, "D": 1024, "N": 32768}),
     ("gating", {"sides": 1, "H": 1, "E": 32, "TOP_K": 4, "D": 1024, "N": 32768}),
-    ("projection", {"H": 2, "E": 5, "TOP_K": 3, "P": 80, "D": 412, "N": 32768, "width": 76, "alone": False}),
+    ("projection", {"H": 2, "E": 5, "TOP_K": 3, "P": 80, "D": 412, "N": 32768, "width": 76}),
     ("mlp", {"E": 16, "G": 128, "TOP_K": 4, "D": 412, "N": 32768}),
     ("attention", {"P": 80, "H": 2, "B": 128, "T": 256}),
     ("gating", {"sides": 2, "H": 2, "E": 5, "TOP_K": 3, "D": 412, "N": 32768}),
     ("attention", {"P": 64, "H": 2, "B": 64, "T": 512}),
 ]
 _MOEUT: list[tuple[str, dict]] = [
-    ("projection", {"H": 4, "E": 10, "TOP_K": 2, "P": 96, "D": 412, "N": 32768, "width": 82, "alone": False}),
+    ("projection", {"H": 4, "E": 10, "TOP_K": 2, "P": 96, "D": 412, "N": 32768, "width": 82}),
     ("mlp", {"E": 155, "G": 128, "TOP_K": 12, "D": 412, "N": 32768}),
     ("attention", {"P": 96, "H": 4, "B": 32, "T": 1024}),
     ("mlp", {"E": 387, "G": 128, "TOP_K": 16, "D": 1024, "N": 16384}),
     ("gating", {"sides": 1, "H": 1, "E": 155, "TOP_K": 12, "D": 412, "N": 32768}),
 ]
 _LLM: list[tuple[str, dict]] = [
-    ("projection", {"H": 4, "E": 4, "TOP_K": 2, "P": 128, "D": 1024, "N": 32768, "alone": False}),
-    ("projection", {"H": 8, "E": 4, "TOP_K": 2, "P": 128, "D": 2048, "N": 16384, "alone": False}),
+    ("projection", {"H": 4, "E": 4, "TOP_K": 2, "P": 128, "D": 1024, "N": 32768}),
+    ("projection", {"H": 8, "E": 4, "TOP_K": 2, "P": 128, "D": 2048, "N": 16384}),
     ("mlp", {"E": 128, "G": 128, "TOP_K": 8, "D": 1024, "N": 32768}),
     ("attention", {"P": 128, "H": 4, "B": 8, "T": 4096}),
     ("mlp", {"E": 64, "G": 256, "TOP_K": 8, "D": 2048, "N": 16384, "activation": "swiglu"}),

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import _check
-from ..kernels.attention import attention_backward, attention_forward
+from ..kernels.attention import attention_backward, attention_forward, heads_side_by_side
 from ..kernels.common import input_precision
 from ..kernels.position import rope_rotate, rope_rotate_
 from ..kernels.xl import xl_query, xl_query_backward_
@@ -58,17 +58,17 @@ def _attention_backward(tensors, c: _AttentionConfig):
 
 def _attention_gradients(
     do, dlse, q, k, v, pos, content_bias, position_bias, mask, cu_seqlens, position_q, q_pos, k_pos, o, lse, narrow, c, joint,
-    pairs=0,
+    pairs=0, width=0, spare=0,
 ):  # fmt: skip
-    """As `_attention_backward` returns them; with `joint`, dq and dk side by side, then None. `pairs`: rotated channels of a
-    layer, whose dq and dk are rotated back."""
+    """As `_attention_backward` returns them; with `joint`, the rows of dq and dk side by side and `spare` columns, then None.
+    `pairs`: rotated channels of a layer, whose dq and dk are rotated back, and have `width` channels."""
     H, P = q.shape[2:]
     offset = k.shape[1] - q.shape[1]
     first, dk, dv, dq_pos = attention_backward(
         do, dlse, q, k, v, q_pos, k_pos, mask, cu_seqlens, o, lse, c.causal, c.window, c.scale, c.precision, joint,
-        c.rotated if c.on_load else pairs, c.base, c.on_load,
+        c.rotated if c.on_load else pairs, c.base, c.on_load, width, spare,
     )  # fmt: skip
-    dq = first[:, :, :H]
+    dq = heads_side_by_side(first, H, k.shape[2], width or P)[0] if joint else first
     dpos = dcontent = dposition = None
     if c.rotated and not c.on_load:
         rope_rotate_(dq, c.rotated, c.base, offset, True)

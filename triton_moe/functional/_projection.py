@@ -34,7 +34,7 @@ class _ValueProjection(torch.autograd.Function):
     def backward(ctx, dv):
         x, w, weights, experts, *plan, u = ctx.saved_tensors
         gated, order_b, dweights = value_backward_rows(dv, u, weights, experts, *plan)
-        dx, dw = value_backward(dv, gated, order_b, x, w, weights, experts, *plan, None, None, None, ctx.precision)
+        dx, dw = value_backward(dv, gated, order_b, x, w, weights, experts, *plan, ctx.precision)
         return None, dx, dw, dweights, None, *[None] * len(Plan._fields)
 
 

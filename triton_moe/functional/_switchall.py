@@ -16,7 +16,7 @@ from ..kernels.projection import dropout_rows
 from ..replay import Kept, remembered, replayed
 from ._moe import _check_moe, _moe_forward, _moe_gradients, _MoEConfig
 from ._shared import ROUTE, _as_they_are, _autocast, _compute_dtype, _distinct, _dtypes, _saved_config, _seed
-from ._switchhead import _check_head, _head_forward, _head_gradients, _head_sources, _HeadConfig
+from ._switchhead import HEAD_INPUTS, HEAD_SAVED, _check_head, _head_forward, _head_gradients, _head_sources, _HeadConfig
 from ._types import (
     STREAM_RESIDUAL_ATTENTION,
     STREAM_RESIDUAL_MOE,
@@ -38,7 +38,6 @@ class _BlockConfig(NamedTuple):
 
 
 OWN_SAVED = 11  # tensors that `_block_forward` keeps beside those of both halves
-HEAD_SAVED = 26 + 2 * ROUTE  # tensors that `_head_forward` keeps
 
 
 @functools.partial(replayed, shown=2)
@@ -246,7 +245,7 @@ def _chosen_experts(saved: Saved) -> tuple[Tensor, ...]:
     """What a forward chose, for the reference to follow: [N, H, TOP_K] for values and for outputs, of a block the MLP's too."""
     block = saved.config[0] == "switchall"
     head: Any = saved.tensors[OWN_SAVED:] if block else saved.tensors
-    of_x, of_k_src = head[12], head[12 + ROUTE]
+    of_x, of_k_src = head[HEAD_INPUTS + 1], head[HEAD_INPUTS + 1 + ROUTE]
     return ((of_x if of_k_src is None else of_k_src)[0], of_x[-1], *([head[HEAD_SAVED + 9][0]] if block else []))
 
 

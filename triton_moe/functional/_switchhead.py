@@ -1,4 +1,13 @@
-"""SwitchHead: gates, projections and attention as one layer."""
+"""SwitchHead: gates, projections and attention as one layer.
+
+NOTE [Joint gradients]
+    Where queries, keys and gates read the same x, the rows of dq, dk and d logits lie side by side: one product makes the
+    gradients of all their weights, and one their share of d x. On an H200 (N 32768, D 1024, H 4, E 4, P 100) that of the weights
+    takes 84 us, and two take 83 and 27; d logits in the other cost it nothing. Of 832 columns (and some other multiples of 64)
+    cuBLAS 13 makes 133 us, of 840 again 84, so there are then 8 more that nobody fills in. d x of the values comes first and
+    cuBLAS adds to it on the way, 96 us in place of 88: `spread` takes 146 us, and 177 where it adds something, 198 into float32.
+    Then the cast of d x, 49 us, is one of its own, which a compiler joins with what stands next to it.
+"""
 
 import functools
 import inspect
@@ -13,8 +22,8 @@ from .. import _check
 from ..kernels.attention import tile_width
 from ..kernels.cast import assemble, cast
 from ..kernels.common import cdiv, input_precision
-from ..kernels.gating import cast_and_gate, gating_backward
-from ..kernels.position import rope_pairs_
+from ..kernels.gating import cast_and_gate, gating_backward, gating_backward_
+from ..kernels.position import rope_pairs, rope_pairs_
 from ..kernels.projection import (
     dropout_rows,
     output_backward,
@@ -73,25 +82,44 @@ def _attention_config(c: _HeadConfig) -> _AttentionConfig:
     return _AttentionConfig(c.kind, 0, False, c.base, c.causal, c.window, c.width**-0.5, c.precision)
 
 
+def _product_width(c: _HeadConfig, dtype: torch.dtype) -> int:
+    """Channels of a head in the products that make queries and keys: those of a tile, or where these are many more no padding,
+    which the launch that rotates then adds. On an H200 (N 32768, D 1024, 2 * H = 8) the three products of a forward and a
+    backward pass take 271 us with heads of 100 channels, and 323 with 128."""
+    wide = tile_width(c.width, dtype)
+    narrow = 8 * c.width <= 7 * wide and c.n_heads * c.width % 8 == 0 and c.kind != "xl"
+    return c.width if narrow else wide
+
+
 def _head_weights(dtype: torch.dtype, c: _HeadConfig, q, k, v, o, sel_v, sel_o, pos):
     """The weights as the kernels take them: in dtype, heads padded (NOTE [Head widths]), those of the experts further, to what
-    `sets` reads; those of queries and keys in one tensor, rotary channels in pairs (position.py); and those of both gates in one
-    -> qk [2*H*P, D], v, o, sel [2*H*E or H*E, D], pos."""
-    H, P, D = c.n_heads, c.width, q.shape[1]
+    `sets` reads. Those of queries and keys, of heads of W channels (`_product_width`), rotary ones in pairs (position.py), and
+    then those of both gates are the rows of one -> [2*H*W + 2*H*E (or H*E), D], v, o, pos."""
+    H, P, D, W, n = c.n_heads, c.width, q.shape[1], _product_width(c, dtype), _rotated(c.fraction, c.width)
     wide = tile_width(P, dtype)
     whole = P if dtype == torch.float32 else cdiv(wide, 32) * 32
-    rows = (wide, D)
-    groups: list[Any] = [((q.reshape(H, P, D), k.reshape(H, P, D)), rows, _rotated(c.fraction, P))]
-    groups.append(((v,), (D, whole), 0) if v.ndim == 3 else ((v.reshape(H, P, D),), rows, 0))
+    sels = tuple(s[None] for s in (sel_v, sel_o) if s is not None)
+    rows, pairs = (W, W, *(len(sel_o) for _ in sels)), (n, n, *(0 for _ in sels))
+    groups: list[Any] = [((q.reshape(H, P, D), k.reshape(H, P, D), *sels), (rows, D), pairs)]
+    groups.append(((v,), (D, whole), 0) if v.ndim == 3 else ((v.reshape(H, P, D),), (wide, D), 0))
     groups.append(((o,), (whole, o.shape[2]), 0) if o.ndim == 3 else ((o.reshape(-1, H, P),), (H, wide), 0))
-    groups.append((tuple(s[None] for s in (sel_v, sel_o) if s is not None), tuple(sel_o.shape), 0))
     if pos is not None:
         groups.append(((pos.reshape(H, P, -1),), (wide, pos.shape[1]), 0))
-    qk, new_v, new_o, sel, *new_pos = assemble(dtype, *groups)
+    joined, new_v, new_o, *new_pos = assemble(dtype, *groups)
     return (
-        qk.flatten(0, 1), new_v if v.ndim == 3 else new_v.flatten(0, 1), new_o if o.ndim == 3 else new_o.flatten(1),
-        sel.flatten(0, 1), new_pos[0].flatten(0, 1) if new_pos else None,
+        joined, new_v if v.ndim == 3 else new_v.flatten(0, 1), new_o if o.ndim == 3 else new_o.flatten(1),
+        new_pos[0].flatten(0, 1) if new_pos else None,
     )  # fmt: skip
+
+
+def _parts(joined: Tensor, c: _HeadConfig) -> tuple[Tensor, Tensor]:
+    """Of what `_head_weights` joined, the rows of queries and keys and those of the gates."""
+    rows = 2 * c.n_heads * _product_width(c, joined.dtype)
+    return joined[:rows], joined[rows:]
+
+
+HEAD_INPUTS = 10  # tensors that `_head_forward` keeps of what it was given
+HEAD_SAVED = HEAD_INPUTS + 15 + 2 * ROUTE  # and all that it keeps
 
 
 def _sel_sides(sel: Tensor, v: Tensor) -> tuple[Tensor | None, Tensor]:
@@ -112,15 +140,16 @@ def _head_forward(tensors, dtype: torch.dtype, c: _HeadConfig):
     """x [B, T, D], k_src and v_src [B, S, D] or None, the weights, mask, cu_seqlens, seed -> y [B, T, D], logits_v, logits_o,
     then what `_head_backward` takes.
 
-    The tensors kept are: the 11 inputs, tokens in dtype and weights as `_head_weights` made them; what the gates on x made
+    The tensors kept are: the 10 inputs, tokens in dtype and weights as `_head_weights` made them; what the gates on x made
     (weights, experts and the seven of the plan, each with the sides as another first axis: value and output, or output
     alone); the same of the value gate on k_src (None without one); u (None with one expert or to be made again); then those of
     the attention.
     """
     x, k_src, v_src, *weights, mask, cu_seqlens, seed = tensors
     B, T, D = x.shape
-    qk, v, o, sel, pos = _head_weights(dtype, c, *weights)
-    H, P = c.n_heads, qk.shape[0] // (2 * c.n_heads)
+    joined, v, o, pos = _head_weights(dtype, c, *weights)
+    qk, sel = _parts(joined, c)
+    H, P, W = c.n_heads, tile_width(c.width, dtype), _product_width(c, dtype)
     sel_v, sel_o = _sel_sides(sel, v)
 
     def route(tokens, sel, sides, stream):
@@ -135,7 +164,7 @@ def _head_forward(tensors, dtype: torch.dtype, c: _HeadConfig):
     if v.ndim == 3 and k_src is not None:
         k_src, logits_k, route_k = route(k_src, sel_o if sel_v is None else sel_v, 1, STREAM_GATE_V)
     k_src, v_src = (t if t is None else cast(t, dtype) for t in (k_src, v_src))
-    inputs = x, k_src, v_src, qk, v, o, sel, pos, mask, cu_seqlens, seed
+    inputs = x, k_src, v_src, joined, v, o, pos, mask, cu_seqlens, seed
     ks = x if k_src is None else k_src
     vs = ks if v_src is None else v_src
     S = ks.shape[1]
@@ -152,22 +181,32 @@ def _head_forward(tensors, dtype: torch.dtype, c: _HeadConfig):
         u = u if keep else None
     rotated = _rotated(c.fraction, c.width)
     if _joint(k_src, c):
-        both = (x2 @ qk.t()).view(B, T, 2 * H, P)
-        rope_pairs_(both, rotated, c.base, 0)
-        queries, keys = both.split(H, 2)
+        queries, keys = _turned((x2 @ qk.t()).view(B, T, 2 * H, W), rotated, c.base, 0, P).split(H, 2)
     else:
         q, k = qk.chunk(2)
-        queries, keys = x2 @ q.t(), (k2 @ k.t()).view(B, S, H, P)
+        queries, keys = x2 @ q.t(), (k2 @ k.t()).view(B, S, H, W)
         if c.dropout > 0:
-            queries = dropout_rows(queries, seed, c.dropout, STREAM_QUERY, P, c.width, rotated)
-        queries = queries.view(B, T, H, P)
-        rope_pairs_(queries, rotated, c.base, S - T)
-        rope_pairs_(keys, rotated, c.base, 0)
+            queries = dropout_rows(queries, seed, c.dropout, STREAM_QUERY, W, c.width, rotated)
+        queries = _turned(queries.view(B, T, H, W), rotated, c.base, S - T, P)
+        keys = _turned(keys, rotated, c.base, 0, P)
     a, _, *attention_saved = _attention_forward(
         (queries, keys, values.view(B, S, H, P), pos, None, None, mask, cu_seqlens), _attention_config(c)
     )
     y = output_forward(a.view(B * T, H, P), _expert_out(o, H), weights_o, experts_o, *plan_o, c.precision)
     return y.view(B, T, y.shape[1]), logits_v, logits_o, *inputs, *route_x, *route_k, u, *attention_saved
+
+
+def _spare(columns: int, gates: int) -> int:
+    """How many columns rows of `columns` have for the gradients of so many logits, and then unused. NOTE [Joint gradients]"""
+    return gates + (8 - columns % 8 if columns % 8 else 8 if columns % 64 == 0 and columns % 256 else 0)
+
+
+def _turned(x: Tensor, rotated: int, base: float, offset: int, P: int) -> Tensor:
+    """Queries or keys [B, T, H, W] as attention takes them: rotated, in heads of P channels. x itself is used up."""
+    if x.shape[3] < P:
+        return rope_pairs(x, rotated, base, offset, P)
+    rope_pairs_(x, rotated, base, offset)
+    return x
 
 
 def _joint(k_src, c: _HeadConfig) -> bool:
@@ -192,14 +231,15 @@ def _head_backward(tensors, dtypes, c: _HeadConfig):
 
 
 def _head_gradients(dy, dlogits_v, dlogits_o, saved, dtypes, c: _HeadConfig):
-    x, k_src, v_src, qk, v, o, sel, _, _, _, seed = saved[:11]
-    after = 11 + 2 * ROUTE
-    route_x, route_k, u, attention_saved = saved[11 : 11 + ROUTE], saved[11 + ROUTE : after], saved[after], saved[after + 1 :]
+    x, k_src, v_src, joined, v, o, _, _, _, seed = saved[:HEAD_INPUTS]
+    middle, after = HEAD_INPUTS + ROUTE, HEAD_INPUTS + 2 * ROUTE
+    route_x, route_k, u, attention_saved = saved[HEAD_INPUTS:middle], saved[middle:after], saved[after], saved[after + 1 :]
+    qk, sel = _parts(joined, c)
     sel_v, sel_o = _sel_sides(sel, v)
     (weights_v, experts_v, *plan_v), (weights_o, experts_o, *plan_o) = _sides(route_x, route_k)
     a = attention_saved[11]
     B, T, D = x.shape
-    H, P = c.n_heads, qk.shape[0] // (2 * c.n_heads)
+    H, P, W = c.n_heads, a.shape[3], qk.shape[0] // (2 * c.n_heads)
     ks = x if k_src is None else k_src
     vs = ks if v_src is None else v_src
     S = ks.shape[1]
@@ -212,22 +252,9 @@ def _head_gradients(dy, dlogits_v, dlogits_o, saved, dtypes, c: _HeadConfig):
         do = do.permute(2, 0, 1).reshape(o.shape[0], H * c.width)
     joint, rotated = _joint(k_src, c), _rotated(c.fraction, c.width)
     dqueries, dkeys, dvalues, dpos, _, _ = _attention_gradients(
-        da.view(B, T, H, P), None, *attention_saved, _attention_config(c), joint, rotated
+        da.view(B, T, H, P), None, *attention_saved, _attention_config(c), joint, rotated, W, _spare(len(joined), len(sel))
     )
     dvalues = dvalues.view(B * S, H, P)
-    if joint:
-        both = dqueries.view(B * T, 2 * H * P)
-        dq, dk = (both.t() @ x2).chunk(2)
-        dx = both @ qk
-    else:
-        dqueries, dkeys = dqueries.view(B * T, H * P), dkeys.view(B * S, H * P)
-        if c.dropout > 0:
-            dqueries = dropout_rows(dqueries, seed, c.dropout, STREAM_QUERY, P, c.width, rotated)
-        q, k = qk.chunk(2)
-        dq, dk = dqueries.t() @ x2, dkeys.t() @ k2
-        dx, dk2 = dqueries @ q, dkeys @ k
-        if k_src is None:
-            dx += dk2
 
     # the gates
     of_values: Any = (None, None, None)
@@ -236,48 +263,67 @@ def _head_gradients(dy, dlogits_v, dlogits_o, saved, dtypes, c: _HeadConfig):
             u = value_forward(v2, v, weights_v, experts_v, *plan_v, c.width, c.precision, P)[1]
         of_values = value_backward_rows(dvalues, u, weights_v, experts_v, *plan_v)
     gated, order_b, dweights_v = of_values
-    sel_k = dgate_k = dsel_k = None
-    sel_x, dweights, dlogits = sel_o, dweights_o[None], dlogits_o
-    if route_k[0] is not None:
-        sel_k = sel_o if sel_v is None else sel_v
-        dgate_k, dsel_k = gating_backward(dweights_v[None], dlogits_v, k2, sel_k, *route_k[:2], None, "sigmoid")
-    elif sel_v is not None:  # both sides in one
-        sel_x, dweights = sel, torch.stack([dweights_v, dweights_o])
+    dweights, dlogits = dweights_o[None], dlogits_o
+    if route_k[0] is None and sel_v is not None:  # both sides in one
+        dweights = torch.stack([dweights_v, dweights_o])
         if dlogits_v is not None or dlogits_o is not None:
             none = weights_o.new_zeros(*weights_o.shape[:2], len(sel_o) // H)
             dlogits = torch.stack([none if g is None else g for g in (dlogits_v, dlogits_o)])
-    elif dweights_v is not None:  # both sides share the output side's routing
+    elif route_k[0] is None and dweights_v is not None:  # both sides share the output side's routing
         dweights, dlogits = dweights + dweights_v, _add(dlogits_o, dlogits_v)
-    dgate_x, dsel_x = gating_backward(dweights, dlogits, x2, sel_x, *route_x[:2], None, "sigmoid")
-    dsel_v, dsel_o = (None, dsel_x) if len(sel_x) == len(sel_o) else dsel_x.split(len(sel_o))
+
+    if v.ndim == 3:
+        args = dvalues, gated, order_b, v2, v, weights_v, experts_v, *plan_v, c.precision, dtypes[5], c.width
+        of_source, dv = value_backward(*args)
+    else:
+        flat = dvalues.view(B * S, H * P)
+        of_source, dv = flat @ v, flat.t() @ v2
+    dx: Any = None
+    dk2: Any = None
+    dv2: Any = None
+    if v_src is not None:
+        dv2 = of_source
+    elif k_src is not None:
+        dk2 = of_source
+    else:
+        dx = of_source
+    if joint:  # NOTE [Joint gradients]
+        every = dqueries.flatten(0, 1)
+        gating_backward_(every, len(qk), dweights, dlogits, *route_x[:2], len(sel) // (len(dweights) * H))
+        dq, dk, dsel_x = (every.t() @ x2)[: len(joined)].split([len(qk) // 2, len(qk) // 2, len(sel)])
+        dx, dsel_k = _plus(dx, every[:, : len(joined)], joined), None
+    else:
+        dqueries, dkeys = dqueries.view(B * T, H * W), dkeys.view(B * S, H * W)
+        if c.dropout > 0:
+            dqueries = dropout_rows(dqueries, seed, c.dropout, STREAM_QUERY, W, c.width, rotated)
+        q, k = qk.chunk(2)
+        sel_x = sel if len(dweights) == 2 else sel_o
+        dgate_x, dsel_x = gating_backward(dweights, dlogits, x2, sel_x, *route_x[:2], None, "sigmoid")
+        dq, dk = dqueries.t() @ x2, dkeys.t() @ k2
+        dx, dsel_k = _plus(_plus(dx, dqueries, q), dgate_x, sel_x), None
+        if k_src is None:
+            dx = _plus(dx, dkeys, k)
+        else:
+            dk2 = _plus(dk2, dkeys, k)
+        if route_k[0] is not None:
+            sel_k = sel_o if sel_v is None else sel_v
+            dgate_k, dsel_k = gating_backward(dweights_v[None], dlogits_v, k2, sel_k, *route_k[:2], None, "sigmoid")
+            dk2 = _plus(dk2, dgate_k, sel_k)
+    dsel_v, dsel_o = (None, dsel_x) if len(dsel_x) == len(sel_o) else dsel_x.split(len(sel_o))
     if dsel_k is not None:
         dsel_v, dsel_o = (None, dsel_o + dsel_k) if sel_v is None else (dsel_k, dsel_o)
-
-    def value(dtype, base, dgate, sel):
-        """The gradient of the source of values, with what else reaches it, and of v."""
-        if v.ndim == 3:
-            added = base, dgate, sel, c.precision, dtype, dtypes[5], c.width
-            return value_backward(dvalues, gated, order_b, v2, v, weights_v, experts_v, *plan_v, *added)
-        flat = dvalues.view(B * S, H * P)
-        d = flat @ v if base is None else base.addmm_(flat, v)
-        return d if dgate is None else d.addmm_(dgate, sel), flat.t() @ v2
-
-    dv2 = None
-    if v_src is not None:
-        (dv2, dv), dx = value(dtypes[2], None, None, None), dx.addmm_(dgate_x, sel_x)
-        if k_src is not None and dgate_k is not None:
-            dk2.addmm_(dgate_k, sel_k)
-    elif k_src is not None:
-        (dk2, dv), dx = value(dtypes[1], dk2, dgate_k, sel_k), dx.addmm_(dgate_x, sel_x)
-    else:
-        dx, dv = value(dtypes[0], dx, dgate_x, sel_x)
     dx, dk2 = dx.view(x.shape), None if k_src is None else dk2.view(ks.shape)
     dv2 = None if dv2 is None else dv2.view(vs.shape)
     grads = dx, dk2, dv2, dq, dk, dv, do, dsel_v, dsel_o, dpos
-    return _without_padding(_to(grads[:3], dtypes[:3]) + grads[3:], dtypes, P, c.width, rotated)
+    return _without_padding(_to(grads[:3], dtypes[:3]) + grads[3:], dtypes, H, c.width, rotated)
 
 
-def _without_padding(grads, dtypes, P: int, width: int, rotated: int) -> tuple[Tensor | None, ...]:
+def _plus(d: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    """d + a b, in d."""
+    return a @ b if d is None else d.addmm_(a, b)
+
+
+def _without_padding(grads, dtypes, H: int, width: int, rotated: int) -> tuple[Tensor | None, ...]:
     """The gradients in their dtypes, and those of q, k, v with one expert and pos without their rows of padding, `rotated`
     channels of q and k in their order: in one launch, where they share a dtype."""
     grads, groups = list(grads), defaultdict(list)
@@ -285,7 +331,7 @@ def _without_padding(grads, dtypes, P: int, width: int, rotated: int) -> tuple[T
         if d is None or dtype is None:
             grads[i] = None
         elif i in (3, 4, 5, 9) and d.ndim == 2:
-            groups[dtype].append((i, ((d.view(-1, P, d.shape[1]),), (width, d.shape[1]), -rotated if i in (3, 4) else 0)))
+            groups[dtype].append((i, ((d.view(H, -1, d.shape[1]),), (width, d.shape[1]), -rotated if i in (3, 4) else 0)))
         elif d.dtype != dtype and i in (7, 8):
             groups[dtype].append((i, ((d[None],), d.shape, 0)))
     for dtype, some in groups.items():

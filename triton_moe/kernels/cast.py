@@ -8,7 +8,7 @@ cast, pad and join the weights of SwitchHead one by one cost the host 280 of the
 padding off their gradients, 8 operators of torch, cost it 145 of the 635 us of a replayed backward pass.
 """
 
-import math
+from typing import Any
 
 import torch
 import triton
@@ -98,27 +98,29 @@ def _assemble(weights: list[torch.Tensor], layout: list[int], dtype: torch.dtype
     return out
 
 
-def assemble(dtype: torch.dtype, *groups: tuple[tuple[torch.Tensor, ...], tuple[int, int], int]) -> list[torch.Tensor]:
+def assemble(dtype: torch.dtype, *groups: tuple[tuple[torch.Tensor, ...], tuple[Any, int], Any]) -> list[torch.Tensor]:
     """Of each group, its weights [A, R, C], (R', C') and n, the tensor [sum of A, R', C'] in dtype: a weight itself where nothing
-    is to be done. The first n rows become 0, n/2, 1, n/2 + 1, ..., the pairs of position.py; those of -n go back."""
+    is to be done. The first n rows become 0, n/2, 1, n/2 + 1, ..., the pairs of position.py; those of -n go back. Where weights
+    of a group differ in R' and n, tuples of them, it is [sum of A * R', C']."""
     weights: list[torch.Tensor] = []
     layout: list[int] = []
-    places, size = [], 0
-    for group, full, pairs in groups:
-        if len(group) == 1 and group[0].dtype == dtype and group[0].shape[1:] == full and pairs == 0:
+    places: list[Any] = []
+    size = 0
+    for group, (rows, columns), pairs in groups:
+        if len(group) == 1 and group[0].dtype == dtype and group[0].shape[1:] == (rows, columns) and pairs == 0:
             places.append(None)
             continue
-        shape = (sum(w.shape[0] for w in group), *full)
-        places.append((size, shape))
-        for w in group:
+        begin, each = size, isinstance(rows, tuple)
+        for w, r, n in zip(group, rows if each else [rows] * len(group), pairs if each else [pairs] * len(group), strict=True):
             weights.append(w)
-            layout += [size, *full, pairs]
-            size += w.shape[0] * math.prod(full)
+            layout += [size, r, columns, n]
+            size += w.shape[0] * r * columns
+        places.append((begin, size, (-1, columns) if each else (-1, rows, columns)))
         size = cdiv(size, 64) * 64  # every group begins on 16 bytes
     if not weights:
         return [group[0] for group, _, _ in groups]
     out = _assemble(weights, [*layout, size], dtype)
     return [
-        group[0] if place is None else out[place[0] : place[0] + math.prod(place[1])].view(place[1])
+        group[0] if place is None else out[place[0] : place[1]].view(place[2])
         for (group, _, _), place in zip(groups, places, strict=True)
     ]

@@ -226,13 +226,13 @@ def _gating_fwd_kernel(
 @triton.jit
 def _gating_bwd_kernel(
     dweights_ptr, weights_ptr, experts_ptr, logits_ptr, dlogits_in_ptr, dlogits_ptr, N, M,
-    SIDES: tl.constexpr, H: tl.constexpr, E: tl.constexpr, TOP_K: tl.constexpr, MODE: tl.constexpr,
-    HAS_DLOGITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr,
+    stride_n: tl.constexpr, COLUMN: tl.constexpr, SIDES: tl.constexpr, H: tl.constexpr, E: tl.constexpr,
+    TOP_K: tl.constexpr, MODE: tl.constexpr, HAS_DLOGITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)  # (token, side, head), as d logits is laid out
     mask_m = offs_m < M
-    head = offs_m % (SIDES * H)
-    row = (head // H * N + offs_m // (SIDES * H)) * H + head % H  # (side, token, head), as everything else is
+    n, head = offs_m // (SIDES * H), offs_m % (SIDES * H)
+    row = (head // H * N + n) * H + head % H  # (side, token, head), as everything else is
     offs_e = tl.arange(0, BLOCK_E)
     mask = mask_m[:, None] & (offs_e < E)[None, :]
     offs = row[:, None] * E + offs_e[None, :]
@@ -261,7 +261,7 @@ def _gating_bwd_kernel(
         dlogits = gate * (dgate - inner[:, None])
     if HAS_DLOGITS:
         dlogits += tl.load(dlogits_in_ptr + offs, mask=mask, other=0.0)
-    dlogits_ptrs = dlogits_ptr + offs_m[:, None] * E + offs_e[None, :]
+    dlogits_ptrs = dlogits_ptr + (n * stride_n + COLUMN + head * E)[:, None] + offs_e[None, :]
     tl.store(dlogits_ptrs, dlogits.to(dlogits_ptr.dtype.element_ty), mask=mask)
 
 
@@ -644,6 +644,19 @@ def _gating_forward(x, sel, seed, sides, n_heads, top_k, mode, dropout, stream, 
     return weights, experts, logits
 
 
+def _gating_backward(out, column, dweights, dlogits, weights, experts, logits, E, mode):
+    sides, N, H, TOP_K = experts.shape
+    BLOCK_E = next_power_of_2(E, 1)
+    BLOCK_M = 512 if INTERPRET else max(1, 1024 // BLOCK_E)
+    launch(
+        _gating_bwd_kernel, (cdiv(N * sides * H, BLOCK_M),),
+        dweights.contiguous(), weights, experts, logits, None if dlogits is None else dlogits.contiguous(), out,
+        N, N * sides * H, out.stride(0), column,
+        SIDES=sides, H=H, E=E, TOP_K=TOP_K, MODE=mode, HAS_DLOGITS=dlogits is not None,
+        BLOCK_M=BLOCK_M, BLOCK_E=BLOCK_E, num_warps=4,
+    )  # fmt: skip
+
+
 def _gating_backward_fake(dweights, dlogits, x, sel, weights, experts, logits, mode):
     return x.new_empty(x.shape[0], sel.shape[0]), sel.new_empty(sel.shape)
 
@@ -658,19 +671,22 @@ def gating_backward(
 
     d x = d logits sel is left to the caller, who mostly has something to add it to.
     """
-    sides, N, H, TOP_K = experts.shape
-    E = sel.shape[0] // (sides * H)
-    total = x.new_empty(N, sides * H * E)
-    BLOCK_E = next_power_of_2(E, 1)
-    BLOCK_M = 512 if INTERPRET else max(1, 1024 // BLOCK_E)
-    launch(
-        _gating_bwd_kernel, (cdiv(N * sides * H, BLOCK_M),),
-        dweights.contiguous(), weights, experts, logits, None if dlogits is None else dlogits.contiguous(), total,
-        N, N * sides * H,
-        SIDES=sides, H=H, E=E, TOP_K=TOP_K, MODE=mode, HAS_DLOGITS=dlogits is not None,
-        BLOCK_M=BLOCK_M, BLOCK_E=BLOCK_E, num_warps=4,
-    )  # fmt: skip
+    total = x.new_empty(x.shape[0], sel.shape[0])
+    sides, _, H, _ = experts.shape
+    _gating_backward(total, 0, dweights, dlogits, weights, experts, logits, sel.shape[0] // (sides * H), mode)
     return total, total.t() @ x
+
+
+@opaque(lambda *_: None, mutates=("out",))
+def gating_backward_(
+    out: torch.Tensor, column: int, dweights: torch.Tensor, dlogits: torch.Tensor | None, weights: torch.Tensor,
+    experts: torch.Tensor, n_experts: int,
+) -> None:  # fmt: skip
+    """All of d logits of sigmoid gates, written to sides*H*E columns of `out` [N, ...] from `column` on.
+
+    A compiler would copy `out` first if it were only the part with these columns.
+    """
+    _gating_backward(out, column, dweights, dlogits, weights, experts, None, n_experts, "sigmoid")
 
 
 def plan_shapes(N: int, H: int, E: int, TOP_K: int, by_sets: bool) -> tuple[tuple[int, ...], ...]:

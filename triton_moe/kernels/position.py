@@ -98,10 +98,11 @@ def _rope_rotate_kernel(
 
 @triton.jit
 def _rope_pairs_kernel(
-    x_ptr, B, T, H, offset, stride_b, stride_t: tl.constexpr, stride_h: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
+    x_ptr, y_ptr, B, T, H, offset, stride_xb, stride_xt: tl.constexpr, stride_xh: tl.constexpr,
+    stride_yb, stride_yt: tl.constexpr, stride_yh: tl.constexpr, P: tl.constexpr, FULL_P: tl.constexpr, N: tl.constexpr,
     LOG2_BASE: tl.constexpr, BATCHES: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """As `_rope_rotate_kernel` in place, of pairs side by side."""
+    """As `_rope_rotate_kernel`, of pairs side by side: the first P channels of x, which may be y, and zeros up to FULL_P."""
     tiles = tl.cdiv(T, BLOCK_T)
     pid = tl.program_id(0)
     offs_t = (pid % tiles * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
@@ -110,14 +111,16 @@ def _rope_pairs_kernel(
     c = tl.arange(0, BLOCK_C)[None, None, :]
     for i in range(BATCHES):
         b = (pid // tiles * BATCHES + i).to(tl.int64)
-        mask = (offs_t < tl.where(b < B, T, 0))[:, None, None] & (c < P)
+        mask_t = (offs_t < tl.where(b < B, T, 0))[:, None, None]
         for start in range(0, H, BLOCK_H):
             h = (start + tl.arange(0, BLOCK_H)).to(tl.int64)[None, :, None]
-            ptrs = x_ptr + b * stride_b + (offs_t * stride_t)[:, None, None] + h * stride_h + c
-            x = tl.load(ptrs, mask=mask & (h < H), other=0.0).to(tl.float32)
+            mask = mask_t & (h < H)
+            x_ptrs = x_ptr + b * stride_xb + (offs_t * stride_xt)[:, None, None] + h * stride_xh + c
+            x = tl.load(x_ptrs, mask=mask & (c < P), other=0.0).to(tl.float32)
             x1, x2 = tl.split(tl.reshape(x, [BLOCK_T, BLOCK_H, BLOCK_C // 2, 2]))
             y = tl.reshape(tl.join(x1 * cos - x2 * sin, x2 * cos + x1 * sin), [BLOCK_T, BLOCK_H, BLOCK_C])
-            tl.store(ptrs, y, mask=mask & (h < H))
+            y_ptrs = y_ptr + b * stride_yb + (offs_t * stride_yt)[:, None, None] + h * stride_yh + c
+            tl.store(y_ptrs, y, mask=mask & (c < FULL_P))
 
 
 @triton.jit
@@ -216,20 +219,34 @@ def rope_rotate_(x: Tensor, n: int, base: float, offset: int, conjugate: bool) -
         _launch(x, x, n, base, offset, conjugate)
 
 
-@opaque(lambda x, n, base, offset: None, mutates=("x",))
-def rope_pairs_(x: Tensor, n: int, base: float, offset: int) -> None:
-    """As `rope_rotate_`, of pairs side by side."""
-    if n == 0:
-        return
-    B, T, H, P = x.shape
-    width = min(P, cdiv(n, 8) * 8)  # in whole words
-    block_c, block_h = next_power_of_2(width), min(8, next_power_of_2(H, 1))
+def _launch_pairs(x: Tensor, y: Tensor, n: int, base: float, offset: int, width: int, full: int) -> None:
+    B, T, H, _ = x.shape
+    block_c, block_h = next_power_of_2(full), min(8, next_power_of_2(H, 1))
     block_t = min(256 if INTERPRET else max(1, 4096 // (block_c * block_h)), next_power_of_2(T, 1))
     batches = min(4, next_power_of_2(B // 2 + 1, 1))
     launch(
-        _rope_pairs_kernel, (cdiv(B, batches) * cdiv(T, block_t),), x, B, T, H, offset, *x.stride()[:3], P=width, N=n,
-        LOG2_BASE=math.log2(base), BATCHES=batches, BLOCK_T=block_t, BLOCK_H=block_h, BLOCK_C=block_c, num_warps=4,
+        _rope_pairs_kernel, (cdiv(B, batches) * cdiv(T, block_t),), x, y, B, T, H, offset, *x.stride()[:3], *y.stride()[:3],
+        P=width, FULL_P=full, N=n, LOG2_BASE=math.log2(base), BATCHES=batches, BLOCK_T=block_t, BLOCK_H=block_h, BLOCK_C=block_c,
+        num_warps=4,
     )  # fmt: skip
+
+
+@opaque(lambda x, n, base, offset: None, mutates=("x",))
+def rope_pairs_(x: Tensor, n: int, base: float, offset: int) -> None:
+    """As `rope_rotate_`, of pairs side by side."""
+    width = min(x.shape[3], cdiv(n, 8) * 8)  # in whole words
+    if n > 0:
+        _launch_pairs(x, x, n, base, offset, width, width)
+
+
+@opaque(lambda x, n, base, offset, width: x.new_empty(*x.shape[:3], width))
+def rope_pairs(x: Tensor, n: int, base: float, offset: int, width: int) -> Tensor:
+    """The same as a copy of heads that are `width` channels apart, with zeros in the rest."""
+    if n == 0:
+        return torch.nn.functional.pad(x, (0, width - x.shape[3]))
+    y = x.new_empty(*x.shape[:3], width)
+    _launch_pairs(x, y, n, base, offset, x.shape[3], width)
+    return y
 
 
 def _rope_rotate_fake(x, n, base, offset, conjugate):

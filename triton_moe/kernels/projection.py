@@ -36,7 +36,6 @@ import triton.language as tl
 
 from .. import tuning
 from . import sets
-from .cast import cast
 from .common import INTERPRET, cdiv, default_config, find_tile, launch, next_power_of_2, opaque, rows, uniform
 
 CONFIGS = {
@@ -548,25 +547,21 @@ def value_backward_rows(
 
 
 def _value_backward_fake(
-    dv, gated, order_b, x, w, weights, experts, order, offsets, rank, set_order, set_tiles, token_order, visited, base, dlogits,
-    sel, precision, dx_dtype=None, dw_dtype=None, width=None,
+    dv, gated, order_b, x, w, weights, experts, order, offsets, rank, set_order, set_tiles, token_order, visited, precision,
+    dw_dtype=None, width=None,
 ):  # fmt: skip
-    width = w.shape[2] if width is None else width
-    return x.new_empty(x.shape, dtype=dx_dtype), w.new_empty(*w.shape[:2], width, dtype=dw_dtype)
+    return x.new_empty(x.shape), w.new_empty(*w.shape[:2], w.shape[2] if width is None else width, dtype=dw_dtype)
 
 
 @opaque(_value_backward_fake)
 def value_backward(
     dv: torch.Tensor, gated: torch.Tensor, order_b: torch.Tensor, x: torch.Tensor, w: torch.Tensor, weights: torch.Tensor,
     experts: torch.Tensor, order: torch.Tensor, offsets: torch.Tensor, rank: torch.Tensor, set_order: torch.Tensor,
-    set_tiles: torch.Tensor, token_order: torch.Tensor, visited: torch.Tensor, base: torch.Tensor | None,
-    dlogits: torch.Tensor | None, sel: torch.Tensor | None, precision: str, dx_dtype: torch.dtype | None = None,
+    set_tiles: torch.Tensor, token_order: torch.Tensor, visited: torch.Tensor, precision: str,
     dw_dtype: torch.dtype | None = None, width: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """dv [N, H, P] and what `value_backward_rows` made of it -> dx [N, D], dw [H*E, D, P], in x's and w's dtypes or those given,
-    of dw the first `width` columns. w may have more than P.
-
-    What else reaches x is added to dx in the same pass: base [N, D] and dlogits [N, C] sel."""
+    """dv [N, H, P] and what `value_backward_rows` made of it -> dx [N, D], dw [H*E, D, P] in w's dtype or dw_dtype, of dw the
+    first `width` columns. w may have more than P."""
     _, H, TOP_K = experts.shape
     size = (w.shape[1], w.shape[2] if width is None else width)
     x, placed, last = rows(x), order_b if order_b.shape[0] else None, None
@@ -575,14 +570,9 @@ def value_backward(
         packed, last = gated, sets.last(*gates)
         if placed is None:  # heads go one by one
             packed, _, _ = sets.pack(*gates, set_order, token_order, visited)
-        dx = sets.spread(packed, last, w, True, H, TOP_K, set_order, token_order, visited, base, dlogits, sel, dx_dtype)
+        dx = sets.spread(packed, last, w, True, H, TOP_K, set_order, token_order, visited)
     else:
         dx = _combine(_grouped_gemm(gated, w[:, :, : dv.shape[2]].transpose(1, 2), order, offsets, 1, precision), None, H * TOP_K)
-        if dlogits is not None:
-            dx.addmm_(dlogits, sel)
-        if base is not None:
-            dx += base
-        dx = dx if dx_dtype is None else cast(dx, dx_dtype)
     dw = _projection_dw(x, gated, last, order, offsets, H * TOP_K, precision, size, placed, dw_dtype, False)
     return dx, dw
 

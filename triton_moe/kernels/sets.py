@@ -589,25 +589,21 @@ def _spread(packed, visited, w, transposed, order, heads, HE, y, base, b, c):
     )  # fmt: skip
 
 
-def spread(packed, last, w, transposed, H, TOP_K, set_order, token_order, visited, base=None, b=None, c=None, dtype=None):
-    """What `pack` and `last` returned, w [H*E, P, D] (or transposed, [H*E, D, P]), a plan's orders -> y [N, D] in packed's dtype
-    or `dtype`.
-
-    With base [N, D], or b [N, C] and c [C, D] of few columns C, y = base + b c + the projection in one pass over y.
-    """
+def spread(packed, last, w, transposed, H, TOP_K, set_order, token_order, visited):
+    """What `pack` and `last` returned, w [H*E, P, D] (or transposed, [H*E, D, P]), a plan's orders -> y [N, D]."""
     E, D, first = w.shape[0] // H, w.shape[1 if transposed else 2], packed.shape[1]
+    more = None
     if last is not None:
-        more = _last_rows(w, not transposed, first, last.shape[1] // (H * E))
-        b, c = (last, more) if b is None else (torch.cat((b, last), 1), torch.cat((c, more)))
+        more = _last_rows(w, not transposed, first, last.shape[1] // (H * E)).contiguous()
         w = w[:, :, :first] if transposed else w[:, :first]
     w = _padded(w, not transposed)
     N = set_order.shape[0] // H
-    y = packed.new_empty(N, D, dtype=dtype)
-    base, b, c = (t if t is None else t.contiguous() for t in (base, b, c))
+    y = packed.new_empty(N, D)
     if joint(E, TOP_K):
-        _spread(packed, visited, w, transposed, token_order, H, H * E, y, base, b, c)
+        _spread(packed, visited, w, transposed, token_order, H, H * E, y, None, last, more)
         return y
+    base = None
     for order, tiles in zip(set_order.view(H, N), visited.view(H, -1, 2), strict=True):  # a head's rows in the order of its sets
-        _spread(packed, tiles, w, transposed, order, 1, E, y, base, b, c)
-        base, b, c = y, None, None
+        _spread(packed, tiles, w, transposed, order, 1, E, y, base, last, more)
+        base, last, more = y, None, None
     return y

@@ -93,6 +93,94 @@ NOTE [Registers]
     where 32 x 32 takes 2405 and 673, but with Triton 3.7 these spill 48 bytes, and the tiles of sm_100 8 to 24; whole, they spill
     56, and take 1858 and 565. dq in tiles of 128 x 32 takes 805 and 292, 1068 and 338 in those of 64 x 16 before (H 4, causal).
 
+NOTE [One stage]
+    Rotated on load, with values in two parts (76 = 64 + 16 channels) and one stage, the forward pass wrote wrong numbers into the
+    second part, not the same ones each time, or read where nothing is (H200, Triton 3.6; its PTX shows no fault). With more
+    stages it is right, as it is without rotation, so such tiles have at least two. Values in one part are right with one.
+
+NOTE [Hopper])
+    that takes the forward pass from 112 to 105 us, dq from 151 to 133 and dk with dv from 212 to 197. Sections differ by one head
+    at most: a small one at the end would leave most of the device idle during its longest tiles.
+
+NOTE [Position channels]
+    The Transformer-XL term is a second product of queries and keys, so a tile of queries holds the F channels of q_pos beside
+    those of q, a tile of keys those of k_pos, and dq_pos is made with dq: nothing has T^2 elements. That is for at most
+    WIDEST_POSITIONS channels of 16 bits. More, or float32, would not fit: then scores take POSITION_CHUNK channels at a time, and
+    so does dq_pos, in programs that make the scores once more. On an H200 the forward pass of H 8, P 64, F 192 (N = 32768, T
+    1024) takes 273 us with these tiles in shared memory, and 287 with those of the queries in registers.
+
+    Those held whole are held POSITION_PART at a time. With 256 in one, which have another layout than the 128 of a head, dq of
+    128 x 32 spilled 16 bytes. Without, it takes 301 us and not 300 (H 4, P 112, F 256, N = 32768, T 1024), the forward pass 222,
+    dk with dv 342 and not 345; tiles of 128 x 16 take 386, of 64 x 32 644. And dq of F 512 (T 8192) takes 11.6 ms in tiles of 32
+    x 32, three stages, which spill nothing, and 12.9 in those of 64 x 16, which spilled 272 bytes.
+
+NOTE [Float32]
+    What rounds float32 most is not the products but the differences. So without tf32 (EXACT) scores and lse stay in natural
+    units and exp is our own; 16-bit inputs and tf32 fold log2(e) into the scale, as exp2 is what the hardware has. And the
+    backward pass of EXACT first loops over the keys once more, for two numbers of each query: norm = 1 / sum_j p_ij, which takes
+    the rounding of lse out of p again, and delta as the average of the very do.v that it is subtracted from, against which it
+    cancels where a query sees few keys. The others need no norm, and take delta - dlse from do.o in the kernel of dq.
+
+NOTE [Head widths]
+    A tile spans a head in one or two powers of two, 80 = 64 + 16, and 16-bit rows start on 16 bytes, if need be in a padded copy:
+    on an H200 (bfloat16, causal, N = 32768, T 4096, H 4) 80 channels take 229 us forward in two parts and 311 us as 128.
+
+NOTE [RoPE]
+    By default queries and keys are rotated before these kernels: position.py makes rotated copies of a caller's, and rotates dq
+    and dk back in place. A layer's own it rotates in place, with the channels of a pair side by side: the layer packs its weights
+    so, and puts their gradients in order again, in launches that copy them anyway. Scores do not mind, and the threads that hold
+    dq and dk then have both channels of a pair: they rotate them back just before the store, by a table of cos and sin that takes
+    2 us to make. Measured on an H200 (bfloat16, causal, N = 32768, H 4), a launch of its own for q and k, and the whole backward
+    pass of attention, in halves -> in pairs, in us:
+
+        P 128, 100 rotated, T 1024    44 -> 35    359 -> 331        P 128,  50 rotated, T 1024    21 -> 13    335 -> 332
+        P 128, 100 rotated, T 4096    45 -> 35    994 -> 955        P  80,  76 rotated, T 1024    42 -> 28    286 -> 260
+        P 128, 128 rotated, T 1024    37 -> 37    353 -> 335        P  64,  64 rotated, T 1024    14 -> 12    194 -> 190
+
+    The product that makes q and k cannot hide the rotation: 1024 x 1024 weights, the two together in cuBLAS and a launch take 130
+    us at T 1024 and 135 at T 4096 (100 rotated). A product of our own (TMA, tiles of 128 x 256 x 64, 8 warps), which takes 106 to
+    116 us without the rotation to cuBLAS's 96 to 101, takes 125 and 130 with it and the table, and with 50 rotated 135, not 122.
+
+    With `recompute` there are no copies: a tile's parts are the halves of the rotated channels and the rest of a head, and the
+    halves are rotated as they are loaded, by a table of cos and sin in float32; dq and dk, back before the store. With the same
+    tiles a forward pass gives the bits that it gives with copies (P 128, 64 or 128 rotated). But a key (for dk, a query) is
+    rotated once for every tile that meets it, between its load and the product; the queries cannot carry the rotation alone, as
+    R_{j-i} depends on both. Measured likewise, copies -> on load (with the best of eight tiles), in us at T 256, 1024 and 4096:
+
+                                         forward pass                      forward and backward pass
+        P 128, 128 rotated    102 ->  86  147 -> 201  328 -> 662    307 -> 412  471 -> 799  1170 -> 2348
+        P 128,  64 rotated    103 -> 101  148 -> 174  329 -> 458    291 -> 350  454 -> 624  1154 -> 1721
+        P  64,  64 rotated     56 ->  45   82 ->  98  190 -> 307    183 -> 197  279 -> 414   692 -> 1293
+
+    96 -> 32 MiB are kept for the backward pass, and at its peak 194 -> 130 allocated (P 64: half of all). The tiles in CONFIGS
+    spill nothing up to 128 channels: with them dk and dv take 321, 304 and 175 us at T 1024, where those above took 348, 244 (40
+    bytes spilled) and 193. Loads that do not wait in shared memory (one stage) make the fastest forward pass: 196 and 95 us,
+    where the best of others took 206 and 124 (P 128 and 64, all rotated). A table in float16 would save 9 to 20 %.
+
+    A forward pass alone is faster on load where a key meets few tiles: B 32, S = T 64, 128 and 256 take 14 -> 11, 17 -> 12 and
+    32 -> 22 us (P 128, 64 rotated), B 8 with T 256 16 -> 14. And for few queries of many keys, where there are heads enough to
+    hide a tile's rotation: S 8192, B 32, T 1 268 -> 155 us (128 rotated: 267 -> 186; P 64: 169 -> 132), T 64 270 -> 179; B 16,
+    T 1 186 -> 153 (185 -> 184; 130 -> 131), B 8 149 -> 152. So it is done there where no gradient is wanted. Grouped heads rotate
+    a key once for each: 16 on 4, T 1, 490 -> 440 with B 32, S 8192, and 421 -> 464 with B 128, S 2048. They have copies.
+
+NOTE [Registers]
+    What LLVM moves out of the loops of dk and dv takes registers in all of them: they spilled, 64 x 64 of P 128 16 bytes, and
+    with grouped heads, whose loops stand in another one, 88. Without that (disable_licm) neither does, with Triton 3.6, and on an
+    H200 (bfloat16, causal, N = 32768, P 128, T 1024) they take 159 us instead of 164 for H 4, and for 8 heads on 2 keys' 189
+    where 32 x 128, the tile before, took 355. The forward pass of T 4096 would take 327 instead of 301.
+
+    Elsewhere (HOIST) it is the other way round: without, tiles of 32 x 32 in 16 bits spill 8 to 40 bytes on sm_80 and sm_100,
+    and with it nothing. float32 does not like it (240 bytes instead of 124 on gfx942), nor does rotation on load (32, not none).
+
+    Heads of 256 channels stay whole. As 128 + 128 they let dk with dv take tiles of 64 x 32, 1839 us at T 4096 and 545 at 1024
+    where 32 x 32 takes 2405 and 673, but with Triton 3.7 these spill 48 bytes, and the tiles of sm_100 8 to 24; whole, they spill
+    56, and take 1858 and 565. dq in tiles of 128 x 32 takes 805 and 292, 1068 and 338 in those of 64 x 16 before (H 4, causal).
+
+NOTE [One stage]
+    Rotated on load, with values in two parts (76 = 64 + 16 channels) and one stage, the forward pass wrote wrong numbers into the
+    second part, not the same ones each time, or read where nothing is (H200, Triton 3.6; its PTX shows no fault). With more stages,
+    as where nothing is rotated on load, it is right, so such tiles have at least two. Values in one part are right with one.
+
 NOTE [Hopper]
     Measured on an H200, bfloat16, causal, N = 32768, H 4, P 128, in us at T 1024 and 4096: forward 105 and 281, dq 133 and
     360, dk with dv 177 and 499. At T 4096 the tensor cores work 51 to 58 % of the cycles. Triton waits for a product before it
@@ -130,7 +218,7 @@ NOTE [Gated rows]
     1292 for P 64, and 9 of 524 for H 2, E 5, TOP_K 3, P 76, D 412, N = 16384, T 256, for 330 more lines.
 """
 
-from .backward import _attention_bwd_dkdv_kernel, _attention_bwd_dq_kernel, attention_backward
+from .backward import _attention_bwd_dkdv_kernel, _attention_bwd_dq_kernel, attention_backward, heads_side_by_side
 from .configs import CONFIGS, SPACE, tile_width
 from .forward import _attention_fwd_kernel, attention_forward
 
@@ -142,5 +230,6 @@ __all__ = [
     "_attention_fwd_kernel",
     "attention_backward",
     "attention_forward",
+    "heads_side_by_side",
     "tile_width",
 ]

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ..common import cdiv, launch, opaque, rows
 from ..position import rope_table, turn, turn_back
-from .configs import _chunks, _config, _contiguous, _exact, _hopper, _positions, _rows, _sections, _tuned
+from .configs import _chunks, _config, _contiguous, _exact, _hopper, _positions, _rows, _sections, _tuned, _two_stages
 from .masks import (
     covering_tiles,
     inside,
@@ -282,11 +282,21 @@ def _attention_bwd_dq_kernel(
 
 def _attention_backward_fake(
     do, dlse, q, k, v, q_pos, k_pos, key_padding_mask, cu_seqlens, o, lse, causal, window, scale, precision, joint=False,
-    rotated=0, base=1.0, on_load=False,
+    rotated=0, base=1.0, on_load=False, width=0, spare=0,
 ):  # fmt: skip
     dq_pos = q.new_empty(0) if q_pos is None else q_pos.new_empty(q_pos.shape)
-    dq = q.new_empty(*q.shape[:2], q.shape[2] + k.shape[2], q.shape[3]) if joint else q.new_empty(q.shape)
-    return dq, k.new_empty(0 if joint else k.shape), v.new_empty(v.shape), dq_pos
+    width = width or q.shape[3]
+    if joint:
+        dq, dk = q.new_empty(*q.shape[:2], (q.shape[2] + k.shape[2]) * width + spare), k.new_empty(0)
+    else:
+        dq, dk = q.new_empty(*q.shape[:3], width), k.new_empty(*k.shape[:3], width)
+    return dq, dk, v.new_empty(v.shape), dq_pos
+
+
+def heads_side_by_side(both: Tensor, H: int, Hkv: int, P: int) -> tuple[Tensor, Tensor]:
+    """dq [B, T, H, P] and dk [B, T, Hkv, P] of what `attention_backward` returns with `joint`."""
+    dq, dk = both.narrow(2, 0, H * P), both.narrow(2, H * P, Hkv * P)
+    return dq.unflatten(2, (H, P)), dk.unflatten(2, (Hkv, P))
 
 
 @opaque(_attention_backward_fake)
@@ -310,15 +320,19 @@ def attention_backward(
     rotated: int = 0,
     base: float = 1.0,
     on_load: bool = False,
+    width: int = 0,
+    spare: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv and dq_pos (empty without q_pos), contiguous, from the gradients of o and lse (None: zero). With `joint`, where
-    T = S, dq and dk come as one tensor [B, T, H + Hkv, P], and dk is empty. `rotated` channels of
-    dq and dk are rotated back, queries at the last T of S positions: as pairs side by side (position.py), where q and k come
-    rotated, or as halves with `on_load`, as `attention_forward` takes them."""
+    T = S, the rows of dq and dk come as one tensor [B, T, (H + Hkv) * P + spare], the last `spare` columns not filled in, and dk
+    is empty. `rotated` channels of dq and dk are rotated back, queries at the last T of S positions: as pairs side by side
+    (position.py), where q and k come rotated, or as halves with `on_load`, as `attention_forward` takes them. `width`: of dq and
+    dk only so many channels."""
     first, second, dv, dq_pos = _attention_backward_fake(
-        do, dlse, q, k, v, q_pos, k_pos, key_padding_mask, cu_seqlens, o, lse, causal, window, scale, precision, joint
-    )
-    dq, dk = first.split([q.shape[2], k.shape[2]], 2) if joint else (first, second)
+        do, dlse, q, k, v, q_pos, k_pos, key_padding_mask, cu_seqlens, o, lse, causal, window, scale, precision, joint,
+        width=width, spare=spare,
+    )  # fmt: skip
+    dq, dk = heads_side_by_side(first, q.shape[2], k.shape[2], width or q.shape[3]) if joint else (first, second)
     B, T, H, P = q.shape
     S, Hkv, PV = k.shape[1], k.shape[2], v.shape[3]
     do, q, k, v, o, lse = _rows(do), _rows(q), _rows(k), _rows(v), rows(o), lse.contiguous()
@@ -336,7 +350,7 @@ def attention_backward(
     inputs = (*do.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
     sizes = (T, S, H, min(window, T + S))
     flags = dict(
-        P=P, PV=PV, LOAD_P=min(q.shape[-1], k.shape[-1]), LOAD_PV=min(do.shape[-1], v.shape[-1]), GROUP=H // Hkv,
+        P=width or P, PV=PV, LOAD_P=min(q.shape[-1], k.shape[-1]), LOAD_PV=min(do.shape[-1], v.shape[-1]), GROUP=H // Hkv,
         IS_CAUSAL=causal, HAS_WINDOW=window > 0, PRECISION=precision, EXACT=exact,
         CHUNKS_P=chunks, CHUNKS_PV=_chunks(PV, q.dtype), **_positions(q_pos), HALF=halves // 2,
     )  # fmt: skip
@@ -355,6 +369,8 @@ def attention_backward(
     spare = key_padding_mask is not None or Hkv < H
     rung = "hopper_rope" if halves else "hopper_spare" if spare else "hopper"
     config = _config("attention_dkdv", q, k, v, q_pos, rung, span)
+    if halves:
+        config = _two_stages(config, q, PV)
     config = _tuned(_attention_bwd_dkdv_kernel, config, q, k, v, *key)
     number, strides = cdiv(S, config["BLOCK_N"]), (*inputs, *dk.stride()[:3], *dv.stride()[:3])
     arguments = (do, q, k, v, *positions, *masks, stats, table, dk, dv)

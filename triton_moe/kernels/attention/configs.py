@@ -211,6 +211,13 @@ def _config(
     return {name: min(value, next_power_of_2(limits[name])) if name in limits else value for name, value in config.items()}
 
 
+def _two_stages(config: dict[str, int], q: Tensor, PV: int) -> dict[str, int]:
+    """At least, where NOTE [One stage] says so."""
+    if _hopper(q) and len(_chunks(PV, q.dtype)) > 1:
+        config["num_stages"] = max(2, config["num_stages"])
+    return config
+
+
 def _tuned(kernel, config, q, k, v, q_pos, key_padding_mask, cu_seqlens, causal, window, precision, rotated) -> dict[str, int]:
     sizes, F = (q.shape[0] * q.shape[2], q.shape[1], k.shape[1]), 0 if q_pos is None else q_pos.shape[-1]
     widths = {"P": q.shape[-1], "PV": v.shape[-1], "F": F, "GROUP": q.shape[2] // k.shape[2], "tf32": precision == "tf32"}

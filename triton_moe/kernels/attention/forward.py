@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..common import cdiv, launch, opaque
 from ..position import rope_table, turn
-from .configs import _chunks, _config, _contiguous, _exact, _positions, _rows, _sections, _tuned
+from .configs import _chunks, _config, _contiguous, _exact, _positions, _rows, _sections, _tuned, _two_stages
 from .masks import covering_tiles, kept_keys, key_range, nth_tile, padding_bytes, sequence_bounds, visible_keys
 from .tiles import _add_dots, _add_positions, _dot_rows, _exp, _load_rows, _place, _store_rows, _times, _zero_chunks
 
@@ -132,6 +132,7 @@ def attention_forward(
     chunks = _chunks(P, q.dtype, rotated)
     if rotated:
         config = _config("attention_forward", q, k, v, q_pos, "hopper_few" if T <= 64 else "hopper_rope", sum(chunks))
+        config = _two_stages(config, q, PV)
     else:
         spare = key_padding_mask is not None or cu_seqlens is not None or window > 0 or Hkv < H
         config = _config("attention_forward", q, k, v, q_pos, "hopper_spare" if spare else "hopper")
