@@ -2,9 +2,9 @@
 
 python tests/space.py --processes 16 --budget 300 --rows rows.jsonl
 
-Takes the cases of `compile --all` and a few more, one for each kind of lookup, in bfloat16 and float32, in a random order. A configuration that
-crashes, hangs or is wrong costs only itself. Rows are appended as they come, and those that are there are not checked again; a
-configuration that does not fit the shared memory runs as it would for a user, in fewer stages. Exit code 1: one was wrong.
+Takes the cases of `compile --all` and a few more, one for each kind of lookup, in bfloat16 and float32, in a random order. A
+configuration that crashes, hangs or is wrong costs only itself. Rows are appended as they come, and those that are there are not
+checked again; one that does not fit the shared memory runs as it would for a user, in fewer stages. Exit code 1: one was wrong.
 """
 
 import argparse
