@@ -369,9 +369,9 @@ def attention_backward(
     spare = key_padding_mask is not None or Hkv < H
     rung = "hopper_rope" if halves else "hopper_spare" if spare else "hopper"
     config = _config("attention_dkdv", q, k, v, q_pos, rung, span)
+    config = _tuned(_attention_bwd_dkdv_kernel, config, q, k, v, *key)
     if halves:
         config = _two_stages(config, q, PV)
-    config = _tuned(_attention_bwd_dkdv_kernel, config, q, k, v, *key)
     number, strides = cdiv(S, config["BLOCK_N"]), (*inputs, *dk.stride()[:3], *dv.stride()[:3])
     arguments = (do, q, k, v, *positions, *masks, stats, table, dk, dv)
     scalars = (*sizes, _sections(q, do, B * Hkv), number)

@@ -214,7 +214,7 @@ def _config(
 def _two_stages(config: dict[str, int], q: Tensor, PV: int) -> dict[str, int]:
     """At least, where NOTE [One stage] says so."""
     if _hopper(q) and len(_chunks(PV, q.dtype)) > 1:
-        config["num_stages"] = max(2, config["num_stages"])
+        return config | {"num_stages": max(2, config["num_stages"])}
     return config
 
 

@@ -132,12 +132,13 @@ def attention_forward(
     chunks = _chunks(P, q.dtype, rotated)
     if rotated:
         config = _config("attention_forward", q, k, v, q_pos, "hopper_few" if T <= 64 else "hopper_rope", sum(chunks))
-        config = _two_stages(config, q, PV)
     else:
         spare = key_padding_mask is not None or cu_seqlens is not None or window > 0 or Hkv < H
         config = _config("attention_forward", q, k, v, q_pos, "hopper_spare" if spare else "hopper")
     key = q_pos, key_padding_mask, cu_seqlens, causal, window, precision, rotated
     config = _tuned(_attention_fwd_kernel, config, q, k, v, *key)
+    if rotated:
+        config = _two_stages(config, q, PV)
     table = rope_table(rotated, base, S, chunks[0], q, False) if rotated else None
     masks, number = (padding_bytes(key_padding_mask), sequence_bounds(cu_seqlens, T)), cdiv(T, config["BLOCK_M"])
     launch(
