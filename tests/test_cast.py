@@ -25,6 +25,17 @@ def test_weights_side_by_side(dtype, device):
         assert result.data_ptr() % 16 == 0 or result.is_cpu  # for descriptors
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_of_different_rows_side_by_side(dtype, device):
+    """As those of queries, keys and gates: some in pairs, some filled up, all rows of one matrix."""
+    q, sel = randn(2, 5, 7, device=device), randn(1, 3, 7, device=device, seed=1)
+    with torch.no_grad():
+        joined, other = cast.assemble(dtype, ((q, q, sel), ((6, 5, 3), 7), (4, 0, 0)), ((sel,), (4, 8), 0))
+    pairs = torch.nn.functional.pad(q[:, [0, 2, 1, 3, 4]], (0, 0, 0, 1))
+    assert torch.equal(joined, torch.cat([pairs.flatten(0, 1), q.flatten(0, 1), sel[0]]).to(dtype))
+    assert torch.equal(other, torch.nn.functional.pad(sel, (0, 1, 0, 1)).to(dtype))
+
+
 @pytest.mark.parametrize("P, n", [(7, 6), (8, 8), (9, 2), (5, 0)])
 def test_rows_in_pairs_and_back(P, n, device):
     x = randn(3, P, 4, device=device)

@@ -560,10 +560,12 @@ def test_operators_pass_opcheck(device):
     registered = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("triton_moe::")}
     assert {operator.name() for operator in calls} == registered and registered
     for operator, arguments in calls.items():
-        kinds = {tuple(t is None for t in args): args for args in arguments}  # one call for each set of tensors that are given
+        names = [a.name for a in operator._schema.arguments]
+        # one call for each set of tensors that are given, and of flags and widths
+        kinds = {tuple(a if isinstance(a, int) else a is None for a in args): args for args in arguments}
         for args in kinds.values():
-            if operator is torch.ops.triton_moe.attention_backward.default:
-                args = (*args[:-1], 0)  # columns that it does not fill in hold anything
+            if "spare" in names[: len(args)]:  # columns that it does not fill in hold anything
+                args = tuple(0 if name == "spare" else a for name, a in zip(names, args, strict=False))
             torch.library.opcheck(operator, args, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"))
 
 

@@ -143,9 +143,10 @@ def _cast(make, H, E, P, D, N=4096):
     """From float32, as under autocast, with heads of P channels filled up to a multiple of 32."""
     wide = common.cdiv(P, 32) * 32
     q, v, sel, x = (make(*shape, dtype=torch.float32) for shape in ((H, P, D), (H * E, D, P), (1, H * E, D), (N, D)))
-    groups = ((q, q), (wide, D), P // 2 * 2), ((v,), (D, wide), 0), ((sel, sel), (H * E, D), 0)
+    joined = (q, q, sel, sel), ((P, P, H * E, H * E), D), (P // 2 * 2, P // 2 * 2, 0, 0)
+    groups = joined, ((v,), (D, wide), 0)
     other = torch.float16 if make.dtype == torch.float32 else make.dtype  # there is nothing to cast to float32
-    return dict(zip(("qk", "v", "sel", "x"), (*cast.assemble(make.dtype, *groups), cast.cast(x, other)), strict=True))
+    return dict(zip(("joined", "v", "x"), (*cast.assemble(make.dtype, *groups), cast.cast(x, other)), strict=True))
 
 
 def _norm(make, D, N=4096):

@@ -19,7 +19,8 @@ NOTE [Head widths]
     those of the width itself. On an H200 (bfloat16, N = 32768, forward and backward) a layer of P 76 takes 1106 us at T 1024 and
     1435 at T 4096 with 80 channels, 1137 and 1482 with 96; P 132 2406 and 3058 with 144 channels, 2469 and 3165 with 160; but P
     100 2014 and 2942 with 112 channels, and 1938 and 2709 with 128: what the projections win there (35 us) attention loses twice,
-    as a tile of 128 channels over rows of 112, and more so in parts of 64, 32 and 16.
+    as a tile of 128 channels over rows of 112, and more so in parts of 64, 32 and 16. The products of queries and keys alone
+    have the width itself where that is much less (`_product_width` in _switchhead.py).
 
 NOTE [Streams]
     Random masks are a function of (seed, token, column, stream); the stream tells the masks of one layer apart.

@@ -4,7 +4,8 @@ NOTE [Joint gradients]
     Where queries, keys and gates read the same x, the rows of dq, dk and d logits lie side by side: one product makes the
     gradients of all their weights, and one their share of d x. On an H200 (N 32768, D 1024, H 4, E 4, P 100) that of the weights
     takes 84 us, and two take 83 and 27; d logits in the other cost it nothing. Of 832 columns (and some other multiples of 64)
-    cuBLAS 13 makes 133 us, of 840 again 84, so there are then 8 more that nobody fills in. d x of the values comes first and
+    cuBLAS 13 makes 133 us, of 840 again 84, so there are then 8 more that nobody fills in, and always as many as rows need to
+    start on 16 bytes. d x of the values comes first and
     cuBLAS adds to it on the way, 96 us in place of 88: `spread` takes 146 us, and 177 where it adds something, 198 into float32.
     Then the cast of d x, 49 us, is one of its own, which a compiler joins with what stands next to it.
 """
@@ -78,14 +79,15 @@ class _HeadConfig(NamedTuple):
 
 
 def _attention_config(c: _HeadConfig) -> _AttentionConfig:
-    """Of queries and keys that the layer has rotated itself, in place."""
+    """Of queries and keys that the layer has rotated itself."""
     return _AttentionConfig(c.kind, 0, False, c.base, c.causal, c.window, c.width**-0.5, c.precision)
 
 
 def _product_width(c: _HeadConfig, dtype: torch.dtype) -> int:
     """Channels of a head in the products that make queries and keys: those of a tile, or where these are many more no padding,
-    which the launch that rotates then adds. On an H200 (N 32768, D 1024, 2 * H = 8) the three products of a forward and a
-    backward pass take 271 us with heads of 100 channels, and 323 with 128."""
+    which the launch that rotates then adds. Rows must start on 16 bytes for cuBLAS; Transformer-XL adds to dq what has the
+    channels of a tile. On an H200 (N 32768, D 1024, 2 * H = 8) the three products of a forward and a backward pass take 271 us
+    with heads of 100 channels, and 323 with 128."""
     wide = tile_width(c.width, dtype)
     narrow = 8 * c.width <= 7 * wide and c.n_heads * c.width % 8 == 0 and c.kind != "xl"
     return c.width if narrow else wide
@@ -332,7 +334,9 @@ def _without_padding(grads, dtypes, H: int, width: int, rotated: int) -> tuple[T
             grads[i] = None
         elif i in (3, 4, 5, 9) and d.ndim == 2:
             groups[dtype].append((i, ((d.view(H, -1, d.shape[1]),), (width, d.shape[1]), -rotated if i in (3, 4) else 0)))
-        elif d.dtype != dtype and i in (7, 8):
+        elif i in (7, 8) and d.dtype == dtype:
+            grads[i] = d.clone()  # of the one product, which would otherwise live as long
+        elif i in (7, 8):
             groups[dtype].append((i, ((d[None],), d.shape, 0)))
     for dtype, some in groups.items():
         for (i, _), d in zip(some, assemble(dtype, *(group for _, group in some)), strict=True):

@@ -97,7 +97,8 @@ NOTE [Registers]
 NOTE [One stage]
     Rotated on load, with values in two parts (76 = 64 + 16 channels) and one stage, the forward pass wrote wrong numbers into the
     second part, not the same ones each time, or read where nothing is (H200, Triton 3.6; its PTX shows no fault). With more
-    stages it is right, as it is without rotation, so such tiles have at least two. Values in one part are right with one.
+    stages it is right, as it is without rotation, so all such tiles, of the backward pass too, are launched with at least two.
+    Values in one part are right with one.
 
 NOTE [Hopper]
     Measured on an H200, bfloat16, causal, N = 32768, H 4, P 128, in us at T 1024 and 4096: forward 105 and 281, dq 133 and

@@ -358,6 +358,8 @@ def attention_backward(
     key = q_pos, key_padding_mask, cu_seqlens, causal, window, precision, halves
     config = _config("attention_dq", q, k, v, q_pos, "hopper_rope" if halves else "hopper", span)
     config = _tuned(_attention_bwd_dq_kernel, config, q, k, v, *key)
+    if halves:
+        config = _two_stages(config, q, PV)
     number, strides = cdiv(T, config["BLOCK_M"]), (*inputs, *o.stride()[:3], *dq.stride()[:3])
     arguments = (do, q, k, v, *positions, *masks, o, lse, dlse, stats, table, None if q_pos is None else dq_pos, dq)
     scalars = (*sizes, _sections(k, v, B * H), number)
@@ -366,8 +368,8 @@ def attention_backward(
         grid = (number * B * H, parts if out == "dq_pos" else 1)
         launch(_attention_bwd_dq_kernel, grid, *arguments, *scalars, *strides, scale, **flags, **config, OUT=out)
 
-    spare = key_padding_mask is not None or Hkv < H
-    rung = "hopper_rope" if halves else "hopper_spare" if spare else "hopper"
+    crowded = key_padding_mask is not None or Hkv < H  # more in registers
+    rung = "hopper_rope" if halves else "hopper_spare" if crowded else "hopper"
     config = _config("attention_dkdv", q, k, v, q_pos, rung, span)
     config = _tuned(_attention_bwd_dkdv_kernel, config, q, k, v, *key)
     if halves:
