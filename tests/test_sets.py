@@ -44,8 +44,9 @@ class Output(torch.autograd.Function):
 
 @pytest.fixture
 def always(monkeypatch):
-    """These kernels at any size, and chunks of weight gradients that a small problem fills."""
+    """These kernels at any size, several tiles a program, and chunks of weight gradients that a small problem fills."""
     monkeypatch.setattr(sets, "fits", lambda *_: True)
+    monkeypatch.setattr(sets, "_programs", lambda *_: 3)
     monkeypatch.setattr(projection, "LEAST_CHUNK", 16)
     monkeypatch.setattr(projection, "PROGRAMS", 1000)
 
@@ -56,6 +57,7 @@ SHAPES = [
     (150, 19, 3, 3, 1, 8),
     (90, 32, 2, 5, 3, 33),
     (80, 16, 1, 7, 4, 16),
+    (530, 300, 1, 4, 2, 24),  # ten tiles of y or more
     (70, 40, 2, 4, 2, 67),  # 64 columns and 3 in a dense product
 ]
 

@@ -27,18 +27,29 @@ NOTE [Descriptors]
     and is slow at that and at rows that split sectors: P 112 took longer than P 128. So weights are padded with zeros, by
     `_padded`.
 
+NOTE [One loop]
+    A tile of `spread` is some twenty short steps, and a fifth of its time was what comes before the first and after the last. So
+    where a copy engine reads the operands (MANY) there are as many programs as run at a time, and each goes through all steps of
+    all its tiles in one loop: the next tile's first blocks arrive while this one's sum is stored. Three things keep that loop
+    asynchronous on Hopper; look for `warp_group_dot_wait {pendings = 1}`, num_stages buffers, and no word of ptxas about
+    serialized wgmma. Where a step is follows by `tl.where`: a branch would be joined with the one that stores, and the copies
+    would wait for it. The sum becomes zeros inside that branch, by a condition that the compiler cannot decide: plain zeros are
+    moved out of it and become a choice in every step. And there is one sum: with two, as `gather` has, ptxas serializes.
+    On an H200 143 -> 135 us, H 4, E 10 258 -> 240, the same bits. `gather` so: 155 us for 120 (serialized); one sum over both
+    experts' weights side by side 122, 224 with u (it spills); two nested loops that load the next tile's rows ahead 115, with u
+    132 for 135, with the dots 131 for 135.
+
 On an H200, bfloat16, N = 32768, D = 1024, H 4, E 4, TOP_K 2, P 128, cuBLAS of the same FLOPs taking 99 us: gather 119 us, 136
 with u written, 141 with the dots; pack 35 and spread 140, in one graph 172; pack with the dots of u 64, alone 30. Experiments on
 the way: pointers in place of descriptors 129 against 122 us for gather and 154 against 140 for spread; spread gathering its rows
 itself 211; 64 rows a tile and twice the programs 187; windows of tokens for the cache's sake 142.
 Later, each alone in a graph: spread with tiles of 128 columns 148 us, of 256 columns and 8 warps 144, the same with 64 rows 184,
-programs that go on to further tiles 140 to 145, two passes of two heads each 169. What is added to y, as the sum's start 168 us,
-loaded before the sum and added after it 166, loaded after it 170. One head at a time sums are short and 128 columns better (H 4,
-E 10: 253 us, with 256 columns 338; 256 or 512 columns of all heads before the next, so that what they add to stays in the
-cache, 28 and 11 us more). gather with both experts' weights side by side 125 against 133 us, but they must first be
-copied so; writing the gated rows for the weight's gradient as well 164 against 142, as long as a launch of their own (24), and at
-TOP_K 4 far longer. pack by 16 rows and 4 warps 44 against 38 us; with the dots that is the fastest; a program for all
-experts of a head 35 to 37 against 37, with the dots 64.
+programs that go on to further tiles in nested loops 140 to 145, two passes of two heads each 169. One head at a time sums are
+short and 128 columns better (H 4, E 10: 240 us, with 256 columns 260; 256 or 512 columns of all heads before the next, so that
+what they add to stays in the cache, 28 and 11 us more). gather with both experts' weights side by side 125 against 133 us, but
+they must first be copied so; writing the gated rows for the weight's gradient as well 164 against 142, as long as a launch of
+their own (24), and at TOP_K 4 far longer. pack by 16 rows and 4 warps 44 against 38 us; with the dots that is the fastest; a
+program for all experts of a head 35 to 37 against 37, with the dots 64.
 H 2, E 8, TOP_K 4: gather with u takes 197 us for P 128, and 351 for P 132 with a product of 16 columns more in each tile. In
 place of 64 rows a tile 128 with the sum of the first two experts in global memory 478, with 16 warps 597, all in registers 751,
 one expert at a time 709: they spill. Heads one by one: pack and spread of P 132 take 255 us in place of 229.
@@ -53,6 +64,7 @@ NOTE [Last columns]
     the gates' are.
 """
 
+import functools
 import math
 
 import torch
@@ -388,48 +400,75 @@ def _pack_kernel(
 
 
 @triton.jit
+def _store_sum(
+    acc, t, y_ptr, base_ptr, order_ptr, N, DIV: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """y = base + acc in tile t -> its tokens."""
+    tiles_n: tl.constexpr = (D + BLOCK_N - 1) // BLOCK_N
+    offs_m, offs_n = t // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M), t % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    n = tl.load(order_ptr + offs_m, mask=offs_m < N, other=0) // DIV
+    mask = (offs_m < N)[:, None] & (offs_n < D)[None, :]
+    if base_ptr is not None:
+        acc += tl.load(_at(base_ptr, n, offs_n, D), mask=mask, other=0.0).to(tl.float32)
+    tl.store(_at(y_ptr, n, offs_n, D), acc.to(y_ptr.dtype.element_ty), mask=mask)
+    return n
+
+
+@triton.jit
 def _spread_kernel(
-    packed_desc, w_desc, y_ptr, base_ptr, b_ptr, c_ptr, order_ptr, visited_ptr, N,
+    packed_desc, w_desc, y_ptr, base_ptr, b_ptr, c_ptr, order_ptr, visited_ptr, N, TILES,
     HE: tl.constexpr, E: tl.constexpr, DIV: tl.constexpr, P: tl.constexpr, D: tl.constexpr, C: tl.constexpr,
     G: tl.constexpr, W_ROWS: tl.constexpr, W_COLS: tl.constexpr, TRANSPOSED: tl.constexpr, TILE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
+    MANY: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """y = base + b c + the sparse product, base and b c [N, C] [C, D] where given."""
+    """y = base + b c + the sparse product, base and b c [N, C] [C, D] where given. MANY: see NOTE [One loop]."""
     tiles_n: tl.constexpr = (D + BLOCK_N - 1) // BLOCK_N
-    steps: tl.constexpr = (P + BLOCK_K - 1) // BLOCK_K
+    parts: tl.constexpr = TILE // BLOCK_M * tiles_n  # tiles here of a tile of the tables
     w_desc = _blocks(w_desc, G, W_ROWS, W_COLS, TRANSPOSED, BLOCK_K, BLOCK_N)
     if packed_desc.dtype.is_ptr():
         packed_desc = tl.make_tensor_descriptor(packed_desc, [1 << 30, P], [P, 1], [BLOCK_M, BLOCK_K])
-    pid = tl.program_id(0)
-    n0 = pid % tiles_n * BLOCK_N
-    m0 = pid // tiles_n * BLOCK_M
-    tile = m0 // TILE
-    offs_m = m0 + tl.arange(0, BLOCK_M)
-    offs_n = n0 + tl.arange(0, BLOCK_N)
-    mask_m, mask_n = offs_m < N, offs_n < D
-    n = tl.load(order_ptr + offs_m, mask=mask_m, other=0) // DIV
-    first = tl.load(order_ptr + m0) % DIV * E if DIV > 1 else 0  # expert of the pass
-    mask = mask_m[:, None] & mask_n[None, :]
-    bits = tl.load(visited_ptr + tile * 2)
-    block = tl.load(visited_ptr + tile * 2 + 1).to(tl.int32)
+    programs = tl.num_programs(0)
+    t = tl.program_id(0)
+    first = tl.load(order_ptr) % DIV * E if DIV > 1 else 0  # expert of the pass
+    bits = tl.load(visited_ptr + t // parts * 2)
+    block = tl.load(visited_ptr + t // parts * 2 + 1).to(tl.int32)
+    visits = _count(bits, HE)
+    if MANY:
+        for start in range(t + programs, TILES, 32 * programs):
+            later = start + tl.arange(0, 32) * programs
+            visits += tl.sum(_count(tl.load(visited_ptr + later // parts * 2, mask=later < TILES, other=0), HE))
+        later_ptr = visited_ptr + tl.minimum(t + programs, TILES - 1) // parts * 2
+        later_bits, later_block = tl.load(later_ptr), tl.load(later_ptr + 1).to(tl.int32)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    if base_ptr is not None:
-        base = tl.load(_at(base_ptr, n, offs_n, D), mask=mask, other=0.0)  # long before it is needed
     for column in tl.static_range(0, C, BLOCK_C):
+        offs_m, offs_n = t // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M), t % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
         offs_c = column + tl.arange(0, BLOCK_C)
-        b = tl.load(_at(b_ptr, n, offs_c, C), mask=mask_m[:, None] & (offs_c < C)[None, :], other=0.0)
-        c = tl.load(c_ptr + offs_c[:, None] * D + offs_n[None, :], mask=(offs_c < C)[:, None] & mask_n[None, :], other=0.0)
+        n = tl.load(order_ptr + offs_m, mask=offs_m < N, other=0) // DIV
+        b = tl.load(_at(b_ptr, n, offs_c, C), mask=(offs_m < N)[:, None] & (offs_c < C)[None, :], other=0.0)
+        c = tl.load(c_ptr + offs_c[:, None] * D + offs_n[None, :], mask=(offs_c < C)[:, None] & (offs_n < D)[None, :], other=0.0)
         acc = tl.dot(b, c, acc)
-    if base_ptr is not None and D % 8 > 0:  # in so narrow pieces it takes too many registers to wait in
-        acc += base.to(tl.float32)
-    for i in range(_count(bits, HE) * steps):
-        k = i % steps * BLOCK_K
-        a = packed_desc.load([(block + i // steps) * TILE + m0 % TILE, k])
-        acc = tl.dot(a, _weights(w_desc, first + _lowest(bits), k, n0, TRANSPOSED, BLOCK_K, BLOCK_N), acc)
-        bits = tl.where(i % steps == steps - 1, bits & (bits - 1), bits)  # to the next expert
-    if base_ptr is not None and D % 8 == 0:
-        acc += base.to(tl.float32)
-    tl.store(_at(y_ptr, n, offs_n, D), acc.to(y_ptr.dtype.element_ty), mask=mask)
+    k = 0
+    for _ in range(visits * ((P + BLOCK_K - 1) // BLOCK_K)):
+        a = packed_desc.load([block * TILE + t // tiles_n * BLOCK_M % TILE, k])
+        w = _weights(w_desc, first + _lowest(bits), k, t % tiles_n * BLOCK_N, TRANSPOSED, BLOCK_K, BLOCK_N)
+        acc = tl.dot(a, w, acc)
+        k += BLOCK_K
+        through = k >= P  # with this expert
+        k = tl.where(through, 0, k)
+        bits = tl.where(through, bits & (bits - 1), bits)
+        block = tl.where(through, block + 1, block)
+        if MANY:
+            done = bits == 0
+            if done:
+                n = _store_sum(acc, t, y_ptr, base_ptr, order_ptr, N, DIV, D, BLOCK_M, BLOCK_N)
+                acc = tl.where((n < 0)[:, None], acc, 0.0)
+            t = tl.where(done, t + programs, t)
+            bits = tl.where(done, later_bits, bits)
+            block = tl.where(done, later_block, block)
+            later_ptr = visited_ptr + tl.minimum(t + programs, TILES - 1) // parts * 2
+            later_bits, later_block = tl.load(later_ptr), tl.load(later_ptr + 1).to(tl.int32)
+    if not MANY:
+        _store_sum(acc, t, y_ptr, base_ptr, order_ptr, N, DIV, D, BLOCK_M, BLOCK_N)
 
 
 # ---- launchers
@@ -441,6 +480,16 @@ def capability(x: torch.Tensor) -> int:
         target = triton.runtime.driver.active.get_current_target()
         return target.arch // 10 if target.backend == "cuda" else 0
     return 0 if torch.version.hip else torch.cuda.get_device_capability(x.device)[0]
+
+
+def _programs(x: torch.Tensor, size: int) -> int:
+    """How many tiles of that size x's device works at. See NOTE [One loop]."""
+    return _multiprocessors(x.device) * max(1, 128 * 256 // size)
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
 def _config(name: str, x: torch.Tensor) -> dict[str, int]:
@@ -579,13 +628,15 @@ def _spread(packed, visited, w, transposed, order, heads, HE, y, base, b, c):
     config["BLOCK_N"] = min(config["BLOCK_N"], next_power_of_2(D))
     flags = {"heads": heads, "C": C, "base": base is not None, "transposed": transposed}
     config = tuning.lookup(_spread_kernel, config, packed, (N,), HE=HE, N=D, K=P, **flags)
+    tiles = visited.shape[0] * (TILE // config["BLOCK_M"]) * cdiv(D, config["BLOCK_N"])
+    many = C == 0 and (INTERPRET or capability(packed) >= 9)  # tiles a program
     launch(
-        _spread_kernel, (visited.shape[0] * (TILE // config["BLOCK_M"]) * cdiv(D, config["BLOCK_N"]),),
+        _spread_kernel, (min(tiles, _programs(packed, config["BLOCK_M"] * config["BLOCK_N"])) if many else tiles,),
         _descriptor(packed, [config["BLOCK_M"], config["BLOCK_K"]]),
-        _weight_descriptor(w, transposed, config["BLOCK_K"], config["BLOCK_N"]), y, base, b, c, order, visited, N,
+        _weight_descriptor(w, transposed, config["BLOCK_K"], config["BLOCK_N"]), y, base, b, c, order, visited, N, tiles,
         HE=HE, E=HE // heads, DIV=w.shape[0] // HE, P=P, D=D, C=C, G=w.shape[0],
         W_ROWS=w.stride(0) // w.stride(1), W_COLS=w.shape[2], TRANSPOSED=transposed, TILE=TILE,
-        BLOCK_C=min(64, next_power_of_2(C)), **config,
+        MANY=many, BLOCK_C=min(64, next_power_of_2(C)), **config,
     )  # fmt: skip
 
 
