@@ -37,7 +37,8 @@ NOTE [One loop]
     moved out of it and become a choice in every step. And there is one sum: with two, as `gather` has, ptxas serializes.
     On an H200 143 -> 135 us, H 4, E 10 258 -> 240, the same bits. `gather` so: 155 us for 120 (serialized); one sum over both
     experts' weights side by side 122, 224 with u (it spills); two nested loops that load the next tile's rows ahead 115, with u
-    132 for 135, with the dots 131 for 135.
+    132 for 135, with the dots 131 for 135. Tokens loaded a tile ahead: 135 for 131; what is added to y loaded at a tile's first
+    step, E 10: 262 for 236, it spills; with 8 warps 313 and more.
 
 On an H200, bfloat16, N = 32768, D = 1024, H 4, E 4, TOP_K 2, P 128, cuBLAS of the same FLOPs taking 99 us: gather 119 us, 136
 with u written, 141 with the dots; pack 35 and spread 140, in one graph 172; pack with the dots of u 64, alone 30. Experiments on
