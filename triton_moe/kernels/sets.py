@@ -29,21 +29,23 @@ NOTE [Descriptors]
 
 NOTE [One loop]
     A tile of `spread` is some twenty short steps, and a fifth of its time was what comes before the first and after the last. So
-    where a copy engine reads the operands (MANY) there are as many programs as run at a time, and each goes through all steps of
-    all its tiles in one loop: the next tile's first blocks arrive while this one's sum is stored. Three things keep that loop
-    asynchronous on Hopper; look for `warp_group_dot_wait {pendings = 1}`, num_stages buffers, and no word of ptxas about
-    serialized wgmma. Where a step is follows by `tl.where`: a branch would be joined with the one that stores, and the copies
-    would wait for it. The sum becomes zeros inside that branch, by a condition that the compiler cannot decide: plain zeros are
-    moved out of it and become a choice in every step. And there is one sum: with two, as `gather` has, ptxas serializes.
-    On an H200 143 -> 135 us, H 4, E 10 258 -> 240, the same bits. `gather` so: 155 us for 120 (serialized); one sum over both
-    experts' weights side by side 122, 224 with u (it spills); two nested loops that load the next tile's rows ahead 115, with u
-    132 for 135, with the dots 131 for 135. Tokens loaded a tile ahead: 135 for 131; what is added to y loaded at a tile's first
-    step, E 10: 262 for 236, it spills; with 8 warps 313 and more.
+    on Hopper there are as many programs as run at a time, and each goes through all steps of all its tiles in one loop (MANY):
+    the next tile's first blocks arrive while this one's sum is stored. Three things keep that loop asynchronous; look for
+    `warp_group_dot_wait {pendings = 1}`, num_stages buffers, and no word of ptxas about serialized wgmma. Where a step is follows
+    by `tl.where`: a branch would be joined with the one that stores, and the copies would wait for it. The sum becomes zeros
+    inside that branch, by a condition that the compiler cannot decide: plain zeros are moved out of it and become a choice in
+    every step. And there is one sum: with two, as `gather` has, ptxas serializes.
+    Elsewhere a program has one tile: sm_100 would spill up to 568 bytes, A100s and AMD have no copy engine. So it has where there
+    is b c, whose product would be a second sum in the branch, and head by head with D no multiple of 8, which spills 24 to 56.
+    On an H200 143 -> 135 us, and 131 in another run; H 4, E 10 258 -> 240 (236); the same bits. `gather` so: 155 us for 120
+    (serialized); one sum over both experts' weights side by side 122, 224 with u (it spills); two nested loops that load the next
+    tile's rows ahead 115, with u 132 for 135, with the dots 131 for 135. Tokens loaded a tile ahead: 135 for 131; what is added
+    to y loaded at a tile's first step, E 10: 262 for 236, it spills; with 8 warps 313 and more.
 
 On an H200, bfloat16, N = 32768, D = 1024, H 4, E 4, TOP_K 2, P 128, cuBLAS of the same FLOPs taking 99 us: gather 119 us, 136
-with u written, 141 with the dots; pack 35 and spread 140, in one graph 172; pack with the dots of u 64, alone 30. Experiments on
-the way: pointers in place of descriptors 129 against 122 us for gather and 154 against 140 for spread; spread gathering its rows
-itself 211; 64 rows a tile and twice the programs 187; windows of tokens for the cache's sake 142.
+with u written, 141 with the dots; pack 35 and spread 140 (before it had one loop), in one graph 172; pack with the dots of u 64,
+alone 30. Experiments on the way: pointers in place of descriptors 129 against 122 us for gather and 154 against 140 for spread;
+spread gathering its rows itself 211; 64 rows a tile and twice the programs 187; windows of tokens for the cache's sake 142.
 Later, each alone in a graph: spread with tiles of 128 columns 148 us, of 256 columns and 8 warps 144, the same with 64 rows 184,
 programs that go on to further tiles in nested loops 140 to 145, two passes of two heads each 169. One head at a time sums are
 short and 128 columns better (H 4, E 10: 240 us, with 256 columns 260; 256 or 512 columns of all heads before the next, so that
@@ -417,37 +419,44 @@ def _store_sum(
 
 @triton.jit
 def _spread_kernel(
-    packed_desc, w_desc, y_ptr, base_ptr, b_ptr, c_ptr, order_ptr, visited_ptr, N, TILES,
+    packed_desc, w_desc, y_ptr, base_ptr, b_ptr, c_ptr, order_ptr, visited_ptr, N,
     HE: tl.constexpr, E: tl.constexpr, DIV: tl.constexpr, P: tl.constexpr, D: tl.constexpr, C: tl.constexpr,
     G: tl.constexpr, W_ROWS: tl.constexpr, W_COLS: tl.constexpr, TRANSPOSED: tl.constexpr, TILE: tl.constexpr,
     MANY: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """y = base + b c + the sparse product, base and b c [N, C] [C, D] where given. MANY: see NOTE [One loop]."""
+    """y = base + b c + the sparse product, base and b c [N, C] [C, D] where given. MANY: several tiles a program, no b c; see
+    NOTE [One loop]."""
     tiles_n: tl.constexpr = (D + BLOCK_N - 1) // BLOCK_N
     parts: tl.constexpr = TILE // BLOCK_M * tiles_n  # tiles here of a tile of the tables
     w_desc = _blocks(w_desc, G, W_ROWS, W_COLS, TRANSPOSED, BLOCK_K, BLOCK_N)
     if packed_desc.dtype.is_ptr():
         packed_desc = tl.make_tensor_descriptor(packed_desc, [1 << 30, P], [P, 1], [BLOCK_M, BLOCK_K])
-    programs = tl.num_programs(0)
+    programs, tiles = tl.num_programs(0), (N + TILE - 1) // TILE * parts
     t = tl.program_id(0)
     first = tl.load(order_ptr) % DIV * E if DIV > 1 else 0  # expert of the pass
     bits = tl.load(visited_ptr + t // parts * 2)
     block = tl.load(visited_ptr + t // parts * 2 + 1).to(tl.int32)
     visits = _count(bits, HE)
     if MANY:
-        for start in range(t + programs, TILES, 32 * programs):
+        for start in range(t + programs, tiles, 32 * programs):
             later = start + tl.arange(0, 32) * programs
-            visits += tl.sum(_count(tl.load(visited_ptr + later // parts * 2, mask=later < TILES, other=0), HE))
-        later_ptr = visited_ptr + tl.minimum(t + programs, TILES - 1) // parts * 2
+            visits += tl.sum(_count(tl.load(visited_ptr + later // parts * 2, mask=later < tiles, other=0), HE))
+        later_ptr = visited_ptr + tl.minimum(t + programs, tiles - 1) // parts * 2
         later_bits, later_block = tl.load(later_ptr), tl.load(later_ptr + 1).to(tl.int32)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    offs_m, offs_n = t // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M), t % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    if not MANY and base_ptr is not None:
+        n = tl.load(order_ptr + offs_m, mask=offs_m < N, other=0) // DIV
+        mask = (offs_m < N)[:, None] & (offs_n < D)[None, :]
+        base = tl.load(_at(base_ptr, n, offs_n, D), mask=mask, other=0.0)  # long before it is needed
     for column in tl.static_range(0, C, BLOCK_C):
-        offs_m, offs_n = t // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M), t % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
         offs_c = column + tl.arange(0, BLOCK_C)
         n = tl.load(order_ptr + offs_m, mask=offs_m < N, other=0) // DIV
         b = tl.load(_at(b_ptr, n, offs_c, C), mask=(offs_m < N)[:, None] & (offs_c < C)[None, :], other=0.0)
         c = tl.load(c_ptr + offs_c[:, None] * D + offs_n[None, :], mask=(offs_c < C)[:, None] & (offs_n < D)[None, :], other=0.0)
         acc = tl.dot(b, c, acc)
+    if not MANY and base_ptr is not None and D % 8 > 0:  # in so narrow pieces it takes too many registers to wait in
+        acc += base.to(tl.float32)
     k = 0
     for _ in range(visits * ((P + BLOCK_K - 1) // BLOCK_K)):
         a = packed_desc.load([block * TILE + t // tiles_n * BLOCK_M % TILE, k])
@@ -466,10 +475,12 @@ def _spread_kernel(
             t = tl.where(done, t + programs, t)
             bits = tl.where(done, later_bits, bits)
             block = tl.where(done, later_block, block)
-            later_ptr = visited_ptr + tl.minimum(t + programs, TILES - 1) // parts * 2
+            later_ptr = visited_ptr + tl.minimum(t + programs, tiles - 1) // parts * 2
             later_bits, later_block = tl.load(later_ptr), tl.load(later_ptr + 1).to(tl.int32)
     if not MANY:
-        _store_sum(acc, t, y_ptr, base_ptr, order_ptr, N, DIV, D, BLOCK_M, BLOCK_N)
+        if base_ptr is not None and D % 8 == 0:
+            acc += base.to(tl.float32)
+        _store_sum(acc, t, y_ptr, None, order_ptr, N, DIV, D, BLOCK_M, BLOCK_N)
 
 
 # ---- launchers
@@ -484,7 +495,7 @@ def capability(x: torch.Tensor) -> int:
 
 
 def _programs(x: torch.Tensor, size: int) -> int:
-    """How many tiles of that size x's device works at. See NOTE [One loop]."""
+    """About how many tiles of that size Hopper works at."""
     return _multiprocessors(x.device) * max(1, 128 * 256 // size)
 
 
@@ -630,11 +641,11 @@ def _spread(packed, visited, w, transposed, order, heads, HE, y, base, b, c):
     flags = {"heads": heads, "C": C, "base": base is not None, "transposed": transposed}
     config = tuning.lookup(_spread_kernel, config, packed, (N,), HE=HE, N=D, K=P, **flags)
     tiles = visited.shape[0] * (TILE // config["BLOCK_M"]) * cdiv(D, config["BLOCK_N"])
-    many = C == 0 and (INTERPRET or capability(packed) >= 9)  # tiles a program
+    many = C == 0 and (heads > 1 or D % 8 == 0) and (INTERPRET or capability(packed) == 9)  # see NOTE [One loop]
     launch(
         _spread_kernel, (min(tiles, _programs(packed, config["BLOCK_M"] * config["BLOCK_N"])) if many else tiles,),
         _descriptor(packed, [config["BLOCK_M"], config["BLOCK_K"]]),
-        _weight_descriptor(w, transposed, config["BLOCK_K"], config["BLOCK_N"]), y, base, b, c, order, visited, N, tiles,
+        _weight_descriptor(w, transposed, config["BLOCK_K"], config["BLOCK_N"]), y, base, b, c, order, visited, N,
         HE=HE, E=HE // heads, DIV=w.shape[0] // HE, P=P, D=D, C=C, G=w.shape[0],
         W_ROWS=w.stride(0) // w.stride(1), W_COLS=w.shape[2], TRANSPOSED=transposed, TILE=TILE,
         MANY=many, BLOCK_C=min(64, next_power_of_2(C)), **config,
