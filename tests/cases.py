@@ -7,8 +7,9 @@ import torch
 
 from triton_moe import functional as F
 from triton_moe import testing
-from triton_moe.kernels import gating, mlp, norm, position, projection, sets, xl
+from triton_moe.kernels import mlp, norm, position, projection, sets, xl
 from triton_moe.kernels.attention import backward, forward, masks
+from triton_moe.kernels.gating import gate, plan
 
 HALF = (torch.float16, torch.bfloat16)
 CPU_DTYPES = [torch.float32, torch.float16]  # the interpreter computes bfloat16 in float32: proven on the GPU
@@ -33,7 +34,7 @@ def refused(error, message):
         pytest.fail(f"{kernel} was launched before its arguments were checked")
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(error, match=message):
-        for module in (forward, backward, masks, gating, mlp, norm, position, projection, sets, xl):
+        for module in (forward, backward, masks, gate, plan, mlp, norm, position, projection, sets, xl):
             patch.setattr(module, "launch", launch)
         yield
 

@@ -12,6 +12,7 @@ import reference
 from triton_moe import functional as F
 from triton_moe import testing
 from triton_moe.kernels import gating as kernels
+from triton_moe.kernels import sets as set_kernels
 
 MODES = F.MODES
 
@@ -281,7 +282,7 @@ def check_plan(experts, E, sets):
             signature, sorted_heads = torch.zeros_like(ranks[:, 0]), next(h for h in range(H, 0, -1) if S**h < 2**31 or h == 1)
             for rank in ranks.T[:sorted_heads]:
                 signature = signature * S + torch.where(signature % 2 == 1, S - 1 - rank, rank)
-            if kernels.sets.joint(E, K):
+            if set_kernels.joint(E, K):
                 keys["token_order"] = signature // -(-(S**sorted_heads) // kernels.MAX_SIGNATURES)
             check_tiles(plan, keys, e, H * S)
             if plan.rank.numel():
@@ -295,7 +296,7 @@ def check_plan(experts, E, sets):
 
 def check_tiles(plan, keys, e, groups):
     """What `gather` and `spread` are told of their tiles."""
-    (N, H, K), TILE = e.shape, kernels.sets.TILE
+    (N, H, K), TILE = e.shape, set_kernels.TILE
     S = groups // H
     counts = torch.bincount(keys["set_order"], minlength=groups)
     ends = counts.cumsum(0)
@@ -321,15 +322,15 @@ def check_tiles(plan, keys, e, groups):
             assert {i for i in range(64) if bits >> i & 1} == experts
             assert first <= block  # blocks of packed rows do not overlap
             first = block + len(experts)
-    assert first * TILE <= kernels.sets.packed_shape(N, H, E, K, 8)[0]
+    assert first * TILE <= set_kernels.packed_shape(N, H, E, K, 8)[0]
 
 
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Chunks and tiles that a small problem has several of."""
-    monkeypatch.setattr(kernels, "CHUNK", 32)
-    monkeypatch.setattr(kernels, "ROUTES", 32)
-    monkeypatch.setattr(kernels.sets, "TILE", 16)
+    monkeypatch.setattr(kernels.plan, "CHUNK", 32)
+    monkeypatch.setattr(kernels.plan, "ROUTES", 32)
+    monkeypatch.setattr(set_kernels, "TILE", 16)
 
 
 @pytest.mark.smoke

@@ -1,7 +1,7 @@
 """The public functions. Each checks its arguments, composes the kernels, and is differentiable once.
 
 Letters: B sequences, T queries, S keys, N = B*T tokens, D model width, H heads, E experts per head, TOP_K chosen experts, P head
-width, G width of one MLP expert. Formulas: kernels/gating.py, projection.py, attention/, position.py.
+width, G width of one MLP expert. Formulas: kernels/gating/, projection.py, attention/, position.py.
 
 NOTE [Composition]
     Every layer is two plain functions, `*_forward` -> (outputs, saved) and `*_backward`(gradients, saved), which call launchers

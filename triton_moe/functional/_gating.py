@@ -1,4 +1,4 @@
-"""The gate: kernels/gating.py, differentiable."""
+"""The gate: kernels/gating, differentiable."""
 
 from typing import overload
 

@@ -12,7 +12,7 @@ for the route r = n*TOP_K + j to the expert e = e_j of token n. Backwards, with 
 sigma-MoE (arXiv 2310.10837), equation 11. Only x and z are kept for the backward pass.
 
 NOTE [Sorted rows]
-    z, u and d z hold the routes in the order of their experts (`routing_plan` in gating.py): a tile of an expert's routes is
+    z, u and d z hold the routes in the order of their experts (`routing_plan` in gating/plan.py): a tile of an expert's routes is
     then a block of rows, and only x and d y are gathered. u is stored times its gate: it is needed in no other form.
 
 NOTE [Columns]

@@ -17,7 +17,7 @@ The backward pass of the value projection is the output projection with W transp
 
 SwitchHead (arXiv 2312.07987), equations 7 to 10.
 
-Sums longer than PARTS tiles are taken in parts, as in gating.py, NOTE [Partial sums]; 16-bit results do not need it.
+Sums longer than PARTS tiles are taken in parts, as in gating/gate.py, NOTE [Partial sums]; 16-bit results do not need it.
 
 NOTE [Constant widths]
     Widths and strides are constexpr: constants of a model, and the compiler can only join loads into vectors when it sees how
@@ -25,9 +25,9 @@ NOTE [Constant widths]
     a multiple of 16). The number of tokens never is a constant.
 
 NOTE [Tiles of routes]
-    `routing_plan` (gating.py) gives the routes sorted by expert and each expert's range. A tile never straddles two experts. The
-    number of tiles is only known on the device, so the grid has its upper bound, cdiv(R, BLOCK_M) + groups, and each program
-    finds its tile from the ranges (`find_tile`); programs past the last tile stop.
+    `routing_plan` (gating/plan.py) gives the routes sorted by expert and each expert's range. A tile never straddles two
+    experts. The number of tiles is only known on the device, so the grid has its upper bound, cdiv(R, BLOCK_M) + groups, and each
+    program finds its tile from the ranges (`find_tile`); programs past the last tile stop.
 """
 
 import torch
