@@ -433,6 +433,7 @@ def layers(device):
     head = head_weights(12, 2, 3, 8, device=device, dtype=torch.float32)
     xl = head_weights(12, 2, 3, 8, device=device, dtype=torch.float32, xl=True)
     shared = head_weights(12, 2, 3, 8, device=device, dtype=torch.float32, shared=True)
+    single = head_weights(12, 2, 1, 8, device=device, dtype=torch.float32)
     padded = head_weights(12, 2, 3, 12, device=device, dtype=torch.float16)  # to 16 channels
     block = block_weights(12, 2, 3, 8, 4, 8, device=device, dtype=torch.float32)
     moe = moe_weights(12, 4, 8, device=device, dtype=torch.float32)
@@ -455,6 +456,7 @@ def layers(device):
         "switchhead": (lambda x: F.switchhead(x, head, top_k=2), plain(1, 5, 12)),
         "switchhead logits": (lambda x: join(F.switchhead(x, head, top_k=2, return_logits=True)), plain(1, 5, 12)),
         "switchhead shared": (lambda x: join(F.switchhead(x, shared, top_k=2, return_logits=True)), plain(1, 5, 12)),
+        "switchhead one expert": (lambda x: join(F.switchhead(x, single, top_k=1, return_logits=True)), plain(1, 5, 12)),
         "switchhead memory": (lambda x, m: F.switchhead(x, head, top_k=2, k_src=m), plain(1, 5, 12), plain(1, 7, 12)),
         "switchhead padded": (lambda x: F.switchhead(x, padded, top_k=2), randn(1, 5, 12, device=device, dtype=torch.float16)),
         "switchhead xl": (lambda x: F.switchhead(x, xl, top_k=2, position=F.XL()), plain(1, 5, 12)),
@@ -471,7 +473,7 @@ def layers(device):
 
 def join(result):
     y, logits = result
-    return y, *logits
+    return y, *(t for t in logits if t is not None)
 
 
 LAYERS = ["gating", "value_projection", "output_projection", "attention", "sigma_moe", "switchhead", "switchhead xl", "switchall"]
@@ -482,6 +484,7 @@ COMPILED = [
     "attention, k as v",
     "switchhead logits",
     "switchhead shared",
+    "switchhead one expert",
     "switchhead memory",
     "switchhead padded",
     "switchall tied",

@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from .. import _check
 from ..kernels.attention import tile_width
 from ..kernels.cast import assemble, cast
-from ..kernels.common import cdiv, input_precision
+from ..kernels.common import cdiv, input_precision, opaque
 from ..kernels.gating import cast_and_gate, gating_backward, gating_backward_
 from ..kernels.position import rope_pairs, rope_pairs_
 from ..kernels.projection import (
@@ -320,9 +320,18 @@ def _head_gradients(dy, dlogits_v, dlogits_o, saved, dtypes, c: _HeadConfig):
     return _without_padding(_to(grads[:3], dtypes[:3]) + grads[3:], dtypes, H, c.width, rotated)
 
 
+@opaque(lambda d, a, b: None, mutates=("d",))
+def _add_product(d: Tensor, a: Tensor, b: Tensor) -> None:
+    """d += a b: a compiler left to itself makes a copy of d first, 32 us of a layer (NOTE [Joint gradients]'s sizes)."""
+    d.addmm_(a, b)
+
+
 def _plus(d: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
     """d + a b, in d."""
-    return a @ b if d is None else d.addmm_(a, b)
+    if d is None:
+        return a @ b
+    _add_product(d, a, b)
+    return d
 
 
 def _without_padding(grads, dtypes, H: int, width: int, rotated: int) -> tuple[Tensor | None, ...]:
@@ -347,28 +356,32 @@ def _without_padding(grads, dtypes, H: int, width: int, rotated: int) -> tuple[T
 class _SwitchHead(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *args):
-        inputs, (mask, cu_seqlens, seed, dtype), config = args[:10], args[10:14], _HeadConfig(*args[14:])
-        ctx.config, ctx.dtypes = args[14:], _dtypes(inputs)
+        inputs, (mask, cu_seqlens, seed, dtype, wanted), config = args[:10], args[10:15], _HeadConfig(*args[15:])
+        ctx.config, ctx.dtypes = args[15:], _dtypes(inputs)
         y, logits_v, logits_o, kept = _head_forward((*inputs, mask, cu_seqlens, seed), dtype, config)
         ctx.set_materialize_grads(False)
         kept = kept.to_save()
         ctx.save_for_backward(*kept.tensors)
-        ctx.layout = kept.layout
+        ctx.layout, ctx.y_shape = kept.layout, y.shape
+        if not wanted:  # a compiler would make gradients of zeros for logits that nobody uses
+            return y
+        if logits_v is None:
+            return y, logits_o
         if logits_v is logits_o:
             logits_v = logits_v.clone()
-        elif torch.compiler.is_compiling() and logits_v is not None:  # parts of one tensor, whose gradients 2.11 would lose
+        elif torch.compiler.is_compiling():  # parts of one tensor, whose gradients 2.11 would lose
             logits_v, logits_o = logits_v.clone(), logits_o.clone()
-        ctx.y_shape = y.shape
         return y, logits_v, logits_o
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy, dlogits_v, dlogits_o):
+    def backward(ctx, dy, *dlogits):
         kept = Kept(ctx.saved_tensors, ctx.layout)
         if dy is None:
             dy = kept.flat()[0].new_zeros(ctx.y_shape)
-        grads = _head_backward((dy, dlogits_v, dlogits_o), ctx.dtypes, _HeadConfig(*ctx.config), kept=kept)
-        return *grads, *[None] * (4 + len(ctx.config))
+        dlogits = (None,) * (2 - len(dlogits)) + dlogits
+        grads = _head_backward((dy, *dlogits), ctx.dtypes, _HeadConfig(*ctx.config), kept=kept)
+        return *grads, *[None] * (5 + len(ctx.config))
 
 
 def _head_sources(x, weights, position=None, k_src=None, v_src=None, **_) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -500,10 +513,13 @@ def switchhead(
     seed = _seed(seed, x.device, config.dropout > 0 or config.expert_dropout > 0)
     k_src, v_src, pos = _head_sources(x, weights, position, k_src, v_src)
     tensors = x, k_src, v_src, *weights[:6], pos
-    y, logits_v, logits_o = _SwitchHead.apply(
-        *_distinct(*tensors), key_padding_mask, cu_seqlens, seed, _compute_dtype(x), *config
+    result = _SwitchHead.apply(
+        *_distinct(*tensors), key_padding_mask, cu_seqlens, seed, _compute_dtype(x), return_logits, *config
     )
-    return (y, (logits_v, logits_o)) if return_logits else y
+    if not return_logits:
+        return result
+    y, *logits = result
+    return y, (None, *logits) if len(logits) == 1 else tuple(logits)
 
 
 def switchhead_forward(x: Tensor, weights: SwitchHeadWeights, *, return_logits: bool = False, **options):
