@@ -14,11 +14,11 @@ NOTE [Expert sets]
 
 NOTE [Signatures]
     `spread` sums over heads and experts in one accumulator, so y is written once. No order of the tokens makes the sets of all
-    heads agree in a tile, so tokens are sorted by their sets (gating.py) and each tile visits the experts (h, e) that any of its
-    tokens chose, a bit each: two thirds of all for 4 heads and 2 of 4 experts. `pack` writes the operand as the tile reads it,
-    gated and expert after expert, with rows of zeros for tokens that did not choose the expert: a product or a gather in front of
-    `tl.dot` keeps Hopper's matrix units waiting. Where tiles would visit many experts that few of their rows chose (`joint`),
-    heads are added to y one by one, each with its rows in the order of its sets.
+    heads agree in a tile, so tokens are sorted by their sets (gating/plan.py) and each tile visits the experts (h, e) that any of
+    its tokens chose, a bit each: two thirds of all for 4 heads and 2 of 4 experts. `pack` writes the operand as the tile reads
+    it, gated and expert after expert, with rows of zeros for tokens that did not choose the expert: a product or a gather in
+    front of `tl.dot` keeps Hopper's matrix units waiting. Where tiles would visit many experts that few of their rows chose
+    (`joint`), heads are added to y one by one, each with its rows in the order of its sets.
 
 NOTE [Descriptors]
     Weights and packed rows are read through tensor descriptors: Hopper's and Blackwell's copy engine then moves them. Elsewhere
@@ -554,6 +554,8 @@ def gather(x, w, transposed, s, experts, order, table, P, a=None, keep=0):
         config["BLOCK_M"], config["num_stages"] = min(config["BLOCK_M"], 64), min(config["num_stages"], 3)
     if BLOCK_Q and BLOCK_P == 64:  # for the registers of what there is twice; 128 + 16 columns, TOP_K 4, lose: 306 to 372 us
         config["BLOCK_M"], config["BLOCK_K"] = min(config["BLOCK_M"], 64), config["BLOCK_K"] // 2
+    if keep % 8 and not INTERPRET:  # u in pieces: 128 rows of it spill. P 82, D 412, E 10: 158 us, not 253; P 41 104, not 120
+        config["BLOCK_M"] = min(config["BLOCK_M"], 64)
     if last is not None and keep and config["BLOCK_M"] == 128 and not INTERPRET:  # 8 warps spill: 187 us in place of 208
         config |= {"num_warps": 16} if capability(x) == 9 else {"BLOCK_M": 64}
     flags = {"transposed": transposed, "keep": keep > 0, "dot": a is not None}
