@@ -91,6 +91,7 @@ def detached_inputs(tensors):
         {"shape": (1, 5, 20, 2, 3, 2, 10), "S": 8, "v_src": True, "shared": True, "window": 4},
         {"shape": (1, 6, 12, 1, 13, 4, 41), "position": None, "causal": False, "S": 4},
         {"shape": (1, 256, 16, 1, 2, 1, 41)},  # grouped by sets, whose weights are padded further than the heads
+        {"shape": (1, 256, 12, 1, 2, 1, 68)},  # whose last 4 channels the projections take apart
         {"shape": (2, 9, 16, 4, 6, 2, 10)},  # 16-bit heads are padded as they are rotated; 128 columns of gradients, and 8 spare
         {"shape": (1, 6, 12, 2, 3, 2, 12), "position": None, "S": 9},
     ],
@@ -108,6 +109,8 @@ def test_switchhead(case, dtype, device):
     [
         {"shape": (2, 1024, 1024, 4, 4, 2, 100)},
         {"shape": (4, 500, 1024, 2, 8, 4, 132)},
+        {"shape": (18, 500, 256, 2, 8, 4, 132)},
+        {"shape": (3, 400, 256, 2, 4, 2, 68), "shared": True},
         {"shape": (2, 777, 512, 2, 5, 3, 64), "shared": True},
         {"shape": (2, 512, 512, 4, 1, 1, 64)},
         {"shape": (2, 256, 412, 2, 5, 3, 76), "xl": True, "S": 512},

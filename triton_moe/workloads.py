@@ -268,6 +268,8 @@ _PAPER: list[tuple[str, dict]] = [
     ("attention", {"P": 80, "H": 2, "B": 128, "T": 256}),
     ("gating", {"sides": 2, "H": 2, "E": 5, "TOP_K": 3, "D": 412, "N": 32768}),
     ("attention", {"P": 64, "H": 2, "B": 64, "T": 512}),
+    ("projection", {"H": 2, "E": 8, "TOP_K": 4, "P": 144, "D": 1024, "N": 32768, "width": 132}),
+    ("projection", {"H": 2, "E": 8, "TOP_K": 4, "P": 132, "D": 1024, "N": 32768}),  # apart from a layer
 ]
 _MOEUT: list[tuple[str, dict]] = [
     ("projection", {"H": 4, "E": 10, "TOP_K": 2, "P": 96, "D": 412, "N": 32768, "width": 82}),
@@ -275,6 +277,7 @@ _MOEUT: list[tuple[str, dict]] = [
     ("attention", {"P": 96, "H": 4, "B": 32, "T": 1024}),
     ("mlp", {"E": 387, "G": 128, "TOP_K": 16, "D": 1024, "N": 16384}),
     ("gating", {"sides": 1, "H": 1, "E": 155, "TOP_K": 12, "D": 412, "N": 32768}),
+    ("projection", {"H": 4, "E": 10, "TOP_K": 2, "P": 128, "D": 1024, "N": 32768}),
 ]
 _LLM: list[tuple[str, dict]] = [
     ("projection", {"H": 4, "E": 4, "TOP_K": 2, "P": 128, "D": 1024, "N": 32768}),

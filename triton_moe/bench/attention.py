@@ -27,6 +27,7 @@ def attention_rows(device: str, full: bool) -> list[Row]:
             if P != 100 or T != 1024
         ]
         rows += [attention_row(4, P, T, device) for P in (41, 82, 96, 112, 256) for T in (1024, 4096)]
+        rows += [attention_row(2, P, T, device) for P in (76, 132) for T in (512, 1024, 4096, 16384)]
         rows += [attention_row(4, P, 4096, device, window=512) for P in (64, 128, 100)]
         rows += [packed_row(4, P, PACKED, device) for P in (64, 128)]
     return rows
