@@ -240,20 +240,21 @@ def _dense_kernel(
 @triton.jit
 def _last_kernel(
     a_ptr, s_ptr, experts_ptr, b_ptr, N, H: tl.constexpr, E: tl.constexpr, TOP_K: tl.constexpr, P: tl.constexpr,
-    FIRST: tl.constexpr, R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+    FIRST: tl.constexpr, R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_HE: tl.constexpr,
 ):  # fmt: skip
     """b[n, (h, e, r)] = the gate of expert e, 0 where it was not chosen, times a[n, h, FIRST + r]."""
     offs_n = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    c = tl.arange(0, BLOCK_C)[None, :]
-    mask = (offs_n < N)[:, None] & (c < H * E * R)
-    row = offs_n[:, None] * H + c // (E * R)
-    s = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+    he, r = tl.arange(0, BLOCK_HE)[None, :], tl.arange(0, R)[None, None, :]
+    mask = (offs_n < N)[:, None] & (he < H * E)
+    row = offs_n[:, None] * H + he // E
+    s = tl.zeros((BLOCK_M, BLOCK_HE), tl.float32)
     for j in tl.static_range(TOP_K):
-        here = tl.load(experts_ptr + row * TOP_K + j, mask=mask, other=-1) == c // R % E
+        here = tl.load(experts_ptr + row * TOP_K + j, mask=mask, other=-1) == he % E
         s = tl.where(here, tl.load(s_ptr + row * TOP_K + j, mask=mask, other=0.0), s)
-    column = FIRST + c % R
-    a = tl.load(a_ptr + row * P + column, mask=mask & (column < P), other=0.0).to(tl.float32)
-    tl.store(b_ptr + offs_n[:, None] * (H * E * R) + c, (a * s).to(b_ptr.dtype.element_ty), mask=mask)
+    a_ptrs = a_ptr + row[:, :, None] * P + (FIRST + r)
+    a = tl.load(a_ptrs, mask=mask[:, :, None] & (FIRST + r < P), other=0.0).to(tl.float32)
+    b_ptrs = b_ptr + ((offs_n * (H * E))[:, None] + he)[:, :, None] * R + r
+    tl.store(b_ptrs, (a * s[:, :, None]).to(b_ptr.dtype.element_ty), mask=mask[:, :, None])
 
 
 @triton.jit
@@ -605,7 +606,7 @@ def last(a, s, experts, E):
         return None
     R = next_power_of_2(P - first, 1)
     b, block = a.new_empty(N, H * E * R), 256 if INTERPRET else 32
-    meta = dict(H=H, E=E, TOP_K=TOP_K, P=P, FIRST=first, R=R, BLOCK_M=block, BLOCK_C=next_power_of_2(H * E * R), num_warps=4)
+    meta = dict(H=H, E=E, TOP_K=TOP_K, P=P, FIRST=first, R=R, BLOCK_M=block, BLOCK_HE=next_power_of_2(H * E), num_warps=4)
     launch(_last_kernel, (cdiv(N, block),), a, s, experts, b, N, **meta)
     return b
 
