@@ -9,7 +9,8 @@ The tools slow all down by a factor of ten to a hundred. `--part 2/8` runs every
 processes share the work; a run without a tool before it fills Triton's cache. It ends with the names of the kernels that ran.
 Run few of them at a time: of sixteen started within a minute six never attached to theirs ("No attachable process found");
 four at a time, with `--launch-timeout 100`, all did. On an H200 memcheck found nothing in the 48 cases, and racecheck nothing but
-cuBLAS's own split-K kernels (nvjet_..._splitK_...); since `spread` goes through several tiles, racecheck alone ran, in 18 cases.
+cuBLAS's own split-K kernels (nvjet_..._splitK_...); since `spread` goes through several tiles, racecheck ran in 18 cases,
+and since its last edit either in two.
 """
 
 import argparse
